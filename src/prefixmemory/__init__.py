@@ -1,0 +1,23 @@
+"""PrefixMemory-Tuning (first published as Prefix-Tuning+) as a Hugging Face PEFT method.
+
+Importing this package registers the PEFT type ``PREFIX_MEMORY``; from then on ``get_peft_model``,
+``PeftModel.from_pretrained``, ``AutoPeftModelForCausalLM`` and trainers take a :class:`PrefixMemoryConfig` as they
+take a ``LoraConfig``.
+"""
+
+from prefixmemory.config import PrefixMemoryConfig
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.feature_maps import register_feature_map
+from prefixmemory.layer import set_scale
+from prefixmemory.tuner import PrefixMemoryModel, register
+
+__version__ = "0.1.0"
+__all__ = [
+    "PrefixMemoryConfig",
+    "PrefixMemoryError",
+    "PrefixMemoryModel",
+    "register_feature_map",
+    "set_scale",
+]
+
+register()

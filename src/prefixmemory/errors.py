@@ -1,0 +1,25 @@
+"""Errors that a user can act on: each message names the value and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PrefixMemoryError(ValueError):
+    """Something in the user's input is wrong; the message says what and how to mend it."""
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """`` Did you mean 'elu'?`` for the nearest of ``choices``, or an empty string when none is near."""
+    near = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def check_choice(field: str, value: object, choices: Iterable[str]) -> None:
+    """Raise :class:`PrefixMemoryError` unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise PrefixMemoryError(
+            f"{field}={value!r} is not known.{did_you_mean(str(value), choices)} Choose one of: {', '.join(choices)}."
+        )

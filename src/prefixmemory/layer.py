@@ -1,0 +1,169 @@
+"""The memory layer: hangs in one attention module, reads its query, adds to its heads' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from prefixmemory import attention
+from prefixmemory.attention import AttentionSite
+from prefixmemory.config import PrefixMemoryConfig
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.memory import Memory
+
+BASE_MODEL = "__base__"  # PEFT's word for "no adapter" in ``adapter_names``
+
+WHY_NOT_MERGED = (
+    "A prefix memory cannot be merged into the base weights: it adds φ(q)ᵀM to each head, and φ is not linear, so no "
+    "change of a weight matrix equals it. Keep the adapter loaded (it costs a fixed time per token), or call "
+    "unload() to get the base model back without it."
+)
+
+
+class PrefixMemoryLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """The memories of one attention module, one per adapter.
+
+    The layer is a child of the attention module (``self_attn.prefix_memory``) and wraps nothing: two hooks hand it
+    the query and let it add to what the output projection reads. So the base model keeps its modules, their names
+    and its state-dict keys.
+    """
+
+    site: AttentionSite
+    adapter_layer_names = ("memory_bank",)
+    other_param_names = ("scale",)
+
+    def __init__(self, site: AttentionSite) -> None:
+        super().__init__()
+        self.memory_bank = nn.ModuleDict()
+        self.scale: dict[str, float] = {}
+        self.content_query: Tensor | None = None
+        self.rotary_query: Tensor | None = None
+        self.row_adapters: list[str] | None = None  # one adapter name per row of the batch, during such a call only
+        self._active_adapter: list[str] = []
+        self.__dict__["site"] = site  # past nn.Module.__setattr__: the attention module is our parent, not our child
+        self._handles = site.hook(self._take_query, self._add_read)
+        setattr(site.module, attention.CHILD, self)
+
+    def detach(self) -> None:
+        """Remove the hooks and leave the attention module as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        delattr(self.site.module, attention.CHILD)
+
+    def memory(self, adapter_name: str) -> Memory:
+        """The memory of one adapter."""
+        return cast(Memory, self.memory_bank[adapter_name])
+
+    # What happens in a forward pass
+
+    def _take_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.content_query = self.site.query_from(output, args[0])
+
+    def _add_read(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        heads, *rest = args
+        read = self._read()
+        self.content_query = self.rotary_query = None
+        return args if read is None else (heads + read.reshape(heads.shape).to(heads.dtype), *rest)
+
+    def _query(self, kind: str) -> Tensor:
+        query = self.content_query if kind == "content" else self.rotary_query
+        if query is None:
+            raise PrefixMemoryError(
+                f"{type(self.site.module).__name__} reached its output projection without showing a {kind} query. "
+                "Its forward is not one that prefixmemory knows; exclude it with exclude_modules."
+            )
+        return query
+
+    def _read(self) -> Float[Tensor, "*batch h v"] | None:
+        """Σ over adapters of scale·φ(q)ᵀM, or ``None`` when no adapter has anything to add."""
+        if self.disable_adapters:
+            return None
+        if self.row_adapters is not None:
+            return self._read_by_row(self.row_adapters)
+        return self._sum(
+            self.scale[name] * self.memory(name)(self._query(self.memory(name).query))
+            for name in self._answering(cast(list[str], self.active_adapters))
+        )
+
+    def _answering(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in self.memory_bank and self.scale[name] != 0]
+
+    @staticmethod
+    def _sum(reads: Iterable[Tensor]) -> Tensor | None:
+        total = None
+        for read in reads:
+            total = read if total is None else total + read
+        return total
+
+    def _read_by_row(self, names: Sequence[str]) -> Tensor | None:
+        """A different adapter for each row: ``names`` has one entry a row, or a row has several beams."""
+        total: Tensor | None = None
+        for name in self._answering(dict.fromkeys(names)):
+            memory = self.memory(name)
+            query = self._query(memory.query)
+            if query.shape[0] % len(names):
+                raise PrefixMemoryError(
+                    f"adapter_names has {len(names)} entries for a batch of {query.shape[0]} rows: give one a row."
+                )
+            beams = query.shape[0] // len(names)  # generate() repeats each row for its beams
+            rows = torch.tensor([n == name for n in names], device=query.device).repeat_interleave(beams)
+            read = self.scale[name] * memory(query[rows])
+            if total is None:
+                total = read.new_zeros(*query.shape[:-1], read.shape[-1])
+            total[rows] = read
+        return total
+
+    # PEFT's lifecycle
+
+    def update_layer(self, adapter_name: str, config: PrefixMemoryConfig) -> None:
+        """Add a fresh memory under ``adapter_name``."""
+        site = self.site
+        self.memory_bank[adapter_name] = Memory(config, site.heads, site.kv_heads, site.head_dim, site.value_dim)
+        self.scale[adapter_name] = config.scale
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def get_base_layer(self) -> nn.Module:
+        """The attention module that the layer hangs in."""
+        return self.site.module
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+        return attention.placement(self.site)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise PrefixMemoryError(WHY_NOT_MERGED)
+
+    def unmerge(self) -> None:
+        raise PrefixMemoryError(WHY_NOT_MERGED)
+
+    def extra_repr(self) -> str:
+        site = self.site
+        return f"heads={site.heads}, kv_heads={site.kv_heads}, head_dim={site.head_dim}, value_dim={site.value_dim}"
+
+
+def memory_layers(model: nn.Module) -> list[PrefixMemoryLayer]:
+    """All memory layers of a model, in its order."""
+    return [module for module in model.modules() if isinstance(module, PrefixMemoryLayer)]
+
+
+def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -> None:
+    """Set the dose of a memory at run time; 0 gives the base model exactly.
+
+    Args:
+        model: any model that holds memories, wrapped by PEFT or not.
+        scale: factor on φ(q)ᵀM. A saved adapter keeps the scale of its config.
+        adapter_name: which adapter; ``None`` means all active ones.
+    """
+    layers = memory_layers(model)
+    known = {name for layer in layers for name in layer.memory_bank}
+    if adapter_name is not None and adapter_name not in known:
+        raise PrefixMemoryError(f"There is no memory called {adapter_name!r}; there are: {sorted(known)}.")
+    for layer in layers:
+        for name in layer.active_adapters if adapter_name is None else [adapter_name]:
+            if name in layer.scale:
+                layer.scale[name] = float(scale)

@@ -1,0 +1,64 @@
+"""The trainable memory of one attention layer: parameters, start values, read."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from prefixmemory.config import PrefixMemoryConfig
+from prefixmemory.feature_maps import build_feature_map
+
+EPS = 1e-6
+
+
+class Memory(nn.Module):
+    """φ(q)ᵀM for the heads of one attention layer (step 4 of ``reference.py``).
+
+    Parameters, with ``groups`` memories (one per query head, or one per key/value group with ``share_heads``):
+
+    - full: ``M [groups, feature_dim, value_dim]``, starts at zero;
+    - ``rank=r``: ``A [groups, feature_dim, r]``, starts as N(0, 1/feature_dim), and ``B [groups, r, value_dim]``,
+      starts at zero, M = A·B;
+    - ``feature_map``: the map's own parameters, if it has any.
+
+    Zero start means that an untrained memory leaves the base model as it is.
+    """
+
+    def __init__(self, config: PrefixMemoryConfig, heads: int, kv_heads: int, head_dim: int, value_dim: int) -> None:
+        super().__init__()
+        self.query = config.query
+        self.normalize = config.normalize
+        self.heads = heads
+        self.groups = kv_heads if config.share_heads else heads
+        self.feature_map = build_feature_map(config.feature_map, self.groups, head_dim, config.feature_dim)
+        feature_dim = int(self.feature_map.feature_dim)  # type: ignore[arg-type]
+        self.dropout = nn.Dropout(config.dropout)
+        self.rank = config.rank
+        if config.rank is None:
+            self.M = nn.Parameter(torch.zeros(self.groups, feature_dim, value_dim))
+        else:
+            self.A = nn.Parameter(torch.randn(self.groups, feature_dim, config.rank) * feature_dim**-0.5)
+            self.B = nn.Parameter(torch.zeros(self.groups, config.rank, value_dim))
+
+    def matrix(self) -> Float[Tensor, "g f v"]:
+        """M, multiplied out if it is stored in two factors."""
+        return self.M if self.rank is None else self.A @ self.B
+
+    def features(self, q: Float[Tensor, "*batch g r d"]) -> Float[Tensor, "*batch g r f"]:
+        """φ(q), with the normalisation that the config asks for."""
+        if self.normalize == "query_rms":
+            q = q * torch.rsqrt(q.pow(2).mean(dim=-1, keepdim=True) + EPS)
+        features: Tensor = self.feature_map(q)
+        if self.normalize == "feature_l2":
+            features = features * torch.rsqrt(features.pow(2).sum(dim=-1, keepdim=True) + EPS)
+        return features
+
+    def forward(self, query: Float[Tensor, "*batch h d"]) -> Float[Tensor, "*batch h v"]:
+        """φ(q)ᵀM for every token and head, computed in the dtype of the memory (autocast applies)."""
+        parameter = self.M if self.rank is None else self.A
+        q = query.to(parameter.dtype).unflatten(-2, (self.groups, self.heads // self.groups))
+        features = self.dropout(self.features(q))
+        if self.rank is not None:
+            features = torch.einsum("...grf,gfk->...grk", features, self.A)
+        return torch.einsum("...grf,gfv->...grv", features, self.M if self.rank is None else self.B).flatten(-3, -2)

@@ -1,0 +1,1 @@
+"""Thin recipes over transformers' Trainer: rows in, adapter out."""

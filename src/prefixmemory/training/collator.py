@@ -1,0 +1,74 @@
+"""Examples to tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.training.rows import Example
+
+IGNORED = -100  # label of positions that do not count in the loss
+
+
+def tokenize(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, list[int]]]:
+    """``input_ids`` and ``labels`` of each example; the loss counts the completion only.
+
+    A prompt that is too long loses its beginning, never the completion.
+
+    Raises:
+        PrefixMemoryError: a completion alone is longer than ``max_length`` tokens.
+    """
+    features = []
+    for number, example in enumerate(examples, start=1):
+        # Chat templates write the special tokens themselves.
+        special = tokenizer.bos_token is not None and not example.prompt.startswith(str(tokenizer.bos_token))
+        prompt = tokenizer(example.prompt, add_special_tokens=special)["input_ids"]
+        completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+        room = max_length - len(completion)
+        if room < 1:
+            raise PrefixMemoryError(
+                f"The completion of row {number} has {len(completion)} tokens, max_length is {max_length}. "
+                "Raise max_length or shorten the row."
+            )
+        prompt = prompt[-room:]
+        features.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
+    return features
+
+
+class LeftPaddingCollator:
+    """Pads on the left, so that completions end together and logits are needed for the last columns only.
+
+    With ``crop_logits`` the batch asks the model for the logits of these columns (``logits_to_keep``), which saves
+    most of the cost of the vocabulary projection when prompts are long.
+    """
+
+    def __init__(self, pad_token_id: int, crop_logits: bool) -> None:
+        self.pad_token_id = pad_token_id
+        self.crop_logits = crop_logits
+
+    def __call__(self, features: list[dict[str, list[int]]]) -> dict[str, Any]:
+        """Batch with ``input_ids``, ``attention_mask``, ``position_ids`` ``[B, T]`` and ``labels`` ``[B, K]``."""
+        length = max(len(f["input_ids"]) for f in features)
+
+        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+            return torch.tensor([[value] * (length - len(row)) + row for row in rows])
+
+        mask = padded([[1] * len(f["input_ids"]) for f in features], 0)
+        batch: dict[str, Any] = {
+            "input_ids": padded([f["input_ids"] for f in features], self.pad_token_id),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+            "labels": padded([f["labels"] for f in features], IGNORED),
+        }
+        if self.crop_logits:
+            # one column more than the longest completion: the logits that predict its first token
+            keep = 1 + max(sum(label != IGNORED for label in f["labels"]) for f in features)
+            keep = min(keep, length)
+            batch["labels"] = batch["labels"][:, -keep:]
+            batch["logits_to_keep"] = keep
+        return batch

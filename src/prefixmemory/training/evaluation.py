@@ -1,0 +1,98 @@
+"""Answers of a model and their accuracy by exact match."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefixmemory.training.speed import contiguous_logits_input
+
+Progress = Callable[[int], None]
+
+
+def first_line(text: str) -> str:
+    """What counts as the answer: the first line that is not empty, without surrounding blanks."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+@torch.inference_mode()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int = 16,
+    batch_size: int = 50,
+    context: str = "",
+    progress: Progress | None = None,
+) -> list[str]:
+    """Greedy answers to ``prompts``, each the first line that the model writes.
+
+    Args:
+        model: base model or model with adapter.
+        tokenizer: its tokenizer.
+        prompts: full prompts.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: prompts per batch; they are sorted by length first.
+        context: text that stands in front of every prompt; its keys and values are computed once.
+        progress: called with the number of prompts done, after each batch.
+
+    Returns:
+        One answer a prompt, in the order of ``prompts``.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    context_ids = torch.tensor([tokenizer(context)["input_ids"] if context else []], dtype=torch.long, device=device)
+    shared = model(input_ids=context_ids, use_cache=True).past_key_values if context else None
+    add_special_tokens = not context
+    ids = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
+    found: list[str] = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = _left_padded([ids[i] for i in chosen], context_ids, tokenizer, device)
+        cache: dict[str, Any] = {}
+        if shared is not None:
+            cache["past_key_values"] = copy.deepcopy(shared)
+            cache["past_key_values"].batch_repeat_interleave(len(chosen))
+        with contiguous_logits_input(model):
+            written = model.generate(
+                **batch,
+                **cache,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        new = written[:, batch["input_ids"].shape[1] :]
+        for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            found[i] = first_line(text)
+        if progress is not None:
+            progress(len(chosen))
+    model.train(was_training)
+    return found
+
+
+def _left_padded(
+    rows: list[list[int]], context_ids: Tensor, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> dict[str, Tensor]:
+    """``[context | padding | prompt]`` for each row: a shared cache needs the context to stand first."""
+    length = max(len(row) for row in rows)
+    pad = int(tokenizer.pad_token_id)
+    prompt = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    context = context_ids.expand(len(rows), -1)
+    return {
+        "input_ids": torch.cat([context, prompt], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(context), mask], dim=1),
+    }
+
+
+def accuracy(answers: list[str], expected: list[str]) -> float:
+    """Percentage of answers that equal what was expected, exactly."""
+    return 100.0 * sum(a == e for a, e in zip(answers, expected, strict=True)) / len(expected)

@@ -1,0 +1,57 @@
+"""Run records: what was run, on what, with what outcome; and writing files without losing the old ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("prefixmemory", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def provenance() -> dict[str, Any]:
+    """Commit of the checkout that the package runs from (if it is one), versions and hardware."""
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # Only a checkout of this project: site-packages may lie inside somebody else's repository.
+        if not git("ls-files", Path(__file__).name):
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "..") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def write_json(file: Path, content: object) -> None:
+    """Write ``content`` to ``file`` by way of a temporary name, so that the file is whole or as it was before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(file)

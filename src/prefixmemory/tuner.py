@@ -1,0 +1,317 @@
+"""PrefixMemoryModel: the PEFT lifecycle of memories, and their registration with PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.utils.peft_types import register_peft_method
+from torch import Tensor, nn
+
+from prefixmemory import attention, checkpoint
+from prefixmemory.attention import AttentionSite
+from prefixmemory.config import PrefixMemoryConfig
+from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
+from prefixmemory.peft_type import PREFIX_MEMORY
+
+SAVED_PREFIX = f".{attention.CHILD}.memory_bank."
+
+
+class PrefixMemoryModel(BaseTuner):  # type: ignore[misc]
+    """A base model with memories. Made by ``get_peft_model``; methods are reachable on the ``PeftModel``."""
+
+    prefix = "memory_"
+    tuner_layer_cls = PrefixMemoryLayer
+    peft_config: dict[str, PrefixMemoryConfig]
+
+    # Creating
+
+    def _prepare_adapter_config(
+        self, peft_config: PrefixMemoryConfig, model_config: dict[str, Any]
+    ) -> PrefixMemoryConfig:
+        """Check the config against the live model before anything is added to it, and fill in what it left open."""
+        present = checkpoint.fingerprint(self.model)
+        saved = peft_config.base_model_fingerprint
+        if saved is None:
+            peft_config.base_model_fingerprint = present
+        elif present is not None and not checkpoint.same_base_model(saved, present):
+            raise PrefixMemoryError(
+                f"This adapter was made for another base model ({peft_config.base_model_name_or_path!r}), not for this "
+                f"{type(self.model).__name__} ({getattr(self.model, 'name_or_path', '')!r}). Load that model; to use "
+                "the adapter here all the same, pass a config with base_model_fingerprint=None."
+            )
+        sites = attention.find_sites(self.model)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = _shortest_names(list(sites), self.model)
+        targeted = _check_targets(peft_config, sites, self.model)
+        if peft_config.query == "rotary":
+            for name in targeted:
+                attention.check_rotary(name, sites[name])
+            attention.install_query_tap()
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PrefixMemoryConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = getattr(target, attention.CHILD, None)
+        if layer is None:
+            site = attention.find_site(target)
+            if site is None:
+                raise PrefixMemoryError(f"{current_key} is not a softmax self-attention.")
+            layer = PrefixMemoryLayer(site)
+        layer.update_layer(adapter_name, peft_config)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As in PEFT. ``state_dict`` may say which attention modules are targeted."""
+        if state_dict is not None:
+            # PEFT cuts a key at its parameter prefix; our parameters lie one level below the targeted module.
+            state_dict = {
+                key.replace(f".{attention.CHILD}.{self.prefix}", f".{self.prefix}"): value
+                for key, value in state_dict.items()
+            }
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    # Running
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT opens this around forward and generate; here ``adapter_names=`` picks an adapter for each row."""
+        names: Sequence[str] | None = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.model.training:
+            raise PrefixMemoryError(
+                "adapter_names cannot be given in training mode: gradient checkpointing would recompute without it. "
+                "Call model.eval() first."
+            )
+        layers = memory_layers(self.model)
+        known = {name for layer in layers for name in layer.memory_bank} | {BASE_MODEL}
+        for name in names:
+            if name not in known:
+                raise PrefixMemoryError(
+                    f"adapter_names has {name!r}, which is not loaded.{did_you_mean(name, known)} "
+                    f"Loaded: {', '.join(sorted(known))}."
+                )
+        for layer in layers:
+            layer.row_adapters = list(names)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.row_adapters = None
+
+    def set_scale(self, scale: float, adapter_name: str | None = None) -> None:
+        """See :func:`prefixmemory.set_scale`."""
+        set_scale(self.model, scale, adapter_name)
+
+    # Combining
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Add the adapter Σ wₙ·scaleₙ·Mₙ; exact, since the read is linear in M. Weights may be negative.
+
+        Low-rank memories keep their factors: their ranks add up.
+
+        Raises:
+            PrefixMemoryError: an adapter is not loaded, the name is taken, or the adapters read different features
+                (then their memories have no common sum; activate them together with ``set_adapter([...])`` instead).
+        """
+        for name in adapters:
+            if name not in self.peft_config:
+                raise PrefixMemoryError(
+                    f"There is no adapter {name!r}.{did_you_mean(name, self.peft_config)} "
+                    f"Loaded: {', '.join(self.peft_config)}."
+                )
+        if adapter_name in self.peft_config:
+            raise PrefixMemoryError(f"The adapter name {adapter_name!r} is taken. Delete it first, or choose another.")
+        if not adapters or len(adapters) != len(weights):
+            raise PrefixMemoryError(f"Got {len(adapters)} adapters and {len(weights)} weights: give one weight each.")
+        configs = [self.peft_config[name] for name in adapters]
+        self._check_same_features(adapters, configs)
+
+        config = deepcopy(configs[0])
+        ranks = [c.rank for c in configs]
+        config.rank = None if None in ranks else sum(cast(list[int], ranks))
+        self.peft_config[adapter_name] = config
+        active = self.active_adapters
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for layer in memory_layers(self.model):
+                _combine(layer, adapters, weights, adapter_name)
+        self.set_adapter(active)
+
+    def _check_same_features(self, adapters: list[str], configs: list[PrefixMemoryConfig]) -> None:
+        for name, config in zip(adapters[1:], configs[1:], strict=True):
+            for field in (
+                "feature_map",
+                "feature_dim",
+                "normalize",
+                "query",
+                "share_heads",
+                "target_modules",
+                "exclude_modules",
+                "layers_to_transform",
+            ):
+                ours, theirs = getattr(configs[0], field), getattr(config, field)
+                if ours != theirs:
+                    raise PrefixMemoryError(
+                        f"Adapters {adapters[0]!r} and {name!r} cannot be summed: {field} is {ours!r} and {theirs!r}. "
+                        "Activate both with base_model.set_adapter([...]) instead: their answers add."
+                    )
+            for layer in memory_layers(self.model):
+                a, b = (dict(layer.memory(n).feature_map.named_parameters()) for n in (adapters[0], name))
+                if any(not torch.equal(a[key], b[key]) for key in a):
+                    raise PrefixMemoryError(
+                        f"Adapters {adapters[0]!r} and {name!r} cannot be summed: their feature maps have different "
+                        "weights. Activate both with base_model.set_adapter([...]) instead: their answers add."
+                    )
+
+    # Taking away
+
+    def _check_merge_allowed(self) -> None:
+        raise PrefixMemoryError(WHY_NOT_MERGED)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        for layer in memory_layers(self.model):
+            layer.detach()
+        # what is left are PEFT's own wrappers around modules_to_save
+        return cast(nn.Module, super()._unload_and_optionally_merge(merge=False, **kwargs))
+
+    # Saving and loading
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f"{SAVED_PREFIX}{adapter_name}.", SAVED_PREFIX)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PrefixMemoryConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """As in PEFT, after checking that the checkpoint is this adapter's: no key missing, extra or misshapen.
+
+        A refused checkpoint takes its half-made adapter with it, so that the model stays as it was.
+        """
+        prefix = "base_model.model."
+        present = {key.removeprefix(prefix): tensor for key, tensor in model.state_dict().items()}
+        bank = f"{SAVED_PREFIX}{adapter_name}."
+        expected = {key.replace(bank, SAVED_PREFIX): tensor for key, tensor in present.items() if bank in key}
+        found = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
+        try:
+            checkpoint.check_state_dict(found, expected, also_known=present)
+        except PrefixMemoryError:
+            _discard(model, adapter_name)
+            raise
+        return cast(
+            dict[str, Tensor], super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        )
+
+
+def _check_targets(config: PrefixMemoryConfig, sites: dict[str, AttentionSite], model: nn.Module) -> list[str]:
+    """Names of the targeted attention modules.
+
+    Raises:
+        PrefixMemoryError: the pattern matches no module, or one that is no softmax attention.
+    """
+    matched = [
+        name
+        for name, module in model.named_modules()
+        if name
+        and not isinstance(matched := check_target_module_exists(config, name), _ExcludedModule)
+        and matched
+        and not isinstance(module, PrefixMemoryLayer)
+    ]
+    available = sorted({name.rpartition(".")[2] for name in sites})
+    for name in matched:
+        if name not in sites and attention.find_site(model.get_submodule(name)) is None:
+            raise PrefixMemoryError(
+                f"target_modules={_shown(config.target_modules)} matches {name!r}, which is no softmax attention. "
+                f"Name attention modules, here {available}, or leave target_modules out for all of them."
+            )
+    if not matched:
+        wanted = config.target_modules if isinstance(config.target_modules, str) else min(config.target_modules or [""])
+        narrowed = [
+            f"{field}={_shown(value)}"
+            for field in ("layers_to_transform", "layers_pattern", "exclude_modules")
+            if (value := getattr(config, field)) is not None
+        ]
+        raise PrefixMemoryError(
+            f"target_modules={_shown(config.target_modules)}{''.join(f', {n}' for n in narrowed)} matches no attention "
+            f"module of {type(model).__name__}.{did_you_mean(wanted, available)} Its {len(sites)} attention modules "
+            f"are called {available}, from {next(iter(sites))!r} on; leave target_modules out for all of them."
+        )
+    return matched
+
+
+def _shown(value: object) -> str:
+    return repr(sorted(value) if isinstance(value, set) else value)
+
+
+def _shortest_names(names: list[str], model: nn.Module) -> set[str]:
+    """The last parts of the names where these mean the same modules, else the whole names."""
+    short = {name.rpartition(".")[2] for name in names}
+    others = [name for name, _ in model.named_modules() if name not in names]
+    return short if not any(other.rpartition(".")[2] in short for other in others) else set(names)
+
+
+def _combine(layer: PrefixMemoryLayer, adapters: list[str], weights: list[float], into: str) -> None:
+    """Fill the memory ``into`` of one layer with the weighted sum of others."""
+    target = layer.memory(into)
+    memories = [layer.memory(name) for name in adapters]
+    scales = [layer.scale[name] for name in adapters]
+    # One common scale stays a scale, so that the sum of one adapter with weight 1 is that adapter, bit for bit.
+    common = scales[0] if len(set(scales)) == 1 else 1.0
+    factors = [w * (1.0 if scale == common else scale) for w, scale in zip(weights, scales, strict=True)]
+    layer.scale[into] = common
+    target.feature_map.load_state_dict(memories[0].feature_map.state_dict())
+    if target.rank is None:
+        parts = [factor * memory.matrix() for factor, memory in zip(factors, memories, strict=True)]
+        target.M.copy_(torch.stack(parts).sum(dim=0))
+    else:
+        target.A.copy_(torch.cat([memory.A for memory in memories], dim=2))
+        target.B.copy_(torch.cat([f * memory.B for f, memory in zip(factors, memories, strict=True)], dim=1))
+
+
+def _discard(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter, and layers left without any, out of a model."""
+    for layer in memory_layers(model):
+        if adapter_name in layer.memory_bank:
+            layer.delete_adapter(adapter_name)
+        if not layer.memory_bank:
+            layer.detach()
+    configs = getattr(model, "peft_config", {})
+    configs.pop(adapter_name, None)
+
+
+def register() -> None:
+    """Make ``PREFIX_MEMORY`` known to PEFT; called once, at import."""
+    register_peft_method(
+        name=PREFIX_MEMORY.lower(),
+        config_cls=PrefixMemoryConfig,
+        model_cls=PrefixMemoryModel,
+        prefix=PrefixMemoryModel.prefix,
+    )

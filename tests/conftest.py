@@ -1,0 +1,28 @@
+"""Shape annotations run in the tests: jaxtyping + beartype check every call into the package.
+
+``PREFIXMEMORY_SHAPES=0`` switches them off; the torch.compile tests do so in a process of their own, because the
+checks are Python that a compiled graph cannot hold.
+"""
+
+import os
+
+# Tests must not reach for a network; transformers and PEFT then answer from files at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if os.environ.get("PREFIXMEMORY_SHAPES", "1") == "1":
+    from jaxtyping import install_import_hook
+
+    install_import_hook("prefixmemory", "beartype.beartype")
+
+import pytest
+import torch
+
+import prefixmemory  # registers PREFIX_MEMORY with PEFT
+
+torch.set_num_threads(int(os.environ.get("PREFIXMEMORY_TEST_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
