@@ -18,8 +18,6 @@ if os.environ.get("PREFIXMEMORY_SHAPES", "1") == "1":
 import pytest
 import torch
 
-import prefixmemory  # registers PREFIX_MEMORY with PEFT
-
 torch.set_num_threads(int(os.environ.get("PREFIXMEMORY_TEST_THREADS", "1")))
 
 

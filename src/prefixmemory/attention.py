@@ -67,9 +67,10 @@ class AttentionSite:
 
     def query_from(self, output: Tensor, source_input: Tensor) -> Tensor:
         """The content query ``[batch.., tokens, heads, head_dim]`` in what ``query_source`` returned."""
+        by_head = (*output.shape[:-1], self.heads, -1)
         if self.normed:
             if output.shape[-1] != self.head_dim:
-                return output.unflatten(-1, (self.heads, self.head_dim))
+                return output.reshape(by_head)
             heads_second_to_last = output.shape[-2] == self.heads
             if output.shape[-3] == self.heads and heads_second_to_last:
                 # As many tokens as heads: the norm's input is a view of the projection's rows, so of the two axes
@@ -77,8 +78,8 @@ class AttentionSite:
                 heads_second_to_last = source_input.stride(-3) > source_input.stride(-2)
             return output if heads_second_to_last else output.transpose(-2, -3)
         if self.layout == "per_head":
-            return output.unflatten(-1, (self.heads, -1))[..., : self.head_dim]
-        return output[..., : self.heads * self.head_dim].unflatten(-1, (self.heads, self.head_dim))
+            return output.reshape(by_head)[..., : self.head_dim]
+        return output[..., : self.heads * self.head_dim].reshape(by_head)
 
     def hook(
         self, on_query: Callable[..., None], on_output: Callable[..., tuple[Any, ...]]

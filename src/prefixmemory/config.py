@@ -75,7 +75,7 @@ class PrefixMemoryConfig(PeftConfig):
                     f"PrefixMemoryConfig has no field {name!r}.{did_you_mean(name, known)} "
                     "If a newer prefixmemory wrote it, upgrade with `pip install -U prefixmemory`."
                 )
-        return super().__new__(cls)
+        return cast(PrefixMemoryConfig, super().__new__(cls))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -93,7 +93,8 @@ def build_feature_map(name: str, groups: int, head_dim: int, feature_dim: int | 
     check_choice("feature_map", name, FEATURE_MAPS)
     factory = FEATURE_MAPS[name]
     if isinstance(factory, type):
-        return factory(groups, head_dim, feature_dim)
+        module: nn.Module = factory(groups, head_dim, feature_dim)
+        return module
     if feature_dim is not None:
         raise PrefixMemoryError(
             f"feature_dim={feature_dim} has no meaning for feature_map={name!r}, whose size follows from the head. "

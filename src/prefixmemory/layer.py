@@ -25,7 +25,7 @@ WHY_NOT_MERGED = (
 )
 
 
-class PrefixMemoryLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
     """The memories of one attention module, one per adapter.
 
     The layer is a child of the attention module (``self_attn.prefix_memory``) and wraps nothing: two hooks hand it
@@ -54,6 +54,10 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for handle in self._handles:
             handle.remove()
         delattr(self.site.module, attention.CHILD)
+
+    def active_names(self) -> list[str]:
+        """Names of the active adapters."""
+        return cast(list[str], self.active_adapters)
 
     def memory(self, adapter_name: str) -> Memory:
         """The memory of one adapter."""
@@ -87,7 +91,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return self._read_by_row(self.row_adapters)
         return self._sum(
             self.scale[name] * self.memory(name)(self._query(self.memory(name).query))
-            for name in self._answering(cast(list[str], self.active_adapters))
+            for name in self._answering(self.active_names())
         )
 
     def _answering(self, names: Iterable[str]) -> list[str]:
@@ -125,8 +129,8 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         site = self.site
         self.memory_bank[adapter_name] = Memory(config, site.heads, site.kv_heads, site.head_dim, site.value_dim)
         self.scale[adapter_name] = config.scale
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters)
+        BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
+        BaseTunerLayer.set_adapter(self, self.active_names())
 
     def get_base_layer(self) -> nn.Module:
         """The attention module that the layer hangs in."""
@@ -164,6 +168,6 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -
     if adapter_name is not None and adapter_name not in known:
         raise PrefixMemoryError(f"There is no memory called {adapter_name!r}; there are: {sorted(known)}.")
     for layer in layers:
-        for name in layer.active_adapters if adapter_name is None else [adapter_name]:
+        for name in layer.active_names() if adapter_name is None else [adapter_name]:
             if name in layer.scale:
                 layer.scale[name] = float(scale)

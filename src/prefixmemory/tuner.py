@@ -22,7 +22,7 @@ from prefixmemory.peft_type import PREFIX_MEMORY
 SAVED_PREFIX = f".{attention.CHILD}.memory_bank."
 
 
-class PrefixMemoryModel(BaseTuner):  # type: ignore[misc]
+class PrefixMemoryModel(BaseTuner):
     """A base model with memories. Made by ``get_peft_model``; methods are reachable on the ``PeftModel``."""
 
     prefix = "memory_"
@@ -300,7 +300,7 @@ def _discard(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter, and layers left without any, out of a model."""
     for layer in memory_layers(model):
         if adapter_name in layer.memory_bank:
-            layer.delete_adapter(adapter_name)
+            PrefixMemoryLayer.delete_adapter(layer, adapter_name)
         if not layer.memory_bank:
             layer.detach()
     configs = getattr(model, "peft_config", {})

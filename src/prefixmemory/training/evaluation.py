@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def answers(
             cache["past_key_values"] = copy.deepcopy(shared)
             cache["past_key_values"].batch_repeat_interleave(len(chosen))
         with contiguous_logits_input(model):
-            written = model.generate(
+            written = cast(Any, model).generate(
                 **batch,
                 **cache,
                 max_new_tokens=max_new_tokens,

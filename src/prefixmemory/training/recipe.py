@@ -8,13 +8,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -79,6 +80,7 @@ class StopOnInterrupt(TrainerCallback):
         print("\nStopping after this step; ctrl-C again stops at once.", file=sys.stderr)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop once asked to."""
         if self.asked:
             control.should_save = True
             control.should_training_stop = True
@@ -120,10 +122,9 @@ def train(
     if resume and last is None:
         raise PrefixMemoryError(f"{checkpoints} holds no checkpoint to resume from. Start again without resuming.")
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     crop_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
     on_gpu = torch.cuda.is_available()
-    quiet = not sys.stderr.isatty()
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -140,8 +141,7 @@ def train(
             save_total_limit=2,
             logging_steps=10,
             logging_strategy="steps",
-            disable_tqdm=quiet,
-            log_level="error" if quiet else "passive",
+            disable_tqdm=True,
             report_to="none",
             remove_unused_columns=False,
             dataloader_pin_memory=on_gpu,
@@ -152,6 +152,7 @@ def train(
         data_collator=LeftPaddingCollator(int(tokenizer.pad_token_id), crop_logits),
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)  # progress is shown by the caller's callbacks, or not at all
     with StopOnInterrupt() as stop, contiguous_logits_input(model):
         trainer.add_callback(stop)
         result = trainer.train(resume_from_checkpoint=last if resume else None)

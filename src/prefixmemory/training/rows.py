@@ -117,9 +117,8 @@ def _renderer(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) ->
                 )
             yield _chat_example(row["messages"], tokenizer)
         elif has_template:
-            yield chat(
-                [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-            )
+            question = {"role": "user", "content": row["prompt"]}
+            yield _chat_example([question, {"role": "assistant", "content": row["completion"]}], tokenizer)
         else:
             yield Example(row["prompt"], f"{row['completion']}{tokenizer.eos_token}")
 

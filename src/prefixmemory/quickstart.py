@@ -1,0 +1,169 @@
+"""``prefixmemory quickstart``: the whole path on a real model and real text, in a few minutes without a GPU."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefixmemory.base_models import fast_dtype, load_model, load_tokenizer, smollm2
+from prefixmemory.config import PrefixMemoryConfig
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.training.evaluation import accuracy, answers
+from prefixmemory.training.progress import progress_bar
+from prefixmemory.training.recipe import TrainingSettings
+from prefixmemory.training.record import write_json
+from prefixmemory.training.rows import classification_prompt, labels_of, northline
+from prefixmemory.training.run import RECORD, Output, run_training
+
+MAX_LABEL_TOKENS = 6
+SHOWN = 6
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    console: Console,
+    title: str,
+    labels: list[str] | None = None,
+    context: str = "",
+) -> list[str]:
+    """The model's answers to ``rows``, with a progress bar."""
+    prompts = [classification_prompt(row["text"], labels) for row in rows]
+    with progress_bar(console) as bar:
+        task = bar.add_task(title, total=len(prompts))
+        return answers(
+            model, tokenizer, prompts, MAX_LABEL_TOKENS, context=context, progress=lambda n: bar.advance(task, n)
+        )
+
+
+def one_example_per_label(rows: list[dict[str, Any]]) -> str:
+    """In-context examples for the base model: the first training row of each label."""
+    first = {row["label"]: row["text"] for row in reversed(rows)}
+    return "".join(f"{classification_prompt(text)} {label}\n\n" for label, text in sorted(first.items()))
+
+
+def remeasure(adapter: Path, out: Path) -> None:
+    """In a new process: load base model and adapter from disk, answer the test rows, write the answers to ``out``."""
+    config = PrefixMemoryConfig.from_pretrained(str(adapter))
+    name = str(config.base_model_name_or_path)
+    tokenizer = load_tokenizer(name)
+    model: Any = PeftModel.from_pretrained(load_model(name, fast_dtype()), str(adapter))
+    found = measure(model, tokenizer, northline("test"), Console(stderr=True), "measuring again in a new process")
+    write_json(out, {"answers": found, "peak_memory_mib": peak_memory_mib()})
+
+
+def peak_memory_mib() -> int:
+    """Largest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def quickstart(
+    folder: Path, settings: TrainingSettings, overwrite: bool, resume: bool, console: Console, again: bool = True
+) -> dict[str, Any]:
+    """Measure, train, save, reload in a new process, measure again, show. Returns the figures.
+
+    Args:
+        folder: where the adapter goes.
+        settings: training settings.
+        overwrite: replace a finished run in ``folder``.
+        resume: go on with an interrupted one.
+        console: where to print.
+        again: measure the saved adapter in a new process (otherwise in this one, from disk all the same).
+    """
+    output = Output(folder)
+    output.check(overwrite, resume)
+    started = time.monotonic()
+    train_rows, test_rows = northline("train"), northline("test")
+    expected = [row["label"] for row in test_rows]
+    name = smollm2()
+    console.print(f"Base model: SmolLM2-135M-Instruct ({name})")
+    console.print(
+        f"Task: {len(labels_of(test_rows))} intents of a telephone company's customers, {len(train_rows)} training and "
+        f"{len(test_rows)} test sentences; right means the exact label."
+    )
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, fast_dtype())
+
+    base = measure(model, tokenizer, test_rows, console, "base model, labels listed", labels_of(test_rows))
+    shots = one_example_per_label(train_rows)
+    few_shot = measure(model, tokenizer, test_rows, console, "base model, one example a label", context=shots)
+
+    record = run_training(
+        model, name, tokenizer, train_rows, output, settings, PrefixMemoryConfig(task_type="CAUSAL_LM"),
+        resume=resume, overwrite=overwrite, console=console,
+    )  # fmt: skip
+    figures_file = folder / "reloaded.json"
+    if again:
+        command = [sys.executable, "-m", "prefixmemory.cli", "remeasure", str(folder), str(figures_file)]
+        done = subprocess.run(command, check=False)
+        if done.returncode != 0:
+            raise PrefixMemoryError(f"Measuring the saved adapter in a new process failed; see above. {command}")
+    else:
+        remeasure(folder, figures_file)
+    reloaded = json.loads(figures_file.read_text(encoding="utf-8"))
+    figures_file.unlink()
+    adapted: list[str] = reloaded["answers"]
+
+    figures = {
+        "seed": settings.seed,
+        "learning_rate": settings.learning_rate,
+        "accuracy_base": accuracy(base, expected),
+        "accuracy_base_one_example_a_label": accuracy(few_shot, expected),
+        "accuracy_adapted": accuracy(adapted, expected),
+        "trainable_parameters": record["trainable_parameters"],
+        "adapter_bytes": (folder / "adapter_model.safetensors").stat().st_size,
+        "train_seconds": record["train_seconds"],
+        "total_seconds": round(time.monotonic() - started, 1),
+        "peak_memory_mib": max(peak_memory_mib(), reloaded["peak_memory_mib"]),
+    }
+    write_json(folder / RECORD, {**record, "quickstart": figures})
+    _show(figures, test_rows, base, adapted, folder, console)
+    return figures
+
+
+def _show(
+    figures: dict[str, Any],
+    rows: list[dict[str, Any]],
+    base: list[str],
+    adapted: list[str],
+    folder: Path,
+    console: Console,
+) -> None:
+    examples = Table(title="A few test sentences", title_justify="left")
+    for column in ("sentence", "base model", "with memory", "right"):
+        examples.add_column(column, overflow="fold")
+    for row, before, after in list(zip(rows, base, adapted, strict=True))[:SHOWN]:
+        examples.add_row(row["text"], before[:40], after, row["label"])
+    console.print(examples)
+
+    table = Table(title="PrefixMemory quickstart", title_justify="left", show_header=False)
+    for title, value in (
+        ("accuracy, base model with the labels listed", f"{figures['accuracy_base']:.1f} %"),
+        ("accuracy, base model with one example a label", f"{figures['accuracy_base_one_example_a_label']:.1f} %"),
+        ("accuracy with memory, reloaded in a new process", f"{figures['accuracy_adapted']:.1f} %"),
+        ("trainable parameters", f"{figures['trainable_parameters']:,}"),
+        ("adapter file", f"{figures['adapter_bytes'] / 2**20:.1f} MiB"),
+        ("training", f"{figures['train_seconds']:.0f} s"),
+        ("everything", f"{figures['total_seconds']:.0f} s"),
+        ("peak memory", f"{figures['peak_memory_mib']:,} MiB"),
+    ):
+        table.add_row(title, value)
+    console.print(table)
+    console.print(f"The memory lies in {folder}. On your own data, one JSON object a line:")
+    console.print('  {"text": ..., "label": ...} or {"prompt": ..., "completion": ...} or {"messages": [...]}')
+    console.print("  prefixmemory train --model MODEL --data FILE.jsonl --output FOLDER", highlight=False)
+    console.print(
+        f"  prefixmemory generate --adapter {folder} --prompt 'Text: my line is dead\\nLabel:'", highlight=False
+    )
