@@ -51,7 +51,10 @@ def record_file(run) -> Path:
 
 
 def read(data: Path, task: str, split: str):
-    return [json.loads(line) for line in (data / task / f"{split}.jsonl").read_text().splitlines()]
+    """Rows of the task's first labels in alphabetical order."""
+    rows = [json.loads(line) for line in (data / task / f"{split}.jsonl").read_text().splitlines()]
+    kept = sorted({row["label"] for row in rows})[: SETUP["tasks"][task]["labels"]]
+    return [row for row in rows if row["label"] in kept]
 
 
 def few(rows, per_class: int, seed: int):
@@ -104,7 +107,6 @@ def run_one(run, data: Path, base, tokenizer):
         "train_seconds": round(seconds, 1),
         "accuracy": scores,
         "base_model": SETUP["base_model"],
-        **provenance(),
     }
 
 
@@ -144,6 +146,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Could not find a config file in")  # a GGUF base has none
     logging.disable_progress_bar()
     k, n = map(int, args.part.split("/"))
+    made_with = provenance()  # of the code that is running now, whatever is edited meanwhile
     tokenizer = load_tokenizer(smollm2())
     base = load_model(smollm2(), fast_dtype())
     for number, run in enumerate(runs()):
@@ -151,7 +154,7 @@ def main() -> None:
         if number % n != k or file.exists():
             continue
         record = run_one(run, args.data, base, tokenizer)
-        write_json(file, record)
+        write_json(file, {**record, **made_with})
         print(f"{number + 1}: {file.stem} {record['accuracy']} {record['train_seconds']} s", flush=True)
 
 
