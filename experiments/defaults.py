@@ -81,7 +81,9 @@ def run_one(run, data: Path, base, tokenizer):
     method = {"lora": LoraConfig}.get(config.pop("method", ""), PrefixMemoryConfig)
     torch.manual_seed(run["seed"])
     model = get_peft_model(base, method(task_type="CAUSAL_LM", **config))
-    settings = TrainingSettings(learning_rate=run["learning_rate"], seed=run["seed"], **SETUP["settings"])
+    settings = TrainingSettings(
+        learning_rate=run["learning_rate"], seed=run["seed"], epochs=spec["epochs"], **SETUP["settings"]
+    )
     rows = few(read(data, run["task"], "train"), spec["per_class"], run["seed"])
     start = time.time()
     with tempfile.TemporaryDirectory() as folder:

