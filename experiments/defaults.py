@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.utils import logging
 
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.base_models import fast_dtype, load_model, load_tokenizer, smollm2
+from prefixmemory.base_models import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
 from prefixmemory.training.evaluation import accuracy, answers
 from prefixmemory.training.recipe import TrainingSettings, train
 from prefixmemory.training.record import provenance, write_json
@@ -150,7 +150,7 @@ def main() -> None:
     k, n = map(int, args.part.split("/"))
     made_with = provenance()  # of the code that is running now, whatever is edited meanwhile
     tokenizer = load_tokenizer(smollm2())
-    base = load_model(smollm2(), fast_dtype())
+    base = load_model(smollm2(), fast_dtype(), fast_attention())
     for number, run in enumerate(runs()):
         file = record_file(run)
         if number % n != k or file.exists():

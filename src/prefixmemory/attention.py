@@ -9,7 +9,7 @@ Nothing in the base model is replaced: hooks read and add, and are removed again
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -174,6 +174,19 @@ def find_sites(model: nn.Module) -> dict[str, AttentionSite]:
             "prefixmemory/attention.py (CONTRIBUTING.md says how)."
         )
     return sites
+
+
+def skipped_attention(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
+    """Modules that look like attention but get no memory: name and reason."""
+    sites = set(sites)
+    inside = {name.rpartition(".")[0] for name in sites}
+    reasons = {}
+    for name, module in model.named_modules():
+        holds_or_lies_in_site = name in inside or any(name == s or name.startswith(f"{s}.") for s in sites)
+        if "Attention" in type(module).__name__ and not holds_or_lies_in_site:
+            cross = is_cross_attention(name, module)
+            reasons[name] = "cross attention" if cross else f"{type(module).__name__} is not known"
+    return reasons
 
 
 def check_rotary(name: str, site: AttentionSite) -> None:

@@ -34,6 +34,12 @@ def fast_dtype() -> Dtype:
     return "bfloat16" if cpu_has_bfloat16 else "float32"
 
 
+def fast_attention() -> str | None:
+    """``eager`` on a CPU, where torch's fused attention is the slower one for short rows (docs/LOG.md); else the
+    model's default."""
+    return None if torch.cuda.is_available() else "eager"
+
+
 def _location(model: str) -> tuple[str, dict[str, str]]:
     """What ``from_pretrained`` wants for ``model``: a GGUF file is named by its folder and file name."""
     path = Path(model)
@@ -62,12 +68,13 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer  # type: ignore[no-any-return]
 
 
-def load_model(model: str, dtype: Dtype = "auto") -> PreTrainedModel:
+def load_model(model: str, dtype: Dtype = "auto", attention: str | None = None) -> PreTrainedModel:
     """The causal language model ``model``, on a GPU if there is one, in evaluation mode.
 
     Args:
         model: a folder, the path of a ``.gguf`` file, or a Hub id.
         dtype: ``auto`` keeps the checkpoint's.
+        attention: as transformers' ``attn_implementation``; ``None`` is the model's default.
 
     Raises:
         PrefixMemoryError: nothing can be loaded from ``model``.
@@ -76,7 +83,9 @@ def load_model(model: str, dtype: Dtype = "auto") -> PreTrainedModel:
     try:
         # Unpacked weights always work; packed ones only where transformers has a kernel for the machine.
         gguf: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)} if kwargs else {}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs, **gguf)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, **kwargs, **gguf
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise _explain(model, error) from error
     if kwargs:

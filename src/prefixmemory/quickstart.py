@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixmemory.base_models import fast_dtype, load_model, load_tokenizer, smollm2
+from prefixmemory.base_models import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
 from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.training.evaluation import accuracy, answers
@@ -58,7 +58,7 @@ def remeasure(adapter: Path, out: Path) -> None:
     config = PrefixMemoryConfig.from_pretrained(str(adapter))
     name = str(config.base_model_name_or_path)
     tokenizer = load_tokenizer(name)
-    model: Any = PeftModel.from_pretrained(load_model(name, fast_dtype()), str(adapter))
+    model: Any = PeftModel.from_pretrained(load_model(name, fast_dtype(), fast_attention()), str(adapter))
     found = measure(model, tokenizer, northline("test"), Console(stderr=True), "measuring again in a new process")
     write_json(out, {"answers": found, "peak_memory_mib": peak_memory_mib()})
 
@@ -94,7 +94,7 @@ def quickstart(
         f"{len(test_rows)} test sentences; right means the exact label."
     )
     tokenizer = load_tokenizer(name)
-    model = load_model(name, fast_dtype())
+    model = load_model(name, fast_dtype(), fast_attention())
 
     base = measure(model, tokenizer, test_rows, console, "base model, labels listed", labels_of(test_rows))
     shots = one_example_per_label(train_rows)

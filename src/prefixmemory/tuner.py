@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -18,6 +19,8 @@ from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
 from prefixmemory.peft_type import PREFIX_MEMORY
+
+logger = logging.getLogger(__name__)
 
 SAVED_PREFIX = f".{attention.CHILD}.memory_bank."
 
@@ -48,6 +51,8 @@ class PrefixMemoryModel(BaseTuner):
         sites = attention.find_sites(self.model)
         if peft_config.target_modules is None:
             peft_config.target_modules = _shortest_names(list(sites), self.model)
+            for name, reason in attention.skipped_attention(self.model, sites).items():
+                logger.warning("No memory in %s: %s.", name, reason)
         targeted = _check_targets(peft_config, sites, self.model)
         if peft_config.query == "rotary":
             for name in targeted:

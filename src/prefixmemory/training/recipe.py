@@ -38,9 +38,9 @@ class TrainingSettings:
     optimizer steps between checkpoints.
     """
 
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     epochs: float = 4
-    batch_size: int = 16
+    batch_size: int = 8
     warmup: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

@@ -1,0 +1,102 @@
+"""The quickstart over seeds and learning rates: does it hold, and does it collapse away from the default rate?
+
+    python experiments/quickstart.py            # run what is missing
+    python experiments/quickstart.py --table
+
+One record a run in results/quickstart/. Each run trains as ``prefixmemory quickstart`` does, saves, loads from disk
+and answers all test sentences. Two processes may share the work with ``--part 0/2`` and ``--part 1/2``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from peft import PeftModel
+from rich.console import Console
+
+from prefixmemory import PrefixMemoryConfig
+from prefixmemory.base_models import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
+from prefixmemory.quickstart import measure, one_example_per_label
+from prefixmemory.training.evaluation import accuracy
+from prefixmemory.training.recipe import TrainingSettings
+from prefixmemory.training.record import provenance, write_json
+from prefixmemory.training.rows import labels_of, northline
+from prefixmemory.training.run import Output, quiet_libraries, run_training
+
+RESULTS = Path(__file__).parent.parent / "results" / "quickstart"
+FACTORS = {"1/3": 1 / 3, "1": 1.0, "3": 3.0}
+SEEDS = range(5)
+
+
+def runs():
+    return [(seed, factor) for factor in ("1", "3", "1/3") for seed in SEEDS]
+
+
+def record_file(seed: int, factor: str) -> Path:
+    return RESULTS / f"rate-{factor.replace('/', '-')}-seed-{seed}.json"
+
+
+def table() -> str:
+    """Markdown: accuracy of every seed at every rate."""
+    by_factor = defaultdict(dict)
+    base = set()
+    for seed, factor in runs():
+        if record_file(seed, factor).exists():
+            record = json.loads(record_file(seed, factor).read_text())
+            by_factor[factor][seed] = record["accuracy_adapted"]
+            base.add((round(record["accuracy_base"], 1), round(record["accuracy_base_one_example_a_label"], 1)))
+    lines = [f"Base model (labels listed, one example a label): {sorted(base)}", ""]
+    lines += ["| learning rate | " + " | ".join(f"seed {s}" for s in SEEDS) + " |", "|---" * (len(SEEDS) + 1) + "|"]
+    for factor, accuracies in by_factor.items():
+        cells = " | ".join(f"{accuracies[s]:.1f}" if s in accuracies else "" for s in SEEDS)
+        lines.append(f"| {factor} × default | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", default="0/1", help="k/n: run every n-th run, beginning with the k-th")
+    parser.add_argument("--table", action="store_true", help="print the table of what has been run")
+    args = parser.parse_args()
+    if args.table:
+        print(table())
+        return
+    quiet_libraries()
+    console = Console()
+    made_with = provenance()  # of the code that is running now, whatever is edited meanwhile
+    name = smollm2()
+    tokenizer, model = load_tokenizer(name), load_model(name, fast_dtype(), fast_attention())
+    train_rows, test_rows = northline("train"), northline("test")
+    expected = [row["label"] for row in test_rows]
+    base = measure(model, tokenizer, test_rows, console, "base", labels_of(test_rows))
+    few_shot = measure(model, tokenizer, test_rows, console, "few-shot", context=one_example_per_label(train_rows))
+    k, n = map(int, args.part.split("/"))
+    for seed, factor in runs()[k::n]:
+        file = record_file(seed, factor)
+        if file.exists():
+            continue
+        rate = float(f"{TrainingSettings().learning_rate * FACTORS[factor]:.3g}")
+        settings = TrainingSettings(seed=seed, learning_rate=rate)
+        with tempfile.TemporaryDirectory() as folder:
+            output = Output(Path(folder) / "memory")
+            config = PrefixMemoryConfig(task_type="CAUSAL_LM")
+            record = run_training(model, name, tokenizer, train_rows, output, settings, config)
+            adapted = PeftModel.from_pretrained(model, str(output.folder))
+        answers = measure(adapted, tokenizer, test_rows, console, "adapted")
+        adapted.unload()
+        del record["base_model"]  # a path on this machine
+        scores = {
+            "accuracy_base": accuracy(base, expected),
+            "accuracy_base_one_example_a_label": accuracy(few_shot, expected),
+            "accuracy_adapted": accuracy(answers, expected),
+        }
+        write_json(file, {**scores, **record, **made_with})
+        print(f"{file.stem}: {scores['accuracy_adapted']:.1f} % in {record['train_seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
