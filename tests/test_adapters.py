@@ -471,7 +471,8 @@ def test_transformers_own_integration_saves_and_loads(fields, tmp_path):
     tiny.randomize(model)
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors", "generation_config.json"]
 
     fresh = tiny.build()
     info = fresh.load_adapter(tmp_path)
@@ -712,7 +713,7 @@ def test_a_refused_swap_leaves_the_loaded_adapter_as_it_was():
 def test_merging_is_refused_with_the_reason(method):
     model = tiny.with_memory(tiny.build())
     before = logits(model)
-    with pytest.raises(PrefixMemoryError, match="cannot be merged into the base weights.*φ is not linear.*unload()"):
+    with pytest.raises(PrefixMemoryError, match=r"cannot be merged into the base weights.*φ is not linear.*unload\(\)"):
         getattr(model, method)()
     assert torch.equal(logits(model), before)
     assert model.get_model_status().merged_adapters == []
@@ -761,7 +762,7 @@ def test_peft_reports_layers_adapters_and_trainable_parameters(capsys):
     assert status.merged_adapters == []
 
     layers = model.get_layer_status()
-    assert [layer.name for layer in layers] == [f"model.layers.{i}.self_attn.prefix_memory" for i in (0, 1)]
+    assert [layer.name for layer in layers] == [f"model.model.layers.{i}.self_attn.prefix_memory" for i in (0, 1)]
     assert {tuple(layer.available_adapters) for layer in layers} == {("default", "other")}
     assert {str(layer.requires_grad) for layer in layers} == {"{'default': True, 'other': False}"}
     assert {str(layer.devices) for layer in layers} == {"{'default': ['cpu'], 'other': ['cpu']}"}

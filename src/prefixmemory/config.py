@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,10 @@ from prefixmemory.peft_type import PREFIX_MEMORY
 
 Query = Literal["content", "rotary"]
 Normalize = Literal["none", "query_rms", "feature_l2"]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass
@@ -80,11 +85,17 @@ class PrefixMemoryConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PREFIX_MEMORY
+        # Not a field: read from a file whose tensors are not loaded yet, so that a refusal takes the adapter with it.
+        self.awaits_weights = False
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         check_choice("normalize", self.normalize, get_args(Normalize))
         check_choice("query", self.query, get_args(Query))
-        self._check_number("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "a probability in [0, 1)")
-        self._check_number("scale", self.scale, abs(self.scale) < float("inf"), "a finite number")
+        self._check_number(
+            "dropout", self.dropout, _is_number(self.dropout) and 0.0 <= self.dropout < 1.0, "a probability in [0, 1)"
+        )
+        self._check_number(
+            "scale", self.scale, _is_number(self.scale) and abs(self.scale) < float("inf"), "a finite number"
+        )
         for name in ("rank", "feature_dim"):
             value = getattr(self, name)
             if value is not None:
@@ -116,14 +127,17 @@ class PrefixMemoryConfig(PeftConfig):
         if not valid:
             raise PrefixMemoryError(f"{name}={value!r} is out of range: give {expected}.")
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json``, with the checksum of the weights file that lies beside it."""
-        self.weights_sha256 = checkpoint.weights_checksum(Path(save_directory))
+        # PeftModel passes auto_mapping_dict and has written the weights before; transformers' own save_pretrained
+        # does not, and writes them after, so that what lies there now is an older save.
+        written = "auto_mapping_dict" in kwargs
+        self.weights_sha256 = checkpoint.weights_checksum(Path(save_directory)) if written else None
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> PrefixMemoryConfig:
         """Read ``adapter_config.json`` from a folder or the Hub; in a folder, check the weights file beside it.
 
@@ -135,4 +149,5 @@ class PrefixMemoryConfig(PeftConfig):
             super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs),
         )
         checkpoint.check_weights_file(Path(pretrained_model_name_or_path) / (subfolder or ""), config.weights_sha256)
+        config.awaits_weights = True
         return config

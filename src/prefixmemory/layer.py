@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from prefixmemory import attention
 from prefixmemory.attention import AttentionSite
-from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memory import Memory
 
@@ -43,6 +42,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self.scale: dict[str, float] = {}
         self.content_query: Tensor | None = None
         self.rotary_query: Tensor | None = None
+        self.row_beams = 1
         self.row_adapters: list[str] | None = None  # one adapter name per row of the batch, during such a call only
         self._active_adapter: list[str] = []
         self.__dict__["site"] = site  # past nn.Module.__setattr__: the attention module is our parent, not our child
@@ -110,7 +110,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         for name in self._answering(dict.fromkeys(names)):
             memory = self.memory(name)
             query = self._query(memory.query)
-            if query.shape[0] % len(names):
+            if query.shape[0] not in (len(names), len(names) * self.row_beams):
                 raise PrefixMemoryError(
                     f"adapter_names has {len(names)} entries for a batch of {query.shape[0]} rows: give one a row."
                 )
@@ -119,16 +119,15 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             read = self.scale[name] * memory(query[rows])
             if total is None:
                 total = read.new_zeros(*query.shape[:-1], read.shape[-1])
-            total[rows] = read
+            total[rows] = read.to(total.dtype)
         return total
 
     # PEFT's lifecycle
 
-    def update_layer(self, adapter_name: str, config: PrefixMemoryConfig) -> None:
-        """Add a fresh memory under ``adapter_name``."""
-        site = self.site
-        self.memory_bank[adapter_name] = Memory(config, site.heads, site.kv_heads, site.head_dim, site.value_dim)
-        self.scale[adapter_name] = config.scale
+    def update_layer(self, adapter_name: str, memory: Memory, scale: float) -> None:
+        """Add a memory under ``adapter_name``."""
+        self.memory_bank[adapter_name] = memory
+        self.scale[adapter_name] = scale
         BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
         BaseTunerLayer.set_adapter(self, self.active_names())
 

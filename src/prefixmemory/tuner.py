@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any, cast
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from prefixmemory import attention, checkpoint
 from prefixmemory.attention import AttentionSite
 from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
+from prefixmemory.memory import Memory
 from prefixmemory.peft_type import PREFIX_MEMORY
 
 logger = logging.getLogger(__name__)
@@ -71,12 +77,14 @@ class PrefixMemoryModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = getattr(target, attention.CHILD, None)
+        site = attention.find_site(target) if layer is None else layer.site
+        if site is None:
+            raise PrefixMemoryError(f"{current_key} is not a softmax self-attention.")
+        # before anything is attached: a feature map may refuse the config
+        memory = Memory(peft_config, site.heads, site.kv_heads, site.head_dim, site.value_dim)
         if layer is None:
-            site = attention.find_site(target)
-            if site is None:
-                raise PrefixMemoryError(f"{current_key} is not a softmax self-attention.")
             layer = PrefixMemoryLayer(site)
-        layer.update_layer(adapter_name, peft_config)
+        layer.update_layer(adapter_name, memory, peft_config.scale)
 
     def inject_adapter(
         self,
@@ -117,13 +125,31 @@ class PrefixMemoryModel(BaseTuner):
                     f"adapter_names has {name!r}, which is not loaded.{did_you_mean(name, known)} "
                     f"Loaded: {', '.join(sorted(known))}."
                 )
+        names = list(names)
         for layer in layers:
-            layer.row_adapters = list(names)
+            layer.row_adapters = names
+            layer.row_beams = self._rows_per_prompt(kwargs)
+        handles = [
+            module.register_forward_pre_hook(partial(_pass_adapter_names, names=names), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
         try:
             yield
         finally:
+            for handle in handles:
+                handle.remove()
             for layer in layers:
                 layer.row_adapters = None
+
+    def _rows_per_prompt(self, kwargs: dict[str, Any]) -> int:
+        """How many rows generate() makes of each row that it is given."""
+        settings = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+
+        def asked(name: str) -> int:
+            return kwargs.get(name) or getattr(settings, name, None) or 1
+
+        return max(asked("num_beams"), asked("num_return_sequences"))
 
     def set_scale(self, scale: float, adapter_name: str | None = None) -> None:
         """See :func:`prefixmemory.set_scale`."""
@@ -152,17 +178,24 @@ class PrefixMemoryModel(BaseTuner):
             raise PrefixMemoryError(f"Got {len(adapters)} adapters and {len(weights)} weights: give one weight each.")
         configs = [self.peft_config[name] for name in adapters]
         self._check_same_features(adapters, configs)
+        for name, config in zip(adapters, configs, strict=True):
+            if config.modules_to_save:
+                raise PrefixMemoryError(
+                    f"Adapter {name!r} cannot be summed: it has modules_to_save={config.modules_to_save!r}, full "
+                    "copies of modules of the base model that have no sum. Train it without modules_to_save."
+                )
 
         config = deepcopy(configs[0])
         ranks = [c.rank for c in configs]
         config.rank = None if None in ranks else sum(cast(list[int], ranks))
         self.peft_config[adapter_name] = config
-        active = self.active_adapters
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
-            for layer in memory_layers(self.model):
-                _combine(layer, adapters, weights, adapter_name)
-        self.set_adapter(active)
+            for layer in self._layers_of(adapter_name):
+                config.scale = _combine(layer, adapters, weights, adapter_name)
+
+    def _layers_of(self, adapter_name: str) -> list[PrefixMemoryLayer]:
+        return [layer for layer in memory_layers(self.model) if adapter_name in layer.memory_bank]
 
     def _check_same_features(self, adapters: list[str], configs: list[PrefixMemoryConfig]) -> None:
         for name, config in zip(adapters[1:], configs[1:], strict=True):
@@ -182,7 +215,7 @@ class PrefixMemoryModel(BaseTuner):
                         f"Adapters {adapters[0]!r} and {name!r} cannot be summed: {field} is {ours!r} and {theirs!r}. "
                         "Activate both with base_model.set_adapter([...]) instead: their answers add."
                     )
-            for layer in memory_layers(self.model):
+            for layer in self._layers_of(name):
                 a, b = (dict(layer.memory(n).feature_map.named_parameters()) for n in (adapters[0], name))
                 if any(not torch.equal(a[key], b[key]) for key in a):
                     raise PrefixMemoryError(
@@ -200,7 +233,10 @@ class PrefixMemoryModel(BaseTuner):
             self._check_merge_allowed()
         for layer in memory_layers(self.model):
             layer.detach()
-        # what is left are PEFT's own wrappers around modules_to_save
+        # What is left are PEFT's own wrappers around modules_to_save: with none active, they give back the original.
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.set_adapter([])
         return cast(nn.Module, super()._unload_and_optionally_merge(merge=False, **kwargs))
 
     # Saving and loading
@@ -229,8 +265,10 @@ class PrefixMemoryModel(BaseTuner):
         try:
             checkpoint.check_state_dict(found, expected, also_known=present)
         except PrefixMemoryError:
-            _discard(model, adapter_name)
+            if config.awaits_weights:  # an adapter that was there before stays
+                _discard(model, adapter_name)
             raise
+        config.awaits_weights = False
         return cast(
             dict[str, Tensor], super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         )
@@ -283,8 +321,8 @@ def _shortest_names(names: list[str], model: nn.Module) -> set[str]:
     return short if not any(other.rpartition(".")[2] in short for other in others) else set(names)
 
 
-def _combine(layer: PrefixMemoryLayer, adapters: list[str], weights: list[float], into: str) -> None:
-    """Fill the memory ``into`` of one layer with the weighted sum of others."""
+def _combine(layer: PrefixMemoryLayer, adapters: list[str], weights: list[float], into: str) -> float:
+    """Fill the memory ``into`` of one layer with the weighted sum of others; returns its scale."""
     target = layer.memory(into)
     memories = [layer.memory(name) for name in adapters]
     scales = [layer.scale[name] for name in adapters]
@@ -292,6 +330,7 @@ def _combine(layer: PrefixMemoryLayer, adapters: list[str], weights: list[float]
     common = scales[0] if len(set(scales)) == 1 else 1.0
     factors = [w * (1.0 if scale == common else scale) for w, scale in zip(weights, scales, strict=True)]
     layer.scale[into] = common
+    target.to(functools.reduce(torch.promote_types, (p.dtype for memory in memories for p in memory.parameters())))
     target.feature_map.load_state_dict(memories[0].feature_map.state_dict())
     if target.rank is None:
         parts = [factor * memory.matrix() for factor, memory in zip(factors, memories, strict=True)]
@@ -299,6 +338,7 @@ def _combine(layer: PrefixMemoryLayer, adapters: list[str], weights: list[float]
     else:
         target.A.copy_(torch.cat([memory.A for memory in memories], dim=2))
         target.B.copy_(torch.cat([f * memory.B for f, memory in zip(factors, memories, strict=True)], dim=1))
+    return common
 
 
 def _discard(model: nn.Module, adapter_name: str) -> None:
@@ -308,12 +348,33 @@ def _discard(model: nn.Module, adapter_name: str) -> None:
             PrefixMemoryLayer.delete_adapter(layer, adapter_name)
         if not layer.memory_bank:
             layer.detach()
+    for module_name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            others = [name for name in module.active_adapters if name != adapter_name]
+            module.delete_adapter(adapter_name, new_active_adapters=others)
+            if not module._adapters:
+                parent, _, child = module_name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.original_module)
     configs = getattr(model, "peft_config", {})
     configs.pop(adapter_name, None)
+    if not configs:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and "peft_config" in vars(module):
+                del module.peft_config  # else PEFT warns of it when the model is adapted again
+
+
+def _pass_adapter_names(
+    module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tell a module saved in full which adapter each row uses; adapters without their own copy use the original."""
+    own = [name if name in module._adapters else BASE_MODEL for name in names]
+    return args, {**kwargs, "adapter_names": [n for n in own for _ in range(args[0].shape[0] // len(own))]}
 
 
 def register() -> None:
-    """Make ``PREFIX_MEMORY`` known to PEFT; called once, at import."""
+    """Make ``PREFIX_MEMORY`` known to PEFT; called at import, and harmless when that happens again."""
+    if PREFIX_MEMORY in PEFT_TYPE_TO_TUNER_MAPPING:
+        return
     register_peft_method(
         name=PREFIX_MEMORY.lower(),
         config_cls=PrefixMemoryConfig,

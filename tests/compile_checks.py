@@ -1,0 +1,86 @@
+"""torch.compile and the memory: a plain script, run by ``test_compile.py`` in a process without shape checks.
+
+Run by hand: ``PREFIXMEMORY_SHAPES=0 python tests/compile_checks.py content inductor``. Exits non-zero at the first
+claim that fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+import torch._dynamo
+from peft import PeftModel
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tiny import build, memory_parameters, tokens, with_memory
+
+TOLERANCE = 1e-4
+SWAPS = 20
+
+
+def run(model: Callable[..., object], parameters: dict[str, Tensor], ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and the gradient of a loss of every logit for each memory tensor."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+    gradients = torch.autograd.grad((weights * logits).sum(), list(parameters.values()))
+    return logits.detach(), dict(zip(parameters, gradients, strict=True))
+
+
+def check(model: PeftModel, backend: str, label: str) -> None:
+    """Forward and backward equal eager; then new contents by copy are followed, and nothing is compiled again."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    parameters, ids = memory_parameters(model), tokens(2, 11)
+    generator = torch.Generator().manual_seed(7)
+    before = None
+    for swap in range(1 + SWAPS):
+        if swap > 0:
+            with torch.no_grad():
+                for parameter in parameters.values():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        logits, gradients = run(model, parameters, ids)
+        with torch._dynamo.config.patch(error_on_recompile=swap > 0):
+            compiled_logits, compiled_gradients = run(compiled, parameters, ids)
+        torch.testing.assert_close(compiled_logits, logits, atol=TOLERANCE, rtol=0)
+        for name, gradient in gradients.items():
+            size = gradient.abs().max()
+            assert size > 0, f"{label}: {name} has no gradient to compare"
+            torch.testing.assert_close(compiled_gradients[name] / size, gradient / size, atol=TOLERANCE, rtol=0)
+        assert before is None or (logits - before).abs().max() > 100 * TOLERANCE, f"{label}: the swap changed nothing"
+        before = logits
+        if swap == 0:
+            print(f"ok: {label}: compiled forward and backward equal eager")
+    assert counter.frame_count == 1, f"{label}: {counter.frame_count} graphs after {SWAPS} swaps"
+    print(f"ok: {label}: {SWAPS} swaps by copy, no recompilation")
+
+
+def check_counter(model: PeftModel) -> None:
+    """A control on the count: what is known to need another graph is seen to make one."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")  # the graphs are counted whatever is made of them
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        compiled(input_ids=tokens(2, 11), use_cache=False)
+        model.base_model.set_scale(0.5)
+        compiled(input_ids=tokens(2, 11), use_cache=False)
+    assert counter.frame_count == 2, "the counter does not count"
+    print("ok: another scale is another graph, and is counted")
+
+
+def main(query: str, backend: str) -> None:
+    torch.set_num_threads(1)
+    check(with_memory(build("llama_gqa"), query=query), backend, f"llama_gqa, {query}")
+    check_counter(with_memory(build("llama_gqa"), query=query))
+    if query == "content":
+        config = dict(feature_map="mlp", rank=3, share_heads=True, normalize="query_rms")
+        # Without code generation, for speed: what could break graphs or recompile shows all the same.
+        check(with_memory(build("qwen3"), query=query, **config), "aot_eager", f"qwen3, {query}, {config}")
+    print("all ok")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
