@@ -51,10 +51,11 @@ def record_file(run) -> Path:
 
 
 def read(data: Path, task: str, split: str):
-    """Rows of the task's first labels in alphabetical order."""
+    """Rows of the task's first labels in alphabetical order, without the long texts."""
     rows = [json.loads(line) for line in (data / task / f"{split}.jsonl").read_text().splitlines()]
     kept = sorted({row["label"] for row in rows})[: SETUP["tasks"][task]["labels"]]
-    return [row for row in rows if row["label"] in kept]
+    longest = SETUP["tasks"][task]["longest_text"]  # characters
+    return [row for row in rows if row["label"] in kept and len(row["text"]) <= longest]
 
 
 def few(rows, per_class: int, seed: int):

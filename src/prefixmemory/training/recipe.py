@@ -39,7 +39,7 @@ class TrainingSettings:
     """
 
     learning_rate: float = 3e-3
-    epochs: float = 4
+    epochs: float = 3
     batch_size: int = 8
     warmup: float = 0.1
     weight_decay: float = 0.0
