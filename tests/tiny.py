@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ CONFIGS = {
 def build(family: str = "llama_gqa", attention: str | None = None, seed: int = 0) -> PreTrainedModel:
     """A random model of ``family``, in evaluation mode, fp32; ``attention`` as in ``attn_implementation``."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), attn_implementation=attention)
     return model.float().eval()
 
 

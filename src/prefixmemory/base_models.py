@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
@@ -49,9 +50,9 @@ def _location(model: str) -> tuple[str, dict[str, str]]:
 
 
 def _explain(model: str, error: Exception) -> PrefixMemoryError:
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
     return PrefixMemoryError(
-        f"The base model {model!r} cannot be loaded: {first_line} Give a folder that holds a transformers model, the "
+        f"The base model {model!r} cannot be loaded: {first_line}. Give a folder that holds a transformers model, the "
         "path of a .gguf file, or a model id of the Hugging Face Hub (and a network that reaches it)."
     )
 
@@ -61,7 +62,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     name, kwargs = _location(model)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explain(model, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -86,7 +87,7 @@ def load_model(model: str, dtype: Dtype = "auto", attention: str | None = None) 
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention, **kwargs, **gguf
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explain(model, error) from error
     if kwargs:
         loaded.name_or_path = model  # the file, not only its folder

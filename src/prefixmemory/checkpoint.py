@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.peft_type import PREFIX_MEMORY
 
 FINGERPRINT_SIZE = 64
 FINGERPRINT_ROWS = 512  # of the vocabulary: few enough to be left alone when tokens are added at its end
@@ -25,6 +27,23 @@ def weights_checksum(folder: Path) -> str | None:
         return None
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_config_file(folder: Path) -> None:
+    """Refuse a local adapter folder whose config is missing, cut off, or of another PEFT method."""
+    file = folder / CONFIG_NAME
+    copy = "Copy it from where the adapter was saved, or train it again."
+    if not file.is_file():
+        raise PrefixMemoryError(f"{file} is missing: {folder} holds no adapter. {copy}")
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise PrefixMemoryError(f"{file} is truncated or damaged ({error}). {copy}") from error
+    found = config.get("peft_type") if isinstance(config, dict) else None
+    if found != PREFIX_MEMORY.value:
+        raise PrefixMemoryError(
+            f"{file} has peft_type={found!r}, not {PREFIX_MEMORY.value!r}. Give the folder of a memory."
+        )
 
 
 def check_weights_file(folder: Path, expected_sha256: str | None) -> None:

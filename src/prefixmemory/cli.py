@@ -91,9 +91,9 @@ def train(
     )
     Output(output).check(overwrite, resume)
     rows = read_rows(data)
-    tokenizer = load_tokenizer(model)
-    base = load_model(model, cast(Dtype, dtype))
     with _resumable(output):
+        tokenizer = load_tokenizer(model)
+        base = load_model(model, cast(Dtype, dtype))
         record = run_training(
             base, model, tokenizer, rows, Output(output), settings, config, resume, overwrite, console
         )  # fmt: skip
@@ -120,9 +120,17 @@ def generate(
     from prefixmemory.training.evaluation import answers
 
     _quiet()
+    if not prompt.strip():
+        raise PrefixMemoryError("The prompt is empty. Give a text to continue: --prompt 'Text: my line is dead'.")
+    if max_new_tokens < 1:
+        raise PrefixMemoryError(f"max_new_tokens={max_new_tokens} is out of range: give a number above 0.")
     if not adapter.is_dir():
         raise PrefixMemoryError(f"{adapter} does not exist. Give the folder that `prefixmemory train` wrote.")
     config = PrefixMemoryConfig.from_pretrained(str(adapter))
+    if not config.base_model_name_or_path:
+        raise PrefixMemoryError(
+            f"{adapter}/adapter_config.json does not name its base model. Write it into base_model_name_or_path."
+        )
     name = str(config.base_model_name_or_path)
     tokenizer = load_tokenizer(name)
     model: Any = PeftModel.from_pretrained(load_model(name, fast_dtype()), str(adapter))
@@ -163,6 +171,11 @@ def _resumable(output: Path) -> Iterator[None]:
     except Interrupted:
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
         print(interrupted_message(Output(output), shlex.join(["prefixmemory", *words])), file=sys.stderr)
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:  # typer would exit without a word
+        kept = Output(output).partial
+        where = f" What was done until the last checkpoint is kept in {kept}." if kept.is_dir() else ""
+        print(f"Stopped.{where}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

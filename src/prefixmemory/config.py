@@ -80,6 +80,9 @@ class PrefixMemoryConfig(PeftConfig):
                     f"PrefixMemoryConfig has no field {name!r}.{did_you_mean(name, known)} "
                     "If a newer prefixmemory wrote it, upgrade with `pip install -U prefixmemory`."
                 )
+        for name, choices in (("normalize", get_args(Normalize)), ("query", get_args(Query))):
+            if name in kwargs:  # here too, for callers who check types at run time
+                check_choice(name, kwargs[name], choices)
         return cast(PrefixMemoryConfig, super().__new__(cls))
 
     def __post_init__(self) -> None:
@@ -144,10 +147,13 @@ class PrefixMemoryConfig(PeftConfig):
         Raises:
             PrefixMemoryError: the weights file is missing, truncated or changed since it was saved.
         """
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        if folder.is_dir():
+            checkpoint.check_config_file(folder)
         config = cast(
             PrefixMemoryConfig,
             super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs),
         )
-        checkpoint.check_weights_file(Path(pretrained_model_name_or_path) / (subfolder or ""), config.weights_sha256)
+        checkpoint.check_weights_file(folder, config.weights_sha256)
         config.awaits_weights = True
         return config

@@ -30,7 +30,7 @@ SHOWN = 6
 
 
 def measure(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, Any]],
     console: Console,

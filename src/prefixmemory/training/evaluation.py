@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ def first_line(text: str) -> str:
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     max_new_tokens: int = 16,
@@ -66,6 +67,7 @@ def answers(
                 **cache,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                use_cache=True,  # the base model's config may say otherwise; a shared context needs it
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )

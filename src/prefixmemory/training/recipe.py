@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,7 +40,7 @@ class TrainingSettings:
     """
 
     learning_rate: float = 3e-3
-    epochs: float = 3
+    epochs: int | float = 3
     batch_size: int = 8
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -50,8 +51,12 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs", "batch_size", "max_grad_norm", "max_length", "save_steps"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < float("inf"):
                 raise PrefixMemoryError(f"{name}={getattr(self, name)} is out of range: give a number above 0.")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise PrefixMemoryError(f"weight_decay={self.weight_decay} is out of range: give a number from 0 on.")
+        if not 0 <= self.seed < 2**32:
+            raise PrefixMemoryError(f"seed={self.seed} is out of range: give a number from 0 to 2**32 - 1.")
         if not 0 <= self.warmup < 1:
             raise PrefixMemoryError(f"warmup={self.warmup} is out of range: give a share of the steps in [0, 1).")
 
@@ -87,7 +92,7 @@ class StopOnInterrupt(TrainerCallback):
 
 
 def train(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],
     settings: TrainingSettings,
@@ -120,10 +125,11 @@ def train(
         )
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if resume and last is None:
-        raise PrefixMemoryError(f"{checkpoints} holds no checkpoint to resume from. Start again without resuming.")
+        raise PrefixMemoryError(f"{checkpoints} holds no checkpoint to resume from. Start afresh with --overwrite.")
 
     base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     crop_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+    use_cache = getattr(base.config, "use_cache", None)
     on_gpu = torch.cuda.is_available()
     trainer = Trainer(
         model=model,
@@ -153,9 +159,12 @@ def train(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # progress is shown by the caller's callbacks, or not at all
-    with StopOnInterrupt() as stop, contiguous_logits_input(model):
-        trainer.add_callback(stop)
-        result = trainer.train(resume_from_checkpoint=last if resume else None)
+    try:
+        with StopOnInterrupt() as stop, contiguous_logits_input(model):
+            trainer.add_callback(stop)
+            result = trainer.train(resume_from_checkpoint=last if resume else None)
+    finally:
+        base.config.use_cache = use_cache  # the Trainer switches it off and leaves it so
     if stop.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted
     return dict(result.metrics)

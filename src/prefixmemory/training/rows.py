@@ -38,7 +38,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         PrefixMemoryError: the file is missing or empty, or a line is cut off, no object, or lacks fields.
     """
     if not file.is_file():
-        raise PrefixMemoryError(f"The data file {file} does not exist. Give the path of a JSONL file. {_EXPECTED}")
+        problem = "is a folder" if file.is_dir() else "does not exist"
+        raise PrefixMemoryError(f"The data file {file} {problem}. Give the path of a JSONL file. {_EXPECTED}")
     rows: list[dict[str, Any]] = []
     with file.open("rb") as stream:  # bytes: a cut-off last line may end within a character
         for number, line in enumerate(stream, start=1):
@@ -57,7 +58,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 def _check_row(file: Path, number: int, line: bytes) -> dict[str, Any]:
     where = f"{file}, line {number}"
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PrefixMemoryError(f"{where}: not complete JSON ({error}). Was the file cut off? {_EXPECTED}") from error
     if not isinstance(row, dict):
@@ -65,7 +66,8 @@ def _check_row(file: Path, number: int, line: bytes) -> dict[str, Any]:
     fields = _format(row)
     if fields is None:
         wanted = [field for format_ in FORMATS for field in format_]
-        hint = "".join(did_you_mean(name, wanted) for name in list(row)[:1])
+        hints = (did_you_mean(name, wanted) for name in row if name not in wanted)
+        hint = next((hint for hint in hints if hint), "")
         raise PrefixMemoryError(f"{where}: has the fields {sorted(row)}.{hint} {_EXPECTED}")
     for field in fields:
         value = row[field]
@@ -82,7 +84,7 @@ def _check_messages(where: str, messages: object) -> None:
         and len(messages) >= 2
         and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
     )
-    if not well_formed or messages[-1]["role"] != "assistant":  # type: ignore[index]
+    if not well_formed or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():  # type: ignore[index]
         raise PrefixMemoryError(
             f'{where}: "messages" must be a list of objects with "role" and "content" that ends with the answer of '
             'the "assistant".'

@@ -6,6 +6,7 @@ is saved. An earlier ``OUTPUT`` stays until then.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -23,6 +24,7 @@ from transformers.utils import logging
 
 from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.training.collator import tokenize
 from prefixmemory.training.progress import RichProgress
 from prefixmemory.training.recipe import TrainingSettings, train
 from prefixmemory.training.record import provenance, write_json
@@ -42,6 +44,11 @@ class Output:
         """The folder of the run in progress."""
         return self.folder.with_name(f"{self.folder.name}.partial")
 
+    @property
+    def replaced(self) -> Path:
+        """Where the earlier run stands while a new one takes its place."""
+        return self.folder.with_name(f"{self.folder.name}.replaced")
+
     def check(self, overwrite: bool, resume: bool) -> None:
         """Refuse to lose anything.
 
@@ -51,18 +58,24 @@ class Output:
         """
         if overwrite and resume:
             raise PrefixMemoryError("--overwrite and --resume exclude each other: start afresh, or go on.")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise PrefixMemoryError(f"{self.folder} is a file. Give a folder that does not exist yet.")
+        if not self.folder.name:
+            raise PrefixMemoryError(f"{self.folder} names no new folder. Give a folder that does not exist yet.")
+        for path in (self.folder, *self.folder.parents):
+            if path.exists() and not path.is_dir():
+                raise PrefixMemoryError(f"{path} is a file. Give a folder that does not exist yet.")
         if self.folder.is_dir() and any(self.folder.iterdir()):
             if not (self.folder / RECORD).is_file():
                 raise PrefixMemoryError(
                     f"{self.folder} holds files that are no run of prefixmemory. Give a folder that does not exist yet."
                 )
-            if not overwrite:
+            if not (overwrite or resume):
                 raise PrefixMemoryError(
                     f"{self.folder} already holds a finished run. Give another folder, or --overwrite to replace it "
                     "once the new run is complete."
                 )
+        for path in (self.partial, self.replaced):
+            if path.exists() and not (path / RECORD).is_file():
+                raise PrefixMemoryError(f"{path} holds files that are no run of prefixmemory. Give another folder.")
         if resume and not (self.partial / RECORD).is_file():
             raise PrefixMemoryError(f"There is no interrupted run at {self.partial}. Leave --resume out to start one.")
         if self.partial.exists() and not (resume or overwrite):
@@ -92,12 +105,19 @@ class Output:
 
     def finish(self) -> None:
         """Put the complete run in its place."""
-        shutil.rmtree(self.partial / "checkpoints", ignore_errors=True)
-        replaced = self.folder.with_name(f"{self.folder.name}.replaced")
         if self.folder.exists():
-            self.folder.replace(replaced)
-        self.partial.replace(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+            if self.replaced.exists():  # left by a process that was killed between the two renames below
+                shutil.rmtree(self.replaced)
+            self.folder.replace(self.replaced)
+        try:
+            self.partial.replace(self.folder)
+        except OSError:
+            if self.replaced.exists():
+                self.replaced.replace(self.folder)
+            raise
+        # last, so that a run that was stopped on the way here can be resumed
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.replaced, ignore_errors=True)
 
 
 def quiet_libraries() -> None:
@@ -131,11 +151,14 @@ def run_training(
     """
     output.check(overwrite, resume)
     examples = render(rows, tokenizer)
+    tokenize(examples, tokenizer, settings.max_length)  # what does not fit is refused before anything is written
     plan = {
         "base_model": model_name,
         "config": {k: v for k, v in vars(config).items() if k in PrefixMemoryConfig.__annotations__},
         "settings": asdict(settings),
         "rows": len(rows),
+        "rows_sha256": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
     plan = json.loads(json.dumps(plan, default=sorted))  # as it will be read back: sets become lists
     torch.manual_seed(settings.seed)

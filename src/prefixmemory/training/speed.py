@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,7 +16,7 @@ def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @contextmanager
-def contiguous_logits_input(model: PreTrainedModel) -> Iterator[None]:
+def contiguous_logits_input(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Make what the output embeddings read contiguous while the context is open.
 
     With ``logits_to_keep`` they read a slice ``[B, K, hidden]``. torch (2.13) multiplies a slice that is not
