@@ -355,7 +355,7 @@ def test_summing_does_not_change_which_parameters_train(tmp_path):
             {"feature_map": "mlp", "feature_dim": 6},
             "feature_dim is 4 and 6",
         ),
-        ({}, {"normalize": "none"}, "normalize is 'feature_l2' and 'none'"),
+        ({}, {"normalize": "feature_l2"}, "normalize is 'none' and 'feature_l2'"),
         ({}, {"query": "rotary"}, "query is 'content' and 'rotary'"),
         ({}, {"share_heads": True}, "share_heads is False and True"),
         ({}, {"layers_to_transform": [0]}, "layers_to_transform is None and [0]"),

@@ -115,7 +115,7 @@ def test_the_defaults_are_the_documented_ones():
     config = PrefixMemoryConfig()
     assert config.peft_type is PeftType.PREFIX_MEMORY
     chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(PrefixMemoryConfig)}
-    expected = dict(feature_map="elu", normalize="feature_l2", query="content", scale=1.0, dropout=0.0)
+    expected = dict(feature_map="elu", normalize="none", query="content", scale=1.0, dropout=0.0)
     assert {name: chosen[name] for name in expected} == expected
     for name in ("feature_dim", "rank", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
         assert chosen[name] is None

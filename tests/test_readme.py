@@ -27,7 +27,7 @@ def test_the_snippet_trains_saves_and_loads(tmp_path, monkeypatch):
         before = plain(**batch).logits
         loaded = PeftModel.from_pretrained(plain, "my-memory").eval()(**batch).logits
     assert torch.equal(loaded, trained)
-    assert (trained - before).abs().max() > 1e-2
+    assert (trained - before).abs().max() > 1e-3
 
 
 def test_the_two_commands_are_those_of_the_makefile():

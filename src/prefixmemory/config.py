@@ -33,9 +33,9 @@ class PrefixMemoryConfig(PeftConfig):
         feature_map: φ: ``elu``, ``gelu``, ``relu``, ``silu``, ``identity``, ``softmax``, ``mlp`` (trainable), or a
             name registered with :func:`prefixmemory.register_feature_map`.
         feature_dim: D_φ, for maps that let it be chosen (``mlp``); ``None`` means the head dimension.
-        normalize: keeps the scale of one head's queries from setting the learning rate. ``feature_l2`` divides φ(q)
-            by its Euclidean norm, ``query_rms`` brings q to unit root-mean-square before φ, ``none`` is the paper's
-            form.
+        normalize: whether the scale of a head's queries may set the size of its steps. ``none`` (the paper's form)
+            leaves φ(q) as it is, ``query_rms`` brings q to unit root-mean-square before φ, ``feature_l2`` divides
+            φ(q) by its Euclidean norm and wants a ten times higher learning rate.
         query: ``content`` reads the query before rotary position embedding (after the q-norm where the model has
             one), ``rotary`` reads the query that attention sees.
         rank: ``None`` for a full memory M, or r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``.
@@ -55,7 +55,7 @@ class PrefixMemoryConfig(PeftConfig):
 
     feature_map: str = "elu"
     feature_dim: int | None = None
-    normalize: Normalize = "feature_l2"
+    normalize: Normalize = "none"
     query: Query = "content"
     rank: int | None = None
     share_heads: bool = False

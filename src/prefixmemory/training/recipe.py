@@ -39,7 +39,7 @@ class TrainingSettings:
     optimizer steps between checkpoints.
     """
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 3e-4
     epochs: int | float = 3
     batch_size: int = 8
     warmup: float = 0.1
