@@ -15,6 +15,7 @@ if os.environ.get("PREFIXMEMORY_SHAPES", "1") == "1":
 
     install_import_hook("prefixmemory", "beartype.beartype")
 
+import jaxtyping
 import pytest
 import torch
 
@@ -24,3 +25,9 @@ torch.set_num_threads(int(os.environ.get("PREFIXMEMORY_TEST_THREADS", "1")))
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def untyped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch the tests' own type checks off: users do not have them, and they would speak before the validation."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -218,7 +218,7 @@ def test_adapters_on_different_layers_answer_each_on_its_own():
     model = two_adapters({"layers_to_transform": [0]}, {"layers_to_transform": [1]})
     base = logits(tiny.build())
     assert len(memory_layers(model)) == 2
-    assert [list(layer.memory_bank) for layer in memory_layers(model)] == [["default"], ["other"]]
+    assert [list(layer.prefix_memory_bank) for layer in memory_layers(model)] == [["default"], ["other"]]
     first, other = run_as(model, "default"), run_as(model, "other")
     assert different(first, base)
     assert different(other, base)
@@ -358,7 +358,7 @@ def test_summing_does_not_change_which_parameters_train(tmp_path):
         ({}, {"normalize": "feature_l2"}, "normalize is 'none' and 'feature_l2'"),
         ({}, {"query": "rotary"}, "query is 'content' and 'rotary'"),
         ({}, {"share_heads": True}, "share_heads is False and True"),
-        ({}, {"layers_to_transform": [0]}, "layers_to_transform is None and [0]"),
+        ({}, {"layers_to_transform": [0]}, "they adapt different layers"),
     ],
     ids=str,
 )
@@ -409,7 +409,7 @@ def test_inject_adapter_in_model_round_trips_through_a_state_dict():
     expected = logits(model)
     assert different(expected, base)
     state = get_peft_model_state_dict(model)
-    assert sorted(state) == [f"model.layers.{i}.self_attn.prefix_memory.memory_bank.M" for i in (0, 1)]
+    assert sorted(state) == [f"model.layers.{i}.self_attn.prefix_memory.prefix_memory_bank.M" for i in (0, 1)]
 
     twin = inject_adapter_in_model(config(), tiny.build(), adapter_name="twin")
     result = set_peft_model_state_dict(twin, state, adapter_name="twin")

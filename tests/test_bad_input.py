@@ -219,6 +219,7 @@ def test_a_truncated_base_model_is_refused(refuse_train, made_once, tmp_path_fac
         ("--seed", "-1", ["seed=-1"]),
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_a_wrong_value_of_an_option_is_refused(refuse_train, option, value, phrases):
     message = refuse_train(option, value)
     for phrase in phrases:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from peft import PeftConfig, PeftType, get_peft_model
@@ -30,12 +29,6 @@ def feature_map_names() -> Iterator[None]:
     yield
     for name in set(FEATURE_MAPS) - before:
         del FEATURE_MAPS[name]
-
-
-@pytest.fixture
-def untyped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switch the tests' own type checks off: users do not have them, and they would speak before the validation."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 # Validation: the message names the field, its value and the fix

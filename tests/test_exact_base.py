@@ -86,7 +86,7 @@ def test_a_deleted_memory_leaves_the_logits_bit_identical(family):
     adapted.delete_adapter("default")
     # through the base model: PEFT's own wrapper has no forward without any adapter, LoRA's neither
     assert torch.equal(logits(model), base)
-    assert not [name for name, _ in adapted.named_parameters() if "memory_bank" in name]
+    assert not [name for name, _ in adapted.named_parameters() if "prefix_memory_bank" in name]
 
 
 @pytest.mark.parametrize("query", ["content", "rotary"])
@@ -127,4 +127,4 @@ def test_the_state_dict_of_the_base_model_only_gains_keys_of_the_memory(family):
     layers = tiny.CONFIGS[family].num_hidden_layers
     extra = [key for key in after if "prefix_memory" in key]
     assert len(extra) == layers
-    assert all(key.endswith(".prefix_memory.memory_bank.default.M") for key in extra)
+    assert all(key.endswith(".prefix_memory.prefix_memory_bank.default.M") for key in extra)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -69,7 +68,7 @@ def test_only_safetensors_json_and_the_model_card_are_written(variant, tmp_path)
     saved(tmp_path, **VARIANTS[variant])
     assert sorted(contents(tmp_path)) == ["README.md", CONFIG, WEIGHTS]
     json.loads((tmp_path / CONFIG).read_text())
-    assert all(".prefix_memory.memory_bank." in key for key in load_file(tmp_path / WEIGHTS))
+    assert all(".prefix_memory.prefix_memory_bank." in key for key in load_file(tmp_path / WEIGHTS))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -157,12 +156,6 @@ save_file({"adapted": adapted, "base": base}, sys.argv[1] + "/logits.safetensors
     assert different(answers["adapted"], answers["base"])
 
 
-@pytest.fixture
-def untyped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switch the tests' own type checks off: users do not have them, and they would speak before the validation."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
 # Refusals: each is a way to spoil the folder, and what the message must say
 
 
@@ -226,15 +219,19 @@ def transpose_first(tensors: dict[str, Tensor]) -> None:
 SPOILED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "missing_key": (
         rewrite_weights(drop_first),
-        ["lacks 1 of its 2 memory tensors", "model.layers.0.self_attn.prefix_memory.memory_bank.M", "trained on"],
+        [
+            "lacks 1 of its 2 memory tensors",
+            "model.layers.0.self_attn.prefix_memory.prefix_memory_bank.M",
+            "trained on",
+        ],
     ),
     "extra_key": (
         rewrite_weights(add_layer),
-        ["has unknown 1", "model.layers.7.self_attn.prefix_memory.memory_bank.M", "trained on"],
+        ["has unknown 1", "model.layers.7.self_attn.prefix_memory.prefix_memory_bank.M", "trained on"],
     ),
     "wrong_shape": (
         rewrite_weights(transpose_first),
-        ["model.layers.0.self_attn.prefix_memory.memory_bank.M", "[4, 7, 8]", "[4, 8, 8]"],
+        ["model.layers.0.self_attn.prefix_memory.prefix_memory_bank.M", "[4, 7, 8]", "[4, 8, 8]"],
     ),
     "truncated": (truncate, [WEIGHTS, "truncated or damaged", "Copy it again"]),
     "truncated_without_checksum": (truncate_without_checksum, [WEIGHTS, "truncated or damaged", "Copy it again"]),

@@ -133,7 +133,7 @@ def test_the_checkpoint_holds_the_adapter_alone(run, kind):
     trained = tiny.memory_parameters(made.model)
     assert len(saved) == len(trained)
     for name, tensor in saved.items():
-        assert torch.equal(tensor, trained[name.replace("memory_bank.", "memory_bank.default.")])
+        assert torch.equal(tensor, trained[name.replace("prefix_memory_bank.", "prefix_memory_bank.default.")])
 
 
 LOAD = """

@@ -82,13 +82,13 @@ def randomize(model: PeftModel, adapter: str = "default", seed: int = 2, std: fl
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if f".memory_bank.{adapter}." in name:
+            if f".prefix_memory_bank.{adapter}." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 def memory_parameters(model: PeftModel, adapter: str = "default") -> dict[str, torch.nn.Parameter]:
     """Parameters of one adapter by name."""
-    return {n: p for n, p in model.named_parameters() if f".memory_bank.{adapter}." in n}
+    return {n: p for n, p in model.named_parameters() if f".prefix_memory_bank.{adapter}." in n}
 
 
 def save_tiny(folder: Path, family: str = "llama_gqa", seed: int = 0) -> Path:

@@ -4,7 +4,8 @@ A memory needs three things of an attention module: the query of every head befo
 sees it, and the place where the heads' outputs stand side by side, before the output projection. How families differ
 in the first and the third is data (the tables below); the second comes through transformers' attention interface.
 
-Nothing in the base model is replaced: hooks read and add, and are removed again by ``unload``.
+Nothing in the base model is replaced: hooks read and add, and are removed again by ``unload``. For ``query="rotary"``
+one function of transformers is wrapped, once a process (``install_query_tap``).
 """
 
 from __future__ import annotations
@@ -25,20 +26,34 @@ CHILD = "prefix_memory"
 
 Layout = Literal["query", "query_first", "per_head"]
 
-#: Child that computes the query, and where the query lies in what it returns:
-#: ``query``        [.., H*D], nothing else
-#: ``query_first``  [.., H*D | keys | values]
-#: ``per_head``     [.., H, (query | key | value)]
-QUERY_PROJECTIONS: dict[str, Layout] = {
-    "q_proj": "query",  # Llama, Mistral, Qwen, Gemma, OPT, ...
-    "qkv_proj": "query_first",  # Phi-3
-    "c_attn": "query_first",  # GPT-2
-    "query_key_value": "per_head",  # GPT-NeoX
-}
+
+@dataclass(frozen=True)
+class QueryProjection:
+    """How families write their query.
+
+    Attributes:
+        child: name of the child of the attention module.
+        layout: where the query lies in what the child returns: ``query`` ``[.., H*D]``, nothing else; ``query_first``
+            ``[.., H*D | keys | values]``; ``per_head`` ``[.., H, (query | key | value)]``.
+        classes: prefixes of attention class names; a fused projection means different things in different families.
+    """
+
+    child: str
+    layout: Layout
+    classes: tuple[str, ...] = ("",)
+
+
+QUERY_PROJECTIONS = (
+    QueryProjection("q_proj", "query"),  # Llama, Mistral, Qwen, Gemma, OPT, ...
+    QueryProjection("qkv_proj", "query_first", ("Phi3", "Phi4")),
+    QueryProjection("c_attn", "query_first", ("GPT2",)),
+    QueryProjection("query_key_value", "per_head", ("GPTNeoX",)),
+)
 #: Child that normalises the query between projection and rotation; its output is [.., T, H, D], [.., H, T, D] or flat.
 QUERY_NORMS = ("q_norm", "q_layernorm")
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense")
 HEAD_DIM_ATTRIBUTES = ("head_dim", "head_size")
+HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_head", "n_heads")
 CROSS_ATTENTION_NAMES = ("encoder_attn", "crossattention", "cross_attn")
 
 
@@ -81,6 +96,11 @@ class AttentionSite:
             return output.reshape(by_head)[..., : self.head_dim]
         return output[..., : self.heads * self.head_dim].reshape(by_head)
 
+    def intact(self) -> bool:
+        """Whether the hooked children are still the module's own (nothing wrapped them since)."""
+        children = self.module._modules.values()
+        return any(c is self.query_source for c in children) and any(c is self.output_projection for c in children)
+
     def hook(
         self, on_query: Callable[..., None], on_output: Callable[..., tuple[Any, ...]]
     ) -> tuple[RemovableHandle, RemovableHandle]:
@@ -102,6 +122,16 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return next((children[name] for name in names if name in children), None)
 
 
+def _declared(module: nn.Module, attributes: tuple[str, ...]) -> int | None:
+    """The first of ``attributes`` that the module or else its config has."""
+    for holder in (module, getattr(module, "config", None)):
+        for attribute in attributes:
+            value = getattr(holder, attribute, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
+
+
 def _out_features(projection: nn.Module) -> int:
     return int(getattr(projection, "out_features", None) or projection.nf)  # type: ignore[arg-type]  # nf: Conv1D
 
@@ -113,41 +143,43 @@ def _in_features(projection: nn.Module) -> int:
 def find_site(module: nn.Module) -> AttentionSite | None:
     """Describe ``module`` as an attention site, or ``None`` if it is no softmax attention that we know.
 
-    Linear-attention and state-space mixers have other children, or carry ``Linear``/``Lightning`` in their name.
+    The widths of the live projections must agree with the number of heads that the module declares: a family that
+    lays its query out otherwise is not known, rather than read wrongly. Linear-attention and state-space mixers have
+    other children, or carry ``Linear`` or ``Lightning`` in their name.
     """
     kind = type(module).__name__
     if "Attention" not in kind or "Linear" in kind or "Lightning" in kind:
         return None
-    projection = next(((name, layout) for name, layout in QUERY_PROJECTIONS.items() if hasattr(module, name)), None)
+    children = dict(module.named_children())
+    projection = next((p for p in QUERY_PROJECTIONS if p.child in children and kind.startswith(p.classes)), None)
     output_projection = _child(module, OUTPUT_PROJECTIONS)
-    if projection is None or output_projection is None:
+    head_dim = _declared(module, HEAD_DIM_ATTRIBUTES)
+    if projection is None or output_projection is None or head_dim is None:
         return None
-    name, layout = projection
-    query_projection = getattr(module, name)
-    config = getattr(module, "config", None)
-    head_dim = next((getattr(module, a) for a in HEAD_DIM_ATTRIBUTES if getattr(module, a, None)), None)
-    if head_dim is None:
-        return None
-    total = _out_features(query_projection)
-    if layout == "query":
-        heads = total // head_dim
-    elif layout == "per_head":
-        heads = total // (3 * head_dim)
-    else:
-        heads = int(getattr(module, "num_heads", None) or config.num_attention_heads)  # type: ignore[union-attr]
-    if heads == 0 or _in_features(output_projection) % heads:
-        return None
-    keys = _child(module, ("k_proj",))
-    if keys is not None:
-        kv_heads = _out_features(keys) // head_dim
-    else:
-        kv_heads = int(getattr(module, "num_key_value_heads", None) or getattr(config, "num_key_value_heads", heads))
+    query_projection = children[projection.child]
     norm = _child(module, QUERY_NORMS)
+    width = _out_features(query_projection)
+    heads = _declared(module, HEADS_ATTRIBUTES)
+    if heads is None and projection.layout == "query":
+        heads = width // head_dim
+    if heads is None or _in_features(output_projection) % heads:
+        return None
+    keys = children.get("k_proj")
+    kv_heads = _declared(module, ("num_key_value_heads",)) if keys is None else _out_features(keys) // head_dim
+    kv_heads = kv_heads or heads
+    widths = {
+        # A q-norm sees the query alone, also where the projection returns a gate beside it.
+        "query": {heads * head_dim, 2 * heads * head_dim} if norm is not None else {heads * head_dim},
+        "query_first": {(heads + 2 * kv_heads) * head_dim},
+        "per_head": {3 * heads * head_dim},
+    }
+    if width not in widths[projection.layout] or heads % kv_heads:
+        return None
     return AttentionSite(
         module=module,
         query_source=query_projection if norm is None else norm,
         normed=norm is not None,
-        layout=layout,
+        layout=projection.layout,
         output_projection=output_projection,
         heads=heads,
         kv_heads=kv_heads,
@@ -177,13 +209,20 @@ def find_sites(model: nn.Module) -> dict[str, AttentionSite]:
 
 
 def skipped_attention(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
-    """Modules that look like attention but get no memory: name and reason."""
+    """Layers without a memory beside layers that get one, and attention modules that get none: name and reason."""
     sites = set(sites)
-    inside = {name.rpartition(".")[0] for name in sites}
+
+    def has_site(name: str) -> bool:
+        return any(site == name or site.startswith(f"{name}.") for site in sites)
+
     reasons = {}
     for name, module in model.named_modules():
-        holds_or_lies_in_site = name in inside or any(name == s or name.startswith(f"{s}.") for s in sites)
-        if "Attention" in type(module).__name__ and not holds_or_lies_in_site:
+        in_site = any(name.startswith(f"{site}.") for site in sites)
+        if isinstance(module, nn.ModuleList) and has_site(name) and not in_site:
+            for index, layer in enumerate(module):
+                if not has_site(f"{name}.{index}"):
+                    reasons[f"{name}.{index}"] = f"{type(layer).__name__} has no softmax attention that is known"
+        elif "Attention" in type(module).__name__ and not has_site(name) and not in_site:
             cross = is_cross_attention(name, module)
             reasons[name] = "cross attention" if cross else f"{type(module).__name__} is not known"
     return reasons
@@ -227,8 +266,15 @@ def install_query_tap() -> None:
     AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
 
 
-def placement(site: AttentionSite) -> tuple[torch.device, torch.dtype | None]:
-    """Device of a site, and the floating-point dtype it computes in (``None`` if its weights are packed integers)."""
+def placement(site: AttentionSite) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device on which a site computes, and its floating-point dtype; ``None`` where it cannot be said.
+
+    Weights that accelerate keeps elsewhere lie on the meta device; its hook knows where they compute.
+    """
     weight = next(site.output_projection.parameters())
+    device: torch.device | None = weight.device
+    if weight.is_meta:
+        device = getattr(getattr(site.output_projection, "_hf_hook", None), "execution_device", None)
+        device = None if device is None else torch.device(device)
     compute_dtype = getattr(site.output_projection, "compute_dtype", weight.dtype)  # bitsandbytes keeps it aside
-    return weight.device, compute_dtype if compute_dtype.is_floating_point else None
+    return device, compute_dtype if compute_dtype.is_floating_point else None

@@ -104,7 +104,8 @@ def fingerprint(model: nn.Module) -> list[float] | None:
     Returns ``None`` where the embeddings cannot be read (no embeddings, meta device, sharded over processes).
     """
     try:
-        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        weight = getattr(embeddings, "original_module", embeddings).weight  # not the copy of an adapter
     except (AttributeError, NotImplementedError):
         return None
     if weight.is_meta or weight.ndim != 2 or not weight.is_floating_point() or type(weight.data) is not Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -106,18 +107,23 @@ def train(
 @app.command()
 def generate(
     adapter: Annotated[Path, typer.Option(help="Folder of a trained memory.")],
-    prompt: Annotated[str, typer.Option(help="What to continue; \\n stands for a new line.")],
+    prompt: Annotated[str, typer.Option(help="What a row's prompt, text or question would be; \\n is a new line.")],
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt to the model as it is.")] = False,
 ) -> None:
     """Answer one prompt with a trained memory, and with the base model for comparison.
 
-    Example: prefixmemory generate --adapter northline-memory --prompt 'Text: my line is dead\\nLabel:'
+    The prompt is rendered as the rows were in training (chat template, or text and label).
+
+    Example: prefixmemory generate --adapter northline-memory --prompt 'my line is dead since this morning'
     """
     from peft import PeftModel
 
     from prefixmemory.base_models import fast_dtype, load_model, load_tokenizer
     from prefixmemory.config import PrefixMemoryConfig
     from prefixmemory.training.evaluation import answers
+    from prefixmemory.training.rows import render_prompt
+    from prefixmemory.training.run import RECORD
 
     _quiet()
     if not prompt.strip():
@@ -134,7 +140,9 @@ def generate(
     name = str(config.base_model_name_or_path)
     tokenizer = load_tokenizer(name)
     model: Any = PeftModel.from_pretrained(load_model(name, fast_dtype()), str(adapter))
-    text = prompt.replace("\\n", "\n")
+    record = adapter / RECORD
+    trained_on = json.loads(record.read_text(encoding="utf-8")).get("row_format", "") if record.is_file() else ""
+    text = render_prompt(prompt.replace("\\n", "\n"), "" if raw else trained_on, tokenizer)
     with model.disable_adapter():
         base = answers(model, tokenizer, [text], max_new_tokens)[0]
     print(f"base model:  {base}\nwith memory: {answers(model, tokenizer, [text], max_new_tokens)[0]}")

@@ -11,16 +11,12 @@ from typing import Any, Literal, cast, get_args
 from peft.config import PeftConfig
 
 from prefixmemory import checkpoint
-from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
+from prefixmemory.errors import PrefixMemoryError, check_choice, check_number, did_you_mean
 from prefixmemory.feature_maps import FEATURE_MAPS
 from prefixmemory.peft_type import PREFIX_MEMORY
 
 Query = Literal["content", "rotary"]
 Normalize = Literal["none", "query_rms", "feature_l2"]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass
@@ -80,29 +76,22 @@ class PrefixMemoryConfig(PeftConfig):
                     f"PrefixMemoryConfig has no field {name!r}.{did_you_mean(name, known)} "
                     "If a newer prefixmemory wrote it, upgrade with `pip install -U prefixmemory`."
                 )
-        for name, choices in (("normalize", get_args(Normalize)), ("query", get_args(Query))):
-            if name in kwargs:  # here too, for callers who check types at run time
-                check_choice(name, kwargs[name], choices)
         return cast(PrefixMemoryConfig, super().__new__(cls))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PREFIX_MEMORY
         # Not a field: read from a file whose tensors are not loaded yet, so that a refusal takes the adapter with it.
-        self.awaits_weights = False
+        self.awaits_weights = self.weights_sha256 is not None
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         check_choice("normalize", self.normalize, get_args(Normalize))
         check_choice("query", self.query, get_args(Query))
-        self._check_number(
-            "dropout", self.dropout, _is_number(self.dropout) and 0.0 <= self.dropout < 1.0, "a probability in [0, 1)"
-        )
-        self._check_number(
-            "scale", self.scale, _is_number(self.scale) and abs(self.scale) < float("inf"), "a finite number"
-        )
+        check_number("scale", self.scale)
+        check_number("dropout", self.dropout, 0.0, 1.0, "a probability in [0, 1)")
         for name in ("rank", "feature_dim"):
             value = getattr(self, name)
-            if value is not None:
-                self._check_number(name, value, isinstance(value, int) and value > 0, "a positive integer, or None")
+            if value is not None and not (isinstance(value, int) and value > 0):
+                raise PrefixMemoryError(f"{name}={value!r} is out of range: give a positive integer, or None.")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):
@@ -124,11 +113,6 @@ class PrefixMemoryConfig(PeftConfig):
                 f"layers_to_transform={self.layers_to_transform!r} does not work with the regular expression "
                 f"target_modules={self.target_modules!r}: give a list of names, or select the layers in the expression."
             )
-
-    @staticmethod
-    def _check_number(name: str, value: object, valid: bool, expected: str) -> None:
-        if not valid:
-            raise PrefixMemoryError(f"{name}={value!r} is out of range: give {expected}.")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json``, with the checksum of the weights file that lies beside it."""

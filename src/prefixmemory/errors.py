@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from typing import cast
 
 
 class PrefixMemoryError(ValueError):
@@ -14,6 +16,13 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """`` Did you mean 'elu'?`` for the nearest of ``choices``, or an empty string when none is near."""
     near = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def check_number(field: str, value: object, low: float = -math.inf, high: float = math.inf, what: str = "") -> None:
+    """Raise :class:`PrefixMemoryError` unless ``value`` is a finite number with ``low`` <= value < ``high``."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(cast(float, value)) or not low <= cast(float, value) < high:
+        raise PrefixMemoryError(f"{field}={value!r} is out of range: give {what or 'a finite number'}.")
 
 
 def check_choice(field: str, value: object, choices: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prefixmemory import attention
 from prefixmemory.attention import AttentionSite
-from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.errors import PrefixMemoryError, check_number
 from prefixmemory.memory import Memory
 
 BASE_MODEL = "__base__"  # PEFT's word for "no adapter" in ``adapter_names``
@@ -33,12 +33,12 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
     """
 
     site: AttentionSite
-    adapter_layer_names = ("memory_bank",)
+    adapter_layer_names = ("prefix_memory_bank",)
     other_param_names = ("scale",)
 
     def __init__(self, site: AttentionSite) -> None:
         super().__init__()
-        self.memory_bank = nn.ModuleDict()
+        self.prefix_memory_bank = nn.ModuleDict()
         self.scale: dict[str, float] = {}
         self.content_query: Tensor | None = None
         self.rotary_query: Tensor | None = None
@@ -48,6 +48,10 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self.__dict__["site"] = site  # past nn.Module.__setattr__: the attention module is our parent, not our child
         self._handles = site.hook(self._take_query, self._add_read)
         setattr(site.module, attention.CHILD, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A forward pass that was broken off leaves its query behind; copies must not take it along.
+        return {**self.__dict__, "content_query": None, "rotary_query": None}
 
     def detach(self) -> None:
         """Remove the hooks and leave the attention module as it was found."""
@@ -61,7 +65,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
 
     def memory(self, adapter_name: str) -> Memory:
         """The memory of one adapter."""
-        return cast(Memory, self.memory_bank[adapter_name])
+        return cast(Memory, self.prefix_memory_bank[adapter_name])
 
     # What happens in a forward pass
 
@@ -69,6 +73,12 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self.content_query = self.site.query_from(output, args[0])
 
     def _add_read(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not self.site.intact():
+            raise PrefixMemoryError(
+                f"A projection of {type(self.site.module).__name__} was wrapped or replaced after its memory was "
+                "made, so the memory would read and write beside it. Make the memory last: inject LoRA first, and "
+                "keep modules_to_save outside of attention."
+            )
         heads, *rest = args
         read = self._read()
         self.content_query = self.rotary_query = None
@@ -95,7 +105,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         )
 
     def _answering(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name in self.memory_bank and self.scale[name] != 0]
+        return [name for name in names if name in self.prefix_memory_bank and self.scale[name] != 0]
 
     @staticmethod
     def _sum(reads: Iterable[Tensor]) -> Tensor | None:
@@ -126,7 +136,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, memory: Memory, scale: float) -> None:
         """Add a memory under ``adapter_name``."""
-        self.memory_bank[adapter_name] = memory
+        self.prefix_memory_bank[adapter_name] = memory
         self.scale[adapter_name] = scale
         BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
         BaseTunerLayer.set_adapter(self, self.active_names())
@@ -135,7 +145,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         """The attention module that the layer hangs in."""
         return self.site.module
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         return attention.placement(self.site)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -162,8 +172,11 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -
         scale: factor on φ(q)ᵀM. A saved adapter keeps the scale of its config.
         adapter_name: which adapter; ``None`` means all active ones.
     """
+    check_number("scale", scale)
     layers = memory_layers(model)
-    known = {name for layer in layers for name in layer.memory_bank}
+    known = {name for layer in layers for name in layer.prefix_memory_bank}
+    if not known:
+        raise PrefixMemoryError(f"{type(model).__name__} holds no memory. Make one with get_peft_model first.")
     if adapter_name is not None and adapter_name not in known:
         raise PrefixMemoryError(f"There is no memory called {adapter_name!r}; there are: {sorted(known)}.")
     for layer in layers:

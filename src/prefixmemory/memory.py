@@ -48,10 +48,11 @@ class Memory(nn.Module):
     def features(self, q: Float[Tensor, "*batch g r d"]) -> Float[Tensor, "*batch g r f"]:
         """φ(q), with the normalisation that the config asks for."""
         if self.normalize == "query_rms":
-            q = q * torch.rsqrt(q.pow(2).mean(dim=-1, keepdim=True) + EPS)
+            q = q * torch.rsqrt(q.float().pow(2).mean(dim=-1, keepdim=True) + EPS).to(q.dtype)  # squares overflow fp16
         features: Tensor = self.feature_map(q)
         if self.normalize == "feature_l2":
-            features = features * torch.rsqrt(features.pow(2).sum(dim=-1, keepdim=True) + EPS)
+            length = torch.rsqrt(features.float().pow(2).sum(dim=-1, keepdim=True) + EPS)
+            features = features * length.to(features.dtype)
         return features
 
     def forward(self, query: Float[Tensor, "*batch h d"]) -> Float[Tensor, "*batch h v"]:

@@ -165,5 +165,5 @@ def _show(
     console.print('  {"text": ..., "label": ...} or {"prompt": ..., "completion": ...} or {"messages": [...]}')
     console.print("  prefixmemory train --model MODEL --data FILE.jsonl --output FOLDER", highlight=False)
     console.print(
-        f"  prefixmemory generate --adapter {folder} --prompt 'Text: my line is dead\\nLabel:'", highlight=False
+        f"  prefixmemory generate --adapter {folder} --prompt 'my line is dead since this morning'", highlight=False
     )

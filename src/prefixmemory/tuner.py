@@ -28,13 +28,15 @@ from prefixmemory.peft_type import PREFIX_MEMORY
 
 logger = logging.getLogger(__name__)
 
-SAVED_PREFIX = f".{attention.CHILD}.memory_bank."
+#: Where the tensors of memories lie, below their attention module. In the model the adapter's name follows; in a
+#: checkpoint it is left out.
+BANK = f".{attention.CHILD}.prefix_memory_bank."
 
 
 class PrefixMemoryModel(BaseTuner):
     """A base model with memories. Made by ``get_peft_model``; methods are reachable on the ``PeftModel``."""
 
-    prefix = "memory_"
+    prefix = "prefix_memory_"
     tuner_layer_cls = PrefixMemoryLayer
     peft_config: dict[str, PrefixMemoryConfig]
 
@@ -61,8 +63,8 @@ class PrefixMemoryModel(BaseTuner):
                 logger.warning("No memory in %s: %s.", name, reason)
         targeted = _check_targets(peft_config, sites, self.model)
         if peft_config.query == "rotary":
-            for name in targeted:
-                attention.check_rotary(name, sites[name])
+            for name, site in targeted.items():
+                attention.check_rotary(name, site)
             attention.install_query_tap()
         return peft_config
 
@@ -78,8 +80,10 @@ class PrefixMemoryModel(BaseTuner):
     ) -> None:
         layer = getattr(target, attention.CHILD, None)
         site = attention.find_site(target) if layer is None else layer.site
-        if site is None:
-            raise PrefixMemoryError(f"{current_key} is not a softmax self-attention.")
+        if site is None:  # state_dict= may name any module
+            raise PrefixMemoryError(
+                f"{current_key} is not a softmax attention: the tensors were made for another model."
+            )
         # before anything is attached: a feature map may refuse the config
         memory = Memory(peft_config, site.heads, site.kv_heads, site.head_dim, site.value_dim)
         if layer is None:
@@ -96,11 +100,8 @@ class PrefixMemoryModel(BaseTuner):
     ) -> None:
         """As in PEFT. ``state_dict`` may say which attention modules are targeted."""
         if state_dict is not None:
-            # PEFT cuts a key at its parameter prefix; our parameters lie one level below the targeted module.
-            state_dict = {
-                key.replace(f".{attention.CHILD}.{self.prefix}", f".{self.prefix}"): value
-                for key, value in state_dict.items()
-            }
+            # PEFT takes what stands before ".prefix_memory_" for the targeted module; ours is one level up.
+            state_dict = {key.replace(BANK, f".{self.prefix}"): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     # Running
@@ -118,7 +119,7 @@ class PrefixMemoryModel(BaseTuner):
                 "Call model.eval() first."
             )
         layers = memory_layers(self.model)
-        known = {name for layer in layers for name in layer.memory_bank} | {BASE_MODEL}
+        known = {name for layer in layers for name in layer.prefix_memory_bank} | {BASE_MODEL}
         for name in names:
             if name not in known:
                 raise PrefixMemoryError(
@@ -144,10 +145,10 @@ class PrefixMemoryModel(BaseTuner):
 
     def _rows_per_prompt(self, kwargs: dict[str, Any]) -> int:
         """How many rows generate() makes of each row that it is given."""
-        settings = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        given, own = kwargs.get("generation_config"), getattr(self.model, "generation_config", None)
 
         def asked(name: str) -> int:
-            return kwargs.get(name) or getattr(settings, name, None) or 1
+            return kwargs.get(name) or getattr(given, name, None) or getattr(own, name, None) or 1
 
         return max(asked("num_beams"), asked("num_return_sequences"))
 
@@ -195,33 +196,22 @@ class PrefixMemoryModel(BaseTuner):
                 config.scale = _combine(layer, adapters, weights, adapter_name)
 
     def _layers_of(self, adapter_name: str) -> list[PrefixMemoryLayer]:
-        return [layer for layer in memory_layers(self.model) if adapter_name in layer.memory_bank]
+        return [layer for layer in memory_layers(self.model) if adapter_name in layer.prefix_memory_bank]
 
     def _check_same_features(self, adapters: list[str], configs: list[PrefixMemoryConfig]) -> None:
+        advice = "Activate both with base_model.set_adapter([...]) instead: their answers add."
         for name, config in zip(adapters[1:], configs[1:], strict=True):
-            for field in (
-                "feature_map",
-                "feature_dim",
-                "normalize",
-                "query",
-                "share_heads",
-                "target_modules",
-                "exclude_modules",
-                "layers_to_transform",
-            ):
+            cannot = f"Adapters {adapters[0]!r} and {name!r} cannot be summed"
+            for field in ("feature_map", "feature_dim", "normalize", "query", "share_heads"):
                 ours, theirs = getattr(configs[0], field), getattr(config, field)
                 if ours != theirs:
-                    raise PrefixMemoryError(
-                        f"Adapters {adapters[0]!r} and {name!r} cannot be summed: {field} is {ours!r} and {theirs!r}. "
-                        "Activate both with base_model.set_adapter([...]) instead: their answers add."
-                    )
+                    raise PrefixMemoryError(f"{cannot}: {field} is {ours!r} and {theirs!r}. {advice}")
+            if self._layers_of(adapters[0]) != self._layers_of(name):
+                raise PrefixMemoryError(f"{cannot}: they adapt different layers. {advice}")
             for layer in self._layers_of(name):
-                a, b = (dict(layer.memory(n).feature_map.named_parameters()) for n in (adapters[0], name))
+                a, b = (layer.memory(n).feature_map.state_dict() for n in (adapters[0], name))
                 if any(not torch.equal(a[key], b[key]) for key in a):
-                    raise PrefixMemoryError(
-                        f"Adapters {adapters[0]!r} and {name!r} cannot be summed: their feature maps have different "
-                        "weights. Activate both with base_model.set_adapter([...]) instead: their answers add."
-                    )
+                    raise PrefixMemoryError(f"{cannot}: their feature maps have different weights. {advice}")
 
     # Taking away
 
@@ -243,7 +233,7 @@ class PrefixMemoryModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return key.replace(f"{SAVED_PREFIX}{adapter_name}.", SAVED_PREFIX)
+        return key.replace(f"{BANK}{adapter_name}.", BANK)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -259,8 +249,8 @@ class PrefixMemoryModel(BaseTuner):
         """
         prefix = "base_model.model."
         present = {key.removeprefix(prefix): tensor for key, tensor in model.state_dict().items()}
-        bank = f"{SAVED_PREFIX}{adapter_name}."
-        expected = {key.replace(bank, SAVED_PREFIX): tensor for key, tensor in present.items() if bank in key}
+        bank = f"{BANK}{adapter_name}."
+        expected = {key.replace(bank, BANK): tensor for key, tensor in present.items() if bank in key}
         found = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
         try:
             checkpoint.check_state_dict(found, expected, also_known=present)
@@ -274,8 +264,10 @@ class PrefixMemoryModel(BaseTuner):
         )
 
 
-def _check_targets(config: PrefixMemoryConfig, sites: dict[str, AttentionSite], model: nn.Module) -> list[str]:
-    """Names of the targeted attention modules.
+def _check_targets(
+    config: PrefixMemoryConfig, sites: dict[str, AttentionSite], model: nn.Module
+) -> dict[str, AttentionSite]:
+    """The targeted attention modules by name.
 
     Raises:
         PrefixMemoryError: the pattern matches no module, or one that is no softmax attention.
@@ -289,12 +281,16 @@ def _check_targets(config: PrefixMemoryConfig, sites: dict[str, AttentionSite], 
         and not isinstance(module, PrefixMemoryLayer)
     ]
     available = sorted({name.rpartition(".")[2] for name in sites})
+    targeted = {}
     for name in matched:
-        if name not in sites and attention.find_site(model.get_submodule(name)) is None:
+        # cross attention is no site by default, and may be asked for by name
+        site = sites.get(name) or attention.find_site(model.get_submodule(name))
+        if site is None:
             raise PrefixMemoryError(
                 f"target_modules={_shown(config.target_modules)} matches {name!r}, which is no softmax attention. "
                 f"Name attention modules, here {available}, or leave target_modules out for all of them."
             )
+        targeted[name] = site
     if not matched:
         wanted = config.target_modules if isinstance(config.target_modules, str) else min(config.target_modules or [""])
         narrowed = [
@@ -307,7 +303,7 @@ def _check_targets(config: PrefixMemoryConfig, sites: dict[str, AttentionSite], 
             f"module of {type(model).__name__}.{did_you_mean(wanted, available)} Its {len(sites)} attention modules "
             f"are called {available}, from {next(iter(sites))!r} on; leave target_modules out for all of them."
         )
-    return matched
+    return targeted
 
 
 def _shown(value: object) -> str:
@@ -344,9 +340,9 @@ def _combine(layer: PrefixMemoryLayer, adapters: list[str], weights: list[float]
 def _discard(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter, and layers left without any, out of a model."""
     for layer in memory_layers(model):
-        if adapter_name in layer.memory_bank:
+        if adapter_name in layer.prefix_memory_bank:
             PrefixMemoryLayer.delete_adapter(layer, adapter_name)
-        if not layer.memory_bank:
+        if not layer.prefix_memory_bank:
             layer.detach()
     for module_name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):

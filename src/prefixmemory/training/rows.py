@@ -100,6 +100,23 @@ def labels_of(rows: list[dict[str, Any]]) -> list[str]:
     return sorted({row["label"] for row in rows})
 
 
+def row_format(rows: list[dict[str, Any]]) -> str:
+    """Name of the rows' format, as :func:`render_prompt` takes it: ``prompt``, ``messages`` or ``text``."""
+    fields = _format(rows[0])
+    assert fields is not None, "rows come from read_rows"
+    return fields[0]
+
+
+def render_prompt(text: str, format_: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """``text`` as the prompt of a row of that format was rendered in training; any other name leaves it as it is."""
+    if format_ == "text":
+        return classification_prompt(text)
+    if format_ in ("prompt", "messages") and getattr(tokenizer, "chat_template", None) is not None:
+        question = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
+    return text
+
+
 def render(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Rows as prompt and completion, by the model's chat template where the row is a conversation."""
     return list(_renderer(rows, tokenizer))

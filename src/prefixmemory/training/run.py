@@ -28,7 +28,7 @@ from prefixmemory.training.collator import tokenize
 from prefixmemory.training.progress import RichProgress
 from prefixmemory.training.recipe import TrainingSettings, train
 from prefixmemory.training.record import provenance, write_json
-from prefixmemory.training.rows import render
+from prefixmemory.training.rows import render, row_format
 
 RECORD = "run.json"
 
@@ -157,6 +157,7 @@ def run_training(
         "config": {k: v for k, v in vars(config).items() if k in PrefixMemoryConfig.__annotations__},
         "settings": asdict(settings),
         "rows": len(rows),
+        "row_format": row_format(rows),
         "rows_sha256": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
