@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -326,7 +325,7 @@ def _combine(layer: PrefixMemoryLayer, adapters: list[str], weights: list[float]
     common = scales[0] if len(set(scales)) == 1 else 1.0
     factors = [w * (1.0 if scale == common else scale) for w, scale in zip(weights, scales, strict=True)]
     layer.scale[into] = common
-    target.to(functools.reduce(torch.promote_types, (p.dtype for memory in memories for p in memory.parameters())))
+    target.to(reduce(torch.promote_types, (p.dtype for memory in memories for p in memory.parameters())))
     target.feature_map.load_state_dict(memories[0].feature_map.state_dict())
     if target.rank is None:
         parts = [factor * memory.matrix() for factor, memory in zip(factors, memories, strict=True)]
