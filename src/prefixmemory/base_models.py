@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +42,11 @@ def fast_attention() -> str | None:
     """``eager`` on a CPU, where torch's fused attention is the slower one for short rows (docs/LOG.md); else the
     model's default."""
     return None if torch.cuda.is_available() else "eager"
+
+
+def _no_bar_outside_a_terminal() -> AbstractContextManager[object]:
+    """transformers draws a bar while it unpacks a GGUF file, whatever its own switch for bars says."""
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
 
 
 def _location(model: str) -> tuple[str, dict[str, str]]:
@@ -84,9 +92,10 @@ def load_model(model: str, dtype: Dtype = "auto", attention: str | None = None) 
     try:
         # Unpacked weights always work; packed ones only where transformers has a kernel for the machine.
         gguf: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)} if kwargs else {}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, **kwargs, **gguf
-        )
+        with _no_bar_outside_a_terminal():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, attn_implementation=attention, **kwargs, **gguf
+            )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explain(model, error) from error
     if kwargs:

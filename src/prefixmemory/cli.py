@@ -191,8 +191,6 @@ def main() -> None:
     """Entry point: user errors become one line on stderr."""
     # A user of the command line works offline or with the Hub; either way tokenizers need no thread pool here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; ours look for a terminal themselves
     try:
         app()
     except PrefixMemoryError as error:

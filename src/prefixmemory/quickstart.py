@@ -88,7 +88,7 @@ def quickstart(
     train_rows, test_rows = northline("train"), northline("test")
     expected = [row["label"] for row in test_rows]
     name = smollm2()
-    console.print(f"Base model: SmolLM2-135M-Instruct ({name})")
+    console.print(f"Base model: SmolLM2-135M-Instruct ({name})", soft_wrap=True)
     console.print(
         f"Task: {len(labels_of(test_rows))} intents of a telephone company's customers, {len(train_rows)} training and "
         f"{len(test_rows)} test sentences; right means the exact label."
@@ -161,9 +161,10 @@ def _show(
     ):
         table.add_row(title, value)
     console.print(table)
-    console.print(f"The memory lies in {folder}. On your own data, one JSON object a line:")
-    console.print('  {"text": ..., "label": ...} or {"prompt": ..., "completion": ...} or {"messages": [...]}')
-    console.print("  prefixmemory train --model MODEL --data FILE.jsonl --output FOLDER", highlight=False)
-    console.print(
-        f"  prefixmemory generate --adapter {folder} --prompt 'my line is dead since this morning'", highlight=False
-    )
+    for line in (
+        f"The memory lies in {folder}. Ask it, or train one on your own data, one JSON object a line",
+        '({"text", "label"}, {"prompt", "completion"} or {"messages"}):',
+        f"  prefixmemory generate --adapter {folder} --prompt 'my line is dead since this morning'",
+        "  prefixmemory train --model MODEL --data FILE.jsonl --output FOLDER",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
