@@ -20,8 +20,8 @@ def contiguous_logits_input(model: PreTrainedModel | PeftModel) -> Iterator[None
     """Make what the output embeddings read contiguous while the context is open.
 
     With ``logits_to_keep`` they read a slice ``[B, K, hidden]``. torch (2.13) multiplies a slice that is not
-    contiguous with a frozen matrix row by row of the batch, and copies the matrix once per row: for SmolLM2 and 16
-    rows that is 1.4 s instead of 0.2 s a forward pass (two cores, bfloat16; docs/LOG.md).
+    contiguous with a frozen matrix row by row of the batch, and copies the matrix once per row: a training step of
+    the quickstart would take three times as long (``benchmarks/training_step.py``, docs/LOG.md).
     """
     head = model.get_output_embeddings()
     if head is None:
