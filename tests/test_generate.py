@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import tiny
 from prefixmemory import cli
+from prefixmemory.training.collator import encode_prompt
 from prefixmemory.training.rows import render, render_prompt, row_format
 
 ROWS = {
@@ -53,3 +55,15 @@ def test_generate_asks_as_the_rows_of_the_run_did(name, tmp_path, monkeypatch, c
     assert asked == [trained_on, trained_on, "hello", "hello"]  # base model and memory, each time
     assert trained_on != "hello"
     assert "base model:  1 asked\nwith memory: 2 asked" in capsys.readouterr().out
+
+
+def test_a_prompt_begins_with_one_bos_also_where_the_chat_template_writes_it():
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    written = render_prompt("hello", "messages", tokenizer)
+    assert tokenizer(written)["input_ids"].count(tokenizer.bos_token_id) == 2  # what plain tokenizing would give
+    assert encode_prompt(written, tokenizer).count(tokenizer.bos_token_id) == 1
+    assert encode_prompt("hello", tokenizer).count(tokenizer.bos_token_id) == 1

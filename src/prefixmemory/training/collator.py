@@ -13,6 +13,15 @@ from prefixmemory.training.rows import Example
 IGNORED = -100  # label of positions that do not count in the loss
 
 
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt, in training and in answering alike: one beginning-of-sequence token, never two.
+
+    Chat templates write the special tokens themselves.
+    """
+    special = tokenizer.bos_token is not None and not prompt.startswith(str(tokenizer.bos_token))
+    return list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+
+
 def tokenize(
     examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, list[int]]]:
@@ -25,9 +34,7 @@ def tokenize(
     """
     features = []
     for number, example in enumerate(examples, start=1):
-        # Chat templates write the special tokens themselves.
-        special = tokenizer.bos_token is not None and not example.prompt.startswith(str(tokenizer.bos_token))
-        prompt = tokenizer(example.prompt, add_special_tokens=special)["input_ids"]
+        prompt = encode_prompt(example.prompt, tokenizer)
         completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
         room = max_length - len(completion)
         if room < 1:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefixmemory.training.collator import encode_prompt
 from prefixmemory.training.speed import contiguous_logits_input
 
 Progress = Callable[[int], None]
@@ -48,10 +49,12 @@ def answers(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    context_ids = torch.tensor([tokenizer(context)["input_ids"] if context else []], dtype=torch.long, device=device)
+    context_ids = torch.tensor([encode_prompt(context, tokenizer) if context else []], dtype=torch.long, device=device)
     shared = model(input_ids=context_ids, use_cache=True).past_key_values if context else None
-    add_special_tokens = not context
-    ids = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
+    if context:  # the prompts go on where it ends
+        ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    else:
+        ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     found: list[str] = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
