@@ -27,9 +27,10 @@ from transformers.utils import logging
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.base_models import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
 from prefixmemory.training.evaluation import accuracy, answers
-from prefixmemory.training.recipe import TrainingSettings, train
+from prefixmemory.training.loop import train
 from prefixmemory.training.record import provenance, write_json
 from prefixmemory.training.rows import classification_prompt, render
+from prefixmemory.training.settings import TrainingSettings
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "defaults"

@@ -21,11 +21,12 @@ from rich.console import Console
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.base_models import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
 from prefixmemory.quickstart import measure, one_example_per_label
+from prefixmemory.training.data import northline
 from prefixmemory.training.evaluation import accuracy
-from prefixmemory.training.recipe import TrainingSettings
 from prefixmemory.training.record import provenance, write_json
-from prefixmemory.training.rows import labels_of, northline
+from prefixmemory.training.rows import labels_of
 from prefixmemory.training.run import Output, quiet_libraries, run_training
+from prefixmemory.training.settings import TrainingSettings
 
 RESULTS = Path(__file__).parent.parent / "results" / "quickstart"
 FACTORS = {"1/3": 1 / 3, "1": 1.0, "3": 3.0}

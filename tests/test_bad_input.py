@@ -19,8 +19,9 @@ from transformers.utils import logging
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.cli import main
-from prefixmemory.training.recipe import TrainingSettings, train
+from prefixmemory.training.loop import train
 from prefixmemory.training.rows import Example
+from prefixmemory.training.settings import TrainingSettings
 
 ROWS = [{"text": f"line {i} is dead", "label": "ab"[i % 2]} for i in range(8)]
 SETTINGS = ("--batch-size", "4", "--epochs", "2", "--save-steps", "2", "--dtype", "float32")
@@ -79,7 +80,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(sys, "argv", [*words, "--output", str(folder / "done")])
         with pytest.raises(SystemExit, match="0"):
             main()
-        patch.setattr("prefixmemory.training.run.RichProgress", lambda console: FailAt())
+        patch.setattr("prefixmemory.training.run.show_progress", lambda console: FailAt())
         patch.setattr(sys, "argv", [*words, "--output", str(folder / "stopped"), "--save-steps", "1"])
         with pytest.raises(RuntimeError, match="out of memory"):
             main()
@@ -228,7 +229,10 @@ def test_a_wrong_value_of_an_option_is_refused(refuse_train, option, value, phra
 
 def test_a_completion_that_does_not_fit_is_refused(refuse_train):
     message = refuse_train("--max-length", "2")
-    assert "row 1 has 3 tokens, max_length is 2" in message and "Raise max_length or shorten the row" in message
+    assert (
+        "line 1: the completion has 3 tokens, max_length is 2" in message
+        and "Raise max_length or shorten the row" in message
+    )
 
 
 def test_a_row_that_does_not_fit_leaves_an_interrupted_run_alone(refuse_train, place):
@@ -411,7 +415,7 @@ def overwrite(made_once: Path, place: Path) -> tuple[object, ...]:
 def test_overwrite_keeps_the_old_run_when_training_fails(monkeypatch, cli, overwrite, place):
     before = contents(place / "done")
     with monkeypatch.context() as patch:
-        patch.setattr("prefixmemory.training.run.RichProgress", lambda console: FailAt())
+        patch.setattr("prefixmemory.training.run.show_progress", lambda console: FailAt())
         with pytest.raises(RuntimeError, match="out of memory"):
             cli(*overwrite, "--seed", "3")
     assert contents(place / "done") == before
@@ -535,8 +539,11 @@ BAD_ADAPTERS: dict[str, tuple[Change, list[str]]] = {
         ["feature_map='elo'", "Did you mean 'elu'?"],
     ),
     "config_of_another_method": (
-        lambda folder: LoraConfig(base_model_name_or_path="some/model").save_pretrained(folder),
-        ["LORA", "PREFIX_MEMORY"],
+        lambda folder: LoraConfig(
+            base_model_name_or_path=json.loads((folder / CONFIG).read_text())["base_model_name_or_path"],
+            target_modules=["q_proj"],
+        ).save_pretrained(folder),
+        ["LORA config", "tensors are missing"],
     ),
     "config_without_a_method": (lambda folder: edit_config(folder, peft_type=None), [CONFIG]),
     "config_without_a_base_model": (

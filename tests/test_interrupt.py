@@ -22,8 +22,9 @@ from transformers.utils import logging
 import tiny
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.cli import main
-from prefixmemory.training.recipe import Interrupted, TrainingSettings, train
+from prefixmemory.training.loop import Interrupted, train
 from prefixmemory.training.rows import Example
+from prefixmemory.training.settings import TrainingSettings
 
 WEIGHTS = "adapter_model.safetensors"
 #: 24 rows in batches of 4: 6 steps an epoch. Rows differ in length, so that their order matters.
@@ -90,7 +91,7 @@ def printed_command(message: str) -> list[str]:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
     """Have the command line interrupted, in place of its progress bar."""
-    monkeypatch.setattr("prefixmemory.training.run.RichProgress", lambda console: InterruptAt(step, times))
+    monkeypatch.setattr("prefixmemory.training.run.show_progress", lambda console: InterruptAt(step, times))
 
 
 def same_weights(a: Path, b: Path) -> None:
@@ -114,7 +115,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_printed_command_goes_on_to_the_same_m
     long = ("--epochs", "12")  # 72 steps, so that there is time to interrupt them
     output = place / "memory"
     process = subprocess.Popen(
-        [sys.executable, "-m", "prefixmemory.cli", *command(place, "memory", *long)],
+        [sys.executable, "-m", "prefixmemory", *command(place, "memory", *long)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -220,7 +221,7 @@ def test_ctrl_c_before_training_leaves_nothing(monkeypatch, cli, place):
         raise KeyboardInterrupt
 
     before = sorted(place.rglob("*"))
-    monkeypatch.setattr("prefixmemory.base_models.load_model", interrupted)
+    monkeypatch.setattr("prefixmemory.training.run.load_model", interrupted)
     code, message = cli(*command(place, "memory"))
     assert code == 130 and "Traceback" not in message
     assert sorted(place.rglob("*")) == before

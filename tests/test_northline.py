@@ -18,8 +18,8 @@ from transformers.utils import logging
 import tiny
 from prefixmemory import PrefixMemoryError
 from prefixmemory import quickstart as quickstart_module
-from prefixmemory.training.recipe import TrainingSettings
-from prefixmemory.training.rows import northline
+from prefixmemory.training.data import northline
+from prefixmemory.training.settings import TrainingSettings
 
 SPLITS = pytest.mark.parametrize("split", ["train", "test"])
 LABELS = {
@@ -162,7 +162,7 @@ def test_the_quickstart_shows_and_records_its_figures(tmp_path, monkeypatch):
     assert figures["peak_memory_mib"] > 100
     assert recorded["rows"] == 14 and recorded["base_model"].endswith("base")
     assert {path.name for path in (tmp_path / "memory").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "run.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "run.json",
     }  # fmt: skip
 
     # The base model is asked twice, with the labels listed and with one example a label, the memory without help.

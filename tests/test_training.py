@@ -14,11 +14,13 @@ from torch.nn import functional
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.training.collator import IGNORED, LeftPaddingCollator, tokenize
+from prefixmemory.training.data import read_rows
 from prefixmemory.training.evaluation import accuracy, answers, first_line
-from prefixmemory.training.recipe import TrainingSettings, train
+from prefixmemory.training.loop import train
 from prefixmemory.training.record import provenance, write_json
-from prefixmemory.training.rows import Example, classification_prompt, labels_of, read_rows, render
+from prefixmemory.training.rows import Example, classification_prompt, labels_of, render
 from prefixmemory.training.run import RECORD, Output, run_training
+from prefixmemory.training.settings import TrainingSettings
 from prefixmemory.training.speed import contiguous_logits_input
 
 TOKENIZER = tiny.tokenizer()
@@ -133,7 +135,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning():
 @pytest.mark.parametrize("max_length", [2, 3])
 def test_a_completion_that_leaves_no_room_for_a_prompt_is_refused(max_length):
     examples = [Example("a", "b"), Example("0123456789", "ab<eos>")]
-    with pytest.raises(PrefixMemoryError, match=rf"row 2 has 3 tokens, max_length is {max_length}\. Raise max_length"):
+    with pytest.raises(PrefixMemoryError, match=rf"Row 2: the completion has 3 tokens, max_length is {max_length}\. Raise"):
         tokenize(examples, TOKENIZER, max_length)
 
 
@@ -386,10 +388,10 @@ def test_a_run_leaves_adapter_and_record_and_gives_the_base_model_back(tmp_path)
     config = PrefixMemoryConfig(task_type="CAUSAL_LM", rank=2, target_modules=["self_attn"])
     output = Output(tmp_path / "memory")
     record = run_training(model, "some/model", TOKENIZER, rows, output, settings, config)
-    # No checkpoints, no model card, nothing beside the folder.
+    # No checkpoints, nothing beside the folder.
     assert [path.name for path in tmp_path.iterdir()] == ["memory"]
     assert {path.name for path in output.folder.iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", RECORD,
+        "adapter_model.safetensors", "adapter_config.json", "README.md", RECORD,
     }  # fmt: skip
     assert json.loads((output.folder / RECORD).read_text()) == record
     assert record["base_model"] == "some/model"

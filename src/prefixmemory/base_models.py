@@ -11,9 +11,17 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.quantization import Quantization, check_quantization, keep_trainable, quantization_config
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -49,7 +57,7 @@ def _no_bar_outside_a_terminal() -> AbstractContextManager[object]:
     return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
 
 
-def _location(model: str) -> tuple[str, dict[str, str]]:
+def location(model: str) -> tuple[str, dict[str, str]]:
     """What ``from_pretrained`` wants for ``model``: a GGUF file is named by its folder and file name."""
     path = Path(model)
     if path.suffix == ".gguf":
@@ -57,7 +65,11 @@ def _location(model: str) -> tuple[str, dict[str, str]]:
     return model, {}
 
 
-def _explain(model: str, error: Exception) -> PrefixMemoryError:
+_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
+
+
+def explain(model: str, error: Exception) -> PrefixMemoryError:
+    """The one-line error for a model that cannot be loaded."""
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
     return PrefixMemoryError(
         f"The base model {model!r} cannot be loaded: {first_line}. Give a folder that holds a transformers model, the "
@@ -67,39 +79,78 @@ def _explain(model: str, error: Exception) -> PrefixMemoryError:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of ``model``, with a padding token."""
-    name, kwargs = _location(model)
+    name, kwargs = location(model)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _explain(model, error) from error
+    except _LOADING_ERRORS as error:
+        raise explain(model, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer  # type: ignore[no-any-return]
 
 
-def load_model(model: str, dtype: Dtype = "auto", attention: str | None = None) -> PreTrainedModel:
+def load_model(
+    model: str, dtype: Dtype = "auto", attention: str | None = None, quantization: Quantization | None = None
+) -> PreTrainedModel:
     """The causal language model ``model``, on a GPU if there is one, in evaluation mode.
 
     Args:
         model: a folder, the path of a ``.gguf`` file, or a Hub id.
         dtype: ``auto`` keeps the checkpoint's.
         attention: as transformers' ``attn_implementation``; ``None`` is the model's default.
+        quantization: packs the weights of the linear layers while they are loaded: ``bnb-4bit``, ``bnb-8bit``,
+            ``torchao-int8``. ``None`` loads them as they are saved, also from a checkpoint that is quantised.
 
     Raises:
-        PrefixMemoryError: nothing can be loaded from ``model``.
+        PrefixMemoryError: nothing can be loaded from ``model``, or it cannot be quantised so.
     """
-    name, kwargs = _location(model)
+    name, file = location(model)
+    packing = _packing(model, dtype, quantization)
+    # Not passed when None: transformers would take that for "forget how the checkpoint is quantised".
+    options: dict[str, Any] = file if packing is None else {**file, "quantization_config": packing}
     try:
-        # Unpacked weights always work; packed ones only where transformers has a kernel for the machine.
-        gguf: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)} if kwargs else {}
         with _no_bar_outside_a_terminal():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, attn_implementation=attention, **kwargs, **gguf
+            loaded: Any
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
             )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _explain(model, error) from error
-    if kwargs:
+    except _LOADING_ERRORS as error:
+        raise explain(model, error) from error
+    if report["missing_keys"]:
+        raise PrefixMemoryError(
+            f"The base model {model!r} lacks {len(report['missing_keys'])} of its weights "
+            f"({min(report['missing_keys'])!r} for one), which would be random. Give a complete causal language model."
+        )
+    if file:
         loaded.name_or_path = model  # the file, not only its folder
-    if torch.cuda.is_available():
-        loaded = loaded.to("cuda")
+    if torch.cuda.is_available() and loaded.device.type == "cpu":
+        loaded = loaded.to("cuda")  # bitsandbytes has put its weights there, and does not let them be moved
+    keep_trainable(loaded, inference=False)
     return loaded.eval()  # type: ignore[no-any-return]
+
+
+def _packing(model: str, dtype: Dtype, quantization: Quantization | None) -> Any:
+    """The ``quantization_config`` with which ``model`` is loaded, ``None`` for weights as they are saved."""
+    name, file = location(model)
+    if quantization is None:
+        # Unpacked weights always work; packed ones only where transformers has a kernel for the machine.
+        return GgufConfig(dequantize=True) if file else None
+    check_quantization(quantization)
+    if file:
+        raise PrefixMemoryError(
+            f"quantization={quantization!r} does not go with the GGUF file {model!r}: transformers unpacks such a file "
+            "and cannot pack it anew. Leave quantization out, or load the file, save it with save_pretrained and give "
+            "that folder."
+        )
+    try:
+        config: Any = AutoConfig.from_pretrained(name)
+    except _LOADING_ERRORS as error:
+        raise explain(model, error) from error
+    saved = getattr(config, "quantization_config", None)
+    if saved is not None:
+        raise PrefixMemoryError(
+            f"quantization={quantization!r} does not go with {model!r}, which is saved quantised "
+            f"({saved.get('quant_method')}). Leave quantization out to load it as it is."
+        )
+    compute_dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    return quantization_config(quantization, compute_dtype)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -29,8 +30,13 @@ def weights_checksum(folder: Path) -> str | None:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def check_config_file(folder: Path) -> None:
-    """Refuse a local adapter folder whose config is missing, cut off, or of another PEFT method."""
+def check_config_file(folder: Path, any_method: bool = False) -> dict[str, Any]:
+    """The config of a local adapter folder; refuses one that is missing, cut off, or of another PEFT method.
+
+    Args:
+        folder: the adapter folder.
+        any_method: accept every PEFT method.
+    """
     file = folder / CONFIG_NAME
     copy = "Copy it from where the adapter was saved, or train it again."
     if not file.is_file():
@@ -40,32 +46,39 @@ def check_config_file(folder: Path) -> None:
     except ValueError as error:
         raise PrefixMemoryError(f"{file} is truncated or damaged ({error}). {copy}") from error
     found = config.get("peft_type") if isinstance(config, dict) else None
-    if found != PREFIX_MEMORY.value:
+    if found != PREFIX_MEMORY.value and not (any_method and found):
         raise PrefixMemoryError(
             f"{file} has peft_type={found!r}, not {PREFIX_MEMORY.value!r}. Give the folder of a memory."
         )
+    return cast(dict[str, Any], config)
 
 
-def check_weights_file(folder: Path, expected_sha256: str | None) -> None:
-    """Refuse a local adapter folder whose weights are missing, truncated or not those that were saved."""
-    if not folder.is_dir():
-        return  # a Hub id: the download checks itself
+def check_weights_file(folder: Path, expected_sha256: str | None, hub_id: str | None = None) -> None:
+    """Refuse an adapter folder whose weights are missing, truncated or not those that were saved.
+
+    Args:
+        folder: the adapter folder, or the one of the Hub's cache.
+        expected_sha256: ``weights_sha256`` of its config.
+        hub_id: where the folder was downloaded from.
+    """
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         if expected_sha256 is None:
             return  # a config that was saved on its own
         raise PrefixMemoryError(f"{file} is missing. Copy it from where the adapter was saved, or train it again.")
+    again = "Copy it again from where the adapter was saved."
+    both = "Copy both files again; if you changed the weights on purpose, delete weights_sha256 from the config."
+    if hub_id is not None:
+        again = both = f"Load it with force_download=True; if that does not help, {hub_id!r} must be pushed again."
     try:
         with safe_open(file, framework="pt"):
             pass
     except SafetensorError as error:
-        raise PrefixMemoryError(
-            f"{file} is truncated or damaged ({error}). Copy it again from where the adapter was saved."
-        ) from error
+        raise PrefixMemoryError(f"{file} is truncated or damaged ({error}). {again}") from error
     if expected_sha256 is not None and weights_checksum(folder) != expected_sha256:
         raise PrefixMemoryError(
             f"{file} is not the file that was saved: its SHA-256 differs from weights_sha256 in adapter_config.json. "
-            "Copy both files again; if you changed the weights on purpose, delete weights_sha256 from the config."
+            f"{both}"
         )
 
 

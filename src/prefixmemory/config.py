@@ -8,7 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from prefixmemory import checkpoint
 from prefixmemory.errors import PrefixMemoryError, check_choice, check_number, did_you_mean
@@ -126,18 +129,33 @@ class PrefixMemoryConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> PrefixMemoryConfig:
-        """Read ``adapter_config.json`` from a folder or the Hub; in a folder, check the weights file beside it.
+        """Read ``adapter_config.json`` from a folder or the Hub, and check the weights file beside it.
 
         Raises:
-            PrefixMemoryError: the weights file is missing, truncated or changed since it was saved.
+            PrefixMemoryError: the adapter is of another PEFT method, or its weights file is missing, truncated or
+                changed since it was saved.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         if folder.is_dir():
             checkpoint.check_config_file(folder)
-        config = cast(
-            PrefixMemoryConfig,
-            super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs),
-        )
-        checkpoint.check_weights_file(folder, config.weights_sha256)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, PrefixMemoryConfig):  # from the Hub; PEFT makes the class that the file names
+            raise PrefixMemoryError(
+                f"{pretrained_model_name_or_path!r} has peft_type={config.peft_type.value!r}, not "
+                f"{PREFIX_MEMORY.value!r}. Give the id of a memory."
+            )
+        if folder.is_dir():
+            checkpoint.check_weights_file(folder, config.weights_sha256)
+        elif config.weights_sha256 is not None:
+            # into the Hub's cache, where PEFT finds it when it comes to the weights
+            hub_id, options = str(pretrained_model_name_or_path), cls._split_kwargs(kwargs)[0]
+            try:
+                file = hf_hub_download(hub_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **options)
+            except EntryNotFoundError as error:
+                raise PrefixMemoryError(
+                    f"{hub_id!r} on the Hub has no {SAFETENSORS_WEIGHTS_NAME} beside its {CONFIG_NAME}, or the Hub "
+                    "cannot be reached. Check the network, or push the adapter again."
+                ) from error
+            checkpoint.check_weights_file(Path(file).parent, config.weights_sha256, hub_id)
         config.awaits_weights = True
         return config

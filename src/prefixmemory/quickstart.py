@@ -18,12 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixmemory.base_models import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
 from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.training.data import northline
 from prefixmemory.training.evaluation import accuracy, answers
 from prefixmemory.training.progress import progress_bar
-from prefixmemory.training.recipe import TrainingSettings
 from prefixmemory.training.record import write_json
-from prefixmemory.training.rows import classification_prompt, labels_of, northline
+from prefixmemory.training.rows import Rows, classification_prompt, labels_of
 from prefixmemory.training.run import RECORD, Output, run_training
+from prefixmemory.training.settings import TrainingSettings
 
 MAX_LABEL_TOKENS = 6
 SHOWN = 6
@@ -32,7 +33,7 @@ SHOWN = 6
 def measure(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
+    rows: Rows,
     console: Console,
     title: str,
     labels: list[str] | None = None,
@@ -47,7 +48,7 @@ def measure(
         )
 
 
-def one_example_per_label(rows: list[dict[str, Any]]) -> str:
+def one_example_per_label(rows: Rows) -> str:
     """In-context examples for the base model: the first training row of each label."""
     first = {row["label"]: row["text"] for row in reversed(rows)}
     return "".join(f"{classification_prompt(text)} {label}\n\n" for label, text in sorted(first.items()))
@@ -106,7 +107,7 @@ def quickstart(
     )  # fmt: skip
     figures_file = folder / "reloaded.json"
     if again:
-        command = [sys.executable, "-m", "prefixmemory.cli", "remeasure", str(folder), str(figures_file)]
+        command = [sys.executable, "-m", "prefixmemory", "remeasure", str(folder), str(figures_file)]
         done = subprocess.run(command, check=False)
         if done.returncode != 0:
             raise PrefixMemoryError(f"Measuring the saved adapter in a new process failed; see above. {command}")
@@ -135,7 +136,7 @@ def quickstart(
 
 def _show(
     figures: dict[str, Any],
-    rows: list[dict[str, Any]],
+    rows: Rows,
     base: list[str],
     adapted: list[str],
     folder: Path,

@@ -39,8 +39,8 @@ def tokenize(
         room = max_length - len(completion)
         if room < 1:
             raise PrefixMemoryError(
-                f"The completion of row {number} has {len(completion)} tokens, max_length is {max_length}. "
-                "Raise max_length or shorten the row."
+                f"{example.where or f'Row {number}'}: the completion has {len(completion)} tokens, max_length is "
+                f"{max_length}. Raise max_length or shorten the row."
             )
         prompt = prompt[-room:]
         features.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})

@@ -1,170 +1,259 @@
-"""The training recipe: transformers' Trainer with the settings that suit a memory."""
+"""Recipes: YAML files that say what to train, on what, and how; checked down to the line before anything runs."""
 
 from __future__ import annotations
 
-import inspect
-import signal
-import sys
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any, Literal
 
-import torch
-from datasets import Dataset
-from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import get_last_checkpoint
+import yaml
+from peft import PeftConfig
+from pydantic import TypeAdapter, ValidationError
 
-from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.training.collator import LeftPaddingCollator, tokenize
-from prefixmemory.training.rows import Example
-from prefixmemory.training.speed import contiguous_logits_input
+from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.training.data import Data
+from prefixmemory.training.methods import method_config
+from prefixmemory.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """What a training run can be told; the defaults suit a :class:`PrefixMemoryConfig` with its defaults.
-
-    ``learning_rate`` is the peak of a cosine schedule with ``warmup`` (share of all steps); ``save_steps`` counts
-    optimizer steps between checkpoints.
-    """
-
-    learning_rate: float = 3e-4
-    epochs: int | float = 3
-    batch_size: int = 8
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int = 1024
-    save_steps: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "batch_size", "max_grad_norm", "max_length", "save_steps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise PrefixMemoryError(f"{name}={getattr(self, name)} is out of range: give a number above 0.")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise PrefixMemoryError(f"weight_decay={self.weight_decay} is out of range: give a number from 0 on.")
-        if not 0 <= self.seed < 2**32:
-            raise PrefixMemoryError(f"seed={self.seed} is out of range: give a number from 0 to 2**32 - 1.")
-        if not 0 <= self.warmup < 1:
-            raise PrefixMemoryError(f"warmup={self.warmup} is out of range: give a share of the steps in [0, 1).")
-
-
-class Interrupted(Exception):
-    """Training was stopped by ctrl-C after a checkpoint was written."""
-
-
-class StopOnInterrupt(TrainerCallback):
-    """First ctrl-C: finish the step, write a checkpoint, stop. Second ctrl-C: stop at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> StopOnInterrupt:
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nStopping after this step; ctrl-C again stops at once.", file=sys.stderr)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop once asked to."""
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
-
-
-def train(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-    settings: TrainingSettings,
-    checkpoints: Path,
-    resume: bool = False,
-    callbacks: list[TrainerCallback] | None = None,
-) -> dict[str, float]:
-    """Train the parameters of ``model`` that require gradients on ``examples``.
+class Recipe:
+    """Everything that a training run is told.
 
     Args:
-        model: a PEFT model.
-        tokenizer: its tokenizer.
-        examples: rendered examples; only their completions count in the loss.
-        settings: see :class:`TrainingSettings`.
-        checkpoints: folder for the Trainer's checkpoints.
-        resume: go on from the last checkpoint there.
-        callbacks: further Trainer callbacks.
+        model: base model: a folder, a ``.gguf`` file, or a Hub id.
+        output: folder for the trained adapter.
+        data: see :class:`~prefixmemory.training.data.Data`.
+        method: ``name`` of a PEFT method and fields of its config; the default is a memory with its defaults.
+        training: see :class:`~prefixmemory.training.settings.TrainingSettings`.
+        dtype: of the base model; ``auto`` keeps the checkpoint's.
+        attention: as transformers' ``attn_implementation``; ``None`` is the model's default.
+        quantization: quantise the frozen base model while loading it.
+        report_to: trackers that receive the metrics: ``tensorboard``, ``trackio``, ``wandb``.
+    """
 
-    Returns:
-        The Trainer's metrics: ``train_loss``, ``train_runtime`` in seconds, and others.
+    model: str
+    output: str
+    data: Data
+    method: dict[str, Any] = field(default_factory=dict)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: str | None = None
+    quantization: Literal["bnb-4bit", "bnb-8bit", "torchao-int8"] | None = None
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
+
+    def config(self) -> PeftConfig:
+        """The PEFT config that ``method`` describes, made anew."""
+        return method_config(self.method)
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML as people write it: ``1e-3`` is a number (YAML 1.2), not a text (YAML 1.1, PyYAML)."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+SECTIONS: dict[str, type] = {"data": Data, "training": TrainingSettings}
+_ADAPTER = TypeAdapter(Recipe)
+
+
+class Source:
+    """Where each value of a recipe was written, for messages: line of the file, or option of the command line."""
+
+    def __init__(self, file: Path | None, lines: dict[str, int], options: Mapping[str, str]) -> None:
+        self.file, self.lines, self.options = file, lines, options
+
+    def of(self, path: str) -> str:
+        """``recipe.yaml, line 7``, or ``--learning-rate``."""
+        if path in self.options:
+            return self.options[path]
+        while path and path not in self.lines:
+            path = path.rpartition(".")[0]
+        if self.file is None:
+            return ""
+        return f"{self.file}, line {self.lines[path]}" if path else f"{self.file}"
+
+    def error(self, path: str, problem: str) -> PrefixMemoryError:
+        """An error about ``path``."""
+        where = self.of(path)
+        return PrefixMemoryError(f"{where}: {problem}" if where else problem)
+
+
+def load_recipe(
+    file: Path | None, overrides: Mapping[str, Any] | None = None, options: Mapping[str, str] | None = None
+) -> Recipe:
+    """Read a recipe, lay ``overrides`` over it, check all of it.
+
+    Args:
+        file: YAML file; ``None``: the overrides are everything.
+        overrides: values by dotted path, such as ``{"training.learning_rate": 1e-3}``.
+        options: for messages: what the user wrote for each override, such as ``--learning-rate``.
 
     Raises:
-        Interrupted: ctrl-C; the last checkpoint holds everything up to the last finished step.
-        PrefixMemoryError: nothing to train, nothing to resume, or an example that does not fit.
+        PrefixMemoryError: names the line, the field, and the nearest valid field or the allowed values.
     """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise PrefixMemoryError(
-            "The model has no trainable parameters. Make it with get_peft_model(model, PrefixMemoryConfig()), or load "
-            "an adapter with is_trainable=True."
-        )
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if resume and last is None:
-        raise PrefixMemoryError(f"{checkpoints} holds no checkpoint to resume from. Start afresh with --overwrite.")
-
-    base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    crop_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
-    use_cache = getattr(base.config, "use_cache", None)
-    on_gpu = torch.cuda.is_available()
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(checkpoints),
-            learning_rate=settings.learning_rate,
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            lr_scheduler_type="cosine",
-            warmup_steps=settings.warmup,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            seed=settings.seed,
-            save_steps=settings.save_steps,
-            save_total_limit=2,
-            logging_steps=10,
-            logging_strategy="steps",
-            disable_tqdm=True,
-            report_to="none",
-            remove_unused_columns=False,
-            dataloader_pin_memory=on_gpu,
-            use_cpu=not on_gpu,
-            train_sampling_strategy="group_by_length",
-        ),
-        train_dataset=Dataset.from_list(tokenize(examples, tokenizer, settings.max_length)),
-        data_collator=LeftPaddingCollator(int(tokenizer.pad_token_id), crop_logits),
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)  # progress is shown by the caller's callbacks, or not at all
+    content, lines = ({}, {}) if file is None else _read(file)
+    overrides = overrides or {}
+    source = Source(file, lines, {path: f"--set {path}" for path in overrides} | dict(options or {}))
+    method = content.get("method")
+    if isinstance(method, dict) and overrides.get("method.name", method.get("name")) != method.get("name"):
+        content["method"] = {}  # the fields of one method mean nothing to another
+    for path, value in overrides.items():
+        _put(content, path, value, source)
+    _check_names(content, Recipe, "", source)
     try:
-        with StopOnInterrupt() as stop, contiguous_logits_input(model):
-            trainer.add_callback(stop)
-            result = trainer.train(resume_from_checkpoint=last if resume else None)
-    finally:
-        base.config.use_cache = use_cache  # the Trainer switches it off and leaves it so
-    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted
-    return dict(result.metrics)
+        recipe: Recipe = _ADAPTER.validate_python(content)
+    except ValidationError as error:
+        raise _explained(error, source) from None
+    try:
+        recipe.config()
+    except PrefixMemoryError as error:
+        raise source.error(_blamed("method", str(error), source), str(error)) from None
+    if recipe.training.keeps_best and recipe.data.validation is None:
+        what = "patience" if recipe.training.patience is not None else "keep_best"
+        raise source.error(f"training.{what}", f"training.{what} needs validation data: give data.validation.")
+    return recipe
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Content of a YAML file, and the line of every key by its dotted path."""
+    if not file.is_file():
+        raise PrefixMemoryError(
+            f"The recipe {file} does not exist. `prefixmemory recipes ls` lists those that ship with the package; "
+            "`prefixmemory recipes cp NAME FILE` copies one."
+        )
+    try:
+        text = file.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=RecipeLoader)
+        content = yaml.load(text, Loader=RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise PrefixMemoryError(f"{file}{where}: not valid YAML ({getattr(error, 'problem', error)}).") from error
+    if not isinstance(content, dict):
+        raise PrefixMemoryError(f"{file}: a recipe is a mapping with model, data and output; this is none.")
+    return content, dict(_lines(file, root, ""))
+
+
+def _lines(file: Path, node: yaml.Node | None, prefix: str) -> list[tuple[str, int]]:
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    found: list[tuple[str, int]] = []
+    for key, value in node.value:
+        path, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if path in dict(found):
+            raise PrefixMemoryError(f"{file}, line {line}: {path} is given twice. Delete one.")
+        found += [(path, line), *_lines(file, value, f"{path}.")]
+    return found
+
+
+def read_value(text: str) -> Any:
+    """A value as it would be read from a recipe: ``8``, ``1e-3``, ``[q_proj, v_proj]``, ``elu``.
+
+    Raises:
+        PrefixMemoryError: not valid YAML.
+    """
+    try:
+        return yaml.load(text, Loader=RecipeLoader)
+    except yaml.YAMLError as error:
+        raise PrefixMemoryError(f"{text!r} is no value that YAML knows: put it in quotation marks.") from error
+
+
+def _put(content: dict[str, Any], path: str, value: Any, source: Source) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        inner = content.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise source.error(path, f"{section} is {inner!r}, so {path} cannot be set in it.")
+        content = inner
+    content[name] = value
+
+
+def _check_names(content: Mapping[str, Any], kind: type, prefix: str, source: Source) -> None:
+    """Unknown fields first: a typo is the cause where something else is missing, too."""
+    known = [f.name for f in fields(kind)]
+    for name, value in content.items():
+        path = f"{prefix}{name}"
+        if name not in known:
+            raise source.error(path, f"{path} is no field of a recipe.{_nearest(str(name), prefix, known)}")
+        if name in SECTIONS and not prefix:
+            if not isinstance(value, dict):
+                raise source.error(path, f"{path} is {value!r}; it must be a section with its own fields.")
+            _check_names(value, SECTIONS[name], f"{name}.", source)
+
+
+def _nearest(name: str, prefix: str, known: list[str]) -> str:
+    hint = did_you_mean(name, known)
+    if hint:
+        return hint
+    # perhaps it stands in the wrong section
+    for section, kind in {"": Recipe, **SECTIONS}.items():
+        if name in (f.name for f in fields(kind)):
+            return f" Did you mean {f'{section}.{name}' if section else name!r}?"
+    return f" {'Here' if prefix else 'At the top'} there are: {', '.join(known)}."
+
+
+def _explained(error: ValidationError, source: Source) -> PrefixMemoryError:
+    """The first problem that pydantic found, in our words."""
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"] if part in _PATH_PARTS or isinstance(part, int))
+    if problem["type"] == "missing":
+        option = {"model": "--model", "output": "--output", "data": "--data", "data.train": "--data"}.get(path)
+        return source.error(path, f"{path} is missing: give it in the recipe{f', or {option}' if option else ''}.")
+    if isinstance(raised := problem.get("ctx", {}).get("error"), PrefixMemoryError):
+        blamed = _blamed(path, str(raised), source)
+        return source.error(blamed, f"{path}.{raised}" if path else str(raised))
+    given = f"{path}={problem['input']!r}"
+    if problem["type"] == "literal_error":
+        allowed = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
+        hint = did_you_mean(str(problem["input"]), allowed)
+        return source.error(path, f"{given} is not known.{hint} Choose one of: {', '.join(allowed)}.")
+    return source.error(path, f"{given}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
+
+
+_PATH_PARTS = {f.name for kind in (Recipe, Data, TrainingSettings) for f in fields(kind)}
+
+
+def _blamed(section: str, message: str, source: Source) -> str:
+    """The path of the field with which our own messages begin: ``rank=0 is out of range``, ``method.r: ...``."""
+    match = re.match(rf"(?:{section}\.)?(\w+)[=:]", message)
+    return f"{section}.{match[1]}" if match and f"{section}.{match[1]}" in {*source.lines, *source.options} else section
+
+
+# The recipes that ship with the package
+
+
+def shipped() -> dict[str, Traversable]:
+    """Recipes of the package by name."""
+    folder = files("prefixmemory") / "recipes"
+    found = (entry for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return {entry.name.removesuffix(".yaml"): entry for entry in sorted(found, key=lambda entry: entry.name)}
+
+
+def summary(text: str) -> str:
+    """First line of a recipe, which says what it is for."""
+    return text.partition("\n")[0].lstrip("# ").strip()
+
+
+def copy_recipe(name: str, to: Path) -> None:
+    """Copy the shipped recipe ``name`` to a new file.
+
+    Raises:
+        PrefixMemoryError: no such recipe, or the file exists.
+    """
+    recipes = shipped()
+    if name not in recipes:
+        there_are = f"There are: {', '.join(recipes)}."
+        raise PrefixMemoryError(f"There is no recipe {name!r}.{did_you_mean(name, recipes)} {there_are}")
+    if to.exists():
+        raise PrefixMemoryError(f"{to} exists already. Give another name; nothing is overwritten.")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = to.with_name(f".{to.name}.tmp")
+    temporary.write_text(recipes[name].read_text(encoding="utf-8"), encoding="utf-8")
+    temporary.replace(to)

@@ -1,20 +1,47 @@
-"""Training rows: reading a JSONL file, checking every line, rendering prompt and completion."""
+"""Training rows: which fields they have, and how they become prompt and completion."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 
-FORMATS: tuple[tuple[str, ...], ...] = (("prompt", "completion"), ("messages",), ("text", "label"))
-_EXPECTED = 'Each line is a JSON object with "prompt" and "completion", with "messages", or with "text" and "label".'
+Fields = tuple[str, ...]
+#: Rows as functions take them: a :class:`Row` where they were read from a file, or plain mappings.
+Rows = Sequence[Mapping[str, Any]]
+
+#: Kinds of rows by the fields that make them; the first kind whose fields are all there is the row's. Rows of kind
+#: ``judged`` have a yes or a no for their label.
+FORMATS: dict[str, Fields] = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "judged": ("prompt", "completion", "label"),
+    "prompt": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text", "label"),
+    "instruction": ("instruction", "output"),
+}
+#: Which kinds of rows an objective can be trained on.
+OBJECTIVE_FORMATS: dict[str, Fields] = {
+    "sft": ("prompt", "messages", "text", "instruction"),
+    "dpo": ("preference",),
+    "kto": ("judged", "preference"),
+}
+EXPECTED = (
+    'Each row is an object with "prompt" and "completion", with "messages", with "text" and "label", or with '
+    '"instruction" and "output"; for preferences with "prompt", "chosen" and "rejected", or with "prompt", '
+    '"completion" and a "label" that is true or false.'
+)
+_JUDGEMENTS = {True: True, False: False, "true": True, "false": False, "True": True, "False": False}
+
+
+class Row(dict[str, Any]):
+    """The fields of one row, and ``where`` it stands, for messages: ``tickets.jsonl, line 12``."""
+
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -23,6 +50,7 @@ class Example:
 
     prompt: str
     completion: str
+    where: str = field(default="", compare=False)
 
 
 def classification_prompt(text: str, labels: list[str] | None = None) -> str:
@@ -31,51 +59,62 @@ def classification_prompt(text: str, labels: list[str] | None = None) -> str:
     return f"{listed}Text: {text}\nLabel:"
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, every line checked before anything is done with them.
+def labels_of(rows: Rows) -> list[str]:
+    """The labels of ``{"text", "label"}`` rows, sorted."""
+    return sorted({row["label"] for row in rows})
+
+
+# Checking
+
+
+def _where(row: Mapping[str, Any], otherwise: str) -> str:
+    return getattr(row, "where", "") or otherwise
+
+
+def _kind(row: Mapping[str, Any]) -> str | None:
+    for kind, fields in FORMATS.items():
+        if set(fields) <= row.keys() and (kind != "judged" or _is_judgement(row["label"])):
+            return kind
+    return None
+
+
+def _is_judgement(value: object) -> bool:
+    return isinstance(value, bool | str) and value in _JUDGEMENTS
+
+
+def check_row(where: str, fields: Mapping[str, Any]) -> Row:
+    """``fields`` as a :class:`Row`, once they make one.
 
     Raises:
-        PrefixMemoryError: the file is missing or empty, or a line is cut off, no object, or lacks fields.
+        PrefixMemoryError: a field is missing, empty or of the wrong type.
     """
-    if not file.is_file():
-        problem = "is a folder" if file.is_dir() else "does not exist"
-        raise PrefixMemoryError(f"The data file {file} {problem}. Give the path of a JSONL file. {_EXPECTED}")
-    rows: list[dict[str, Any]] = []
-    with file.open("rb") as stream:  # bytes: a cut-off last line may end within a character
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                rows.append(_check_row(file, number, line))
-                if _format(rows[-1]) != _format(rows[0]):
-                    raise PrefixMemoryError(
-                        f"{file}, line {number}: has {_format(rows[-1])} where the first row has {_format(rows[0])}. "
-                        "Use one format a file."
-                    )
-    if not rows:
-        raise PrefixMemoryError(f"The data file {file} is empty. {_EXPECTED}")
-    return rows
-
-
-def _check_row(file: Path, number: int, line: bytes) -> dict[str, Any]:
-    where = f"{file}, line {number}"
-    try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PrefixMemoryError(f"{where}: not complete JSON ({error}). Was the file cut off? {_EXPECTED}") from error
-    if not isinstance(row, dict):
-        raise PrefixMemoryError(f"{where}: holds {type(row).__name__}, not an object. {_EXPECTED}")
-    fields = _format(row)
-    if fields is None:
-        wanted = [field for format_ in FORMATS for field in format_]
-        hints = (did_you_mean(name, wanted) for name in row if name not in wanted)
+    kind = _kind(fields)
+    if kind is None:
+        wanted = {name for names in FORMATS.values() for name in names}
+        hints = (did_you_mean(name, wanted - fields.keys()) for name in fields if name not in wanted)
         hint = next((hint for hint in hints if hint), "")
-        raise PrefixMemoryError(f"{where}: has the fields {sorted(row)}.{hint} {_EXPECTED}")
-    for field in fields:
-        value = row[field]
-        if field == "messages":
+        raise PrefixMemoryError(f"{where}: has the fields {sorted(fields)}.{hint} {EXPECTED}")
+    row = Row(fields)
+    row.where = where
+    for name in FORMATS[kind]:
+        value = fields[name]
+        if name == "messages":
             _check_messages(where, value)
+        elif kind == "judged" and name == "label":
+            row[name] = _JUDGEMENTS[value]
         elif not isinstance(value, str) or not value.strip():
-            raise PrefixMemoryError(f"{where}: {field!r} is {value!r}; it must be a text that is not empty.")
+            raise PrefixMemoryError(f"{where}: {name!r} is {value!r}; it must be a text that is not empty.")
     return row
+
+
+def check_same_format(rows: list[Row]) -> None:
+    """Refuse a file whose rows are of two kinds."""
+    for row in rows:
+        if _kind(row) != _kind(rows[0]):
+            raise PrefixMemoryError(
+                f"{row.where}: has {FORMATS[row_format([row])]} where the first row has "
+                f"{FORMATS[row_format(rows)]}. Use one format a file."
+            )
 
 
 def _check_messages(where: str, messages: object) -> None:
@@ -91,58 +130,75 @@ def _check_messages(where: str, messages: object) -> None:
         )
 
 
-def _format(row: dict[str, Any]) -> tuple[str, ...] | None:
-    return next((format_ for format_ in FORMATS if set(format_) <= row.keys()), None)
+def row_format(rows: Rows) -> str:
+    """Name of the rows' kind in ``FORMATS``."""
+    kind = _kind(rows[0])
+    assert kind is not None, "rows come from read_rows"
+    return kind
 
 
-def labels_of(rows: list[dict[str, Any]]) -> list[str]:
-    """The labels of ``{"text", "label"}`` rows, sorted."""
-    return sorted({row["label"] for row in rows})
+def check_objective(objective: str, rows: Rows) -> None:
+    """Refuse rows that ``objective`` cannot be trained on."""
+    kind, possible = row_format(rows), OBJECTIVE_FORMATS[objective]
+    if kind not in possible:
+        fitting = [name for name, kinds in OBJECTIVE_FORMATS.items() if kind in kinds]
+        wanted = " or ".join(str(list(FORMATS[kind])) for kind in possible)
+        raise PrefixMemoryError(
+            f"objective={objective!r} needs rows with {wanted}; {_where(rows[0], 'the data')} has "
+            f"{list(FORMATS[kind])}. For such rows, use {' or '.join(f'objective={name!r}' for name in fitting)}."
+        )
 
 
-def row_format(rows: list[dict[str, Any]]) -> str:
-    """Name of the rows' format, as :func:`render_prompt` takes it: ``prompt``, ``messages`` or ``text``."""
-    fields = _format(rows[0])
-    assert fields is not None, "rows come from read_rows"
-    return fields[0]
+# Rendering
 
 
 def render_prompt(text: str, format_: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """``text`` as the prompt of a row of that format was rendered in training; any other name leaves it as it is."""
+    """``text`` as the prompt of a row of that kind was rendered in training; an unknown kind leaves it as it is."""
     if format_ == "text":
         return classification_prompt(text)
-    if format_ in ("prompt", "messages") and getattr(tokenizer, "chat_template", None) is not None:
+    if format_ in FORMATS and getattr(tokenizer, "chat_template", None) is not None:
         question = [{"role": "user", "content": text}]
         return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
     return text
 
 
-def render(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def render(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Rows as prompt and completion, by the model's chat template where the row is a conversation."""
     return list(_renderer(rows, tokenizer))
 
 
-def _renderer(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+def _renderer(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
     has_template = getattr(tokenizer, "chat_template", None) is not None
     for number, row in enumerate(rows, start=1):
-        fields = _format(row)
-        if fields == ("text", "label"):
-            yield Example(classification_prompt(row["text"]), f" {row['label']}{tokenizer.eos_token}")
-        elif fields == ("messages",):
+        where = _where(row, f"Row {number}")
+        kind = _kind(row)
+        if kind == "text":
+            yield Example(classification_prompt(row["text"]), f" {row['label']}{tokenizer.eos_token}", where)
+        elif kind == "messages":
             if not has_template:
                 raise PrefixMemoryError(
-                    f"Row {number} holds messages, but this model's tokenizer has no chat template. "
+                    f"{where} holds messages, but this model's tokenizer has no chat template. "
                     'Use rows with "prompt" and "completion", or a chat model.'
                 )
-            yield _chat_example(row["messages"], tokenizer)
-        elif has_template:
-            question = {"role": "user", "content": row["prompt"]}
-            yield _chat_example([question, {"role": "assistant", "content": row["completion"]}], tokenizer)
+            yield _chat_example(row["messages"], tokenizer, where)
         else:
-            yield Example(row["prompt"], f"{row['completion']}{tokenizer.eos_token}")
+            prompt, completion = question_and_answer(row)
+            if has_template:
+                question = {"role": "user", "content": prompt}
+                yield _chat_example([question, {"role": "assistant", "content": completion}], tokenizer, where)
+            else:
+                yield Example(prompt, f"{completion}{tokenizer.eos_token}", where)
 
 
-def _chat_example(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Example:
+def question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Prompt and completion of a row of kind ``prompt`` or ``instruction``."""
+    if "instruction" in row and "prompt" not in row:
+        given = row.get("input")
+        return f"{row['instruction']}\n\n{given}" if given else row["instruction"], row["output"]
+    return row["prompt"], row["completion"]
+
+
+def _chat_example(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Example:
     whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
     prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
     if not whole.startswith(prompt):
@@ -150,9 +206,4 @@ def _chat_example(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizer
             "This model's chat template writes an answer differently from how it asks for one, so prompt and answer "
             'cannot be told apart. Use rows with "prompt" and "completion" and a tokenizer without chat template.'
         )
-    return Example(prompt, whole[len(prompt) :])
-
-
-def northline(split: str) -> list[dict[str, Any]]:
-    """The intent data set that ships with the package; ``split`` is ``train`` or ``test``."""
-    return read_rows(Path(str(files("prefixmemory") / "data" / "northline" / f"{split}.jsonl")))
+    return Example(prompt, whole[len(prompt) :], where)

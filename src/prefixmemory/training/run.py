@@ -8,27 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
 
-from prefixmemory.config import PrefixMemoryConfig
+from prefixmemory.base_models import load_model, load_tokenizer
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.training.card import write_model_card
 from prefixmemory.training.collator import tokenize
-from prefixmemory.training.progress import RichProgress
-from prefixmemory.training.recipe import TrainingSettings, train
+from prefixmemory.training.loop import check_trainable, completion_trainer, fit, last_checkpoint, training_arguments
+from prefixmemory.training.methods import choices, method_name
+from prefixmemory.training.preferences import preference_trainer
+from prefixmemory.training.progress import show_progress
+from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.record import provenance, write_json
-from prefixmemory.training.rows import render, row_format
+from prefixmemory.training.rows import Row, Rows, check_objective, render, row_format
+from prefixmemory.training.settings import TrainingSettings
 
 RECORD = "run.json"
 
@@ -135,57 +144,161 @@ def run_training(
     model: PreTrainedModel,
     model_name: str,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
+    rows: Rows,
     output: Output,
     settings: TrainingSettings,
-    config: PrefixMemoryConfig,
+    config: PeftConfig,
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
+    validation: Rows = (),
+    data: Mapping[str, Any] | None = None,
+    report_to: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Train a memory for ``model`` on ``rows`` and leave it in ``output``; returns the record that lies beside it.
+    """Train an adapter for ``model`` on ``rows`` and leave it in ``output``; returns the record that lies beside it.
+
+    Several processes (``accelerate launch``, ``torchrun``) may call it together: the first writes, all train.
+
+    Args:
+        model: base model; it gets its adapter for the run, and is given back as it was.
+        model_name: what the adapter's config names as its base model.
+        tokenizer: its tokenizer.
+        rows: training rows.
+        output: where the adapter goes.
+        settings: how to train.
+        config: PEFT config of the adapter.
+        resume: go on with the interrupted run in ``output.partial``.
+        overwrite: replace a finished run in ``output``.
+        console: where progress is shown; ``None``: nowhere.
+        validation: rows for the validation loss.
+        data: names of the data, for the record.
+        report_to: trackers that receive the metrics.
 
     Raises:
         Interrupted: ctrl-C; ``output.partial`` holds what is needed to resume.
         PrefixMemoryError: bad input; nothing on disk was touched.
     """
-    output.check(overwrite, resume)
-    examples = render(rows, tokenizer)
-    tokenize(examples, tokenizer, settings.max_length)  # what does not fit is refused before anything is written
+    writes = first_process()
+    if writes:
+        output.check(overwrite, resume)
+    check_objective(settings.objective, rows)
+    if settings.objective == "sft":
+        # what does not fit is refused before anything is written
+        for part in (rows, validation):
+            tokenize(render(part, tokenizer), tokenizer, settings.max_length)
+    plan = _plan(model, model_name, rows, settings, config)
+    if resume:
+        last_checkpoint(output.partial / "checkpoints")
+    use_cache = getattr(model.config, "use_cache", None)
+    arguments = training_arguments(settings, output.partial / "checkpoints", bool(validation), report_to)
+    torch.manual_seed(settings.seed)
+    adapted: Any = None
+    try:
+        if settings.objective == "sft":
+            adapted = get_peft_model(model, config)
+            examples, held_out = (render(part, tokenizer) for part in (rows, validation))
+            trainer = completion_trainer(adapted, tokenizer, examples, held_out, settings, arguments)
+        else:
+            trainer = preference_trainer(model, config, tokenizer, rows, validation, settings, arguments)
+            adapted = trainer.model
+        check_trainable(adapted)
+        adapted.peft_config["default"].base_model_name_or_path = model_name
+        if writes:
+            output.begin(plan, resume)
+        started = time.monotonic()
+        metrics = fit(trainer, settings, resume, [show_progress(console)] if console is not None and writes else [])
+        record = {
+            **plan,
+            "data": dict(data or {}),
+            "train_loss": metrics["train_loss"],
+            **({"validation_loss": metrics["eval_loss"]} if "eval_loss" in metrics else {}),
+            "train_seconds": round(time.monotonic() - started, 1),
+            "processes": trainer.args.world_size,
+            "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+            **provenance(),
+        }
+        _save(trainer, output.partial)
+        if writes:
+            write_json(output.partial / RECORD, record)
+            write_model_card(output.partial, record)
+            output.finish()
+    finally:
+        model.config.use_cache = use_cache  # the Trainer switches it off and leaves it so
+        if isinstance(getattr(adapted, "base_model", None), BaseTuner):
+            adapted.unload()
+    return record
+
+
+def rows_of(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+    """Training and validation rows of a recipe, every one checked, also for its objective."""
+    seed = recipe.training.seed
+    rows, validation = recipe.data.training_rows(seed), recipe.data.validation_rows(seed)
+    for part in (rows, validation):
+        if part:
+            check_objective(recipe.training.objective, part)
+    return rows, validation
+
+
+def run_recipe(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> dict[str, Any]:
+    """Load what a recipe names, and train; see :func:`run_training`."""
+    output = Output(Path(recipe.output))
+    if first_process():  # what can be refused without the model is refused before it is loaded
+        output.check(overwrite, resume)
+    rows, validation = rows_of(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    return run_training(
+        load_model(recipe.model, recipe.dtype, recipe.attention, recipe.quantization),
+        recipe.model,
+        tokenizer,
+        rows,
+        output,
+        recipe.training,
+        recipe.config(),
+        resume,
+        overwrite,
+        console,
+        validation,
+        {name: value for name, value in asdict(recipe.data).items() if value is not None},
+        recipe.report_to,
+    )
+
+
+def first_process() -> bool:
+    """Whether this process writes: the only one, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _plan(
+    model: PreTrainedModel,
+    model_name: str,
+    rows: Rows,
+    settings: TrainingSettings,
+    config: PeftConfig,
+) -> dict[str, Any]:
+    """What is going to be run: what a run that is resumed must have in common with the interrupted one."""
     plan = {
         "base_model": model_name,
-        "config": {k: v for k, v in vars(config).items() if k in PrefixMemoryConfig.__annotations__},
+        "method": method_name(config),
+        "config": choices(config),
         "settings": asdict(settings),
         "rows": len(rows),
         "row_format": row_format(rows),
-        "rows_sha256": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+        "rows_sha256": hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    plan = json.loads(json.dumps(plan, default=sorted))  # as it will be read back: sets become lists
-    torch.manual_seed(settings.seed)
-    adapted: Any = get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = model_name
-    try:
-        output.begin(plan, resume)
-        started = time.monotonic()
-        callbacks: list[TrainerCallback] = [RichProgress(console)] if console is not None else []
-        metrics = train(adapted, tokenizer, examples, settings, output.partial / "checkpoints", resume, callbacks)
-    except BaseException:
-        adapted.unload()
-        raise
-    record = {
-        **plan,
-        "train_loss": metrics["train_loss"],
-        "train_seconds": round(time.monotonic() - started, 1),
-        "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        **provenance(),
-    }
-    adapted.save_pretrained(str(output.partial))
-    (output.partial / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form without content
-    write_json(output.partial / RECORD, record)
-    output.finish()
-    adapted.unload()
-    return record
+    # As it will be read back: sets become lists.
+    as_read = json.dumps(plan, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    return cast(dict[str, Any], json.loads(as_read))
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    """The adapter, gathered from all processes, into ``folder``: its config and its weights, nothing else."""
+    scratch = folder / "saving"
+    trainer.save_model(str(scratch))
+    if trainer.args.should_save:
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            (scratch / name).replace(folder / name)
+        shutil.rmtree(scratch)
 
 
 def interrupted_message(output: Output, command: str) -> str:

@@ -1,0 +1,97 @@
+"""Loading a trained adapter with its base model and tokenizer, from a folder or the Hub."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase
+
+import prefixmemory.tuner
+from prefixmemory.base_models import Dtype, fast_dtype, load_model, load_tokenizer
+from prefixmemory.checkpoint import check_config_file
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.hub import adapter_folder
+from prefixmemory.peft_type import PREFIX_MEMORY
+from prefixmemory.quantization import Quantization
+from prefixmemory.training.run import RECORD
+
+prefixmemory.tuner.register()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A base model with one trained adapter, ready to answer.
+
+    Attributes:
+        name: what the user called it.
+        folder: where its files lie (for a Hub id: in the cache).
+        model: base model with the adapter.
+        tokenizer: of the base model.
+        record: its ``run.json``, empty if it has none.
+    """
+
+    name: str
+    folder: Path
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    record: dict[str, Any]
+
+    @property
+    def row_format(self) -> str:
+        """Kind of the rows that it was trained on; empty if unknown."""
+        return str(self.record.get("row_format", ""))
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether it is a memory, rather than another PEFT method."""
+        return bool(self.model.active_peft_config.peft_type == PREFIX_MEMORY)
+
+
+def load_adapter(
+    name: str, base_model: str | None = None, dtype: Dtype | None = None, quantization: Quantization | None = None
+) -> Adapter:
+    """Load the adapter ``name`` onto its base model, in evaluation mode.
+
+    Args:
+        name: a folder, or a Hub id.
+        base_model: the base model, when it is not where the adapter's config says.
+        dtype: of the base model; ``None``: the fastest for this machine.
+        quantization: as in :func:`~prefixmemory.base_models.load_model`.
+
+    Raises:
+        PrefixMemoryError: adapter or base model are missing, damaged, or do not belong together.
+    """
+    folder = adapter_folder(name)
+    check_config_file(folder, any_method=True)
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    base_name = base_model or config.base_model_name_or_path
+    if not base_name:
+        raise PrefixMemoryError(
+            f"{folder}/adapter_config.json does not name its base model. Give it with --model, or write it into "
+            "base_model_name_or_path."
+        )
+    tokenizer = load_tokenizer(base_name)
+    base = load_model(base_name, dtype or fast_dtype(), quantization=quantization)
+    record = folder / RECORD
+    with warnings.catch_warnings():
+        # PEFT warns, and goes on with start values; a memory's tensors are checked by ourselves.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            model = PeftModel.from_pretrained(base, str(folder)).eval()
+        except UserWarning as error:
+            raise PrefixMemoryError(
+                f"The weights in {folder} are not those of its {config.peft_type.value} config for {base_name}: "
+                "tensors are missing. Copy the folder again from where the adapter was saved."
+            ) from error
+    return Adapter(
+        name=name,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        record=json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {},
+    )

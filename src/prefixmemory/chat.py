@@ -1,0 +1,107 @@
+"""``prefixmemory chat``: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from prefixmemory.adapters import Adapter
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.layer import set_scale
+from prefixmemory.training.collator import encode_prompt
+from prefixmemory.training.rows import render_prompt
+
+HELP = "/base switches the adapter off and on, /scale X sets a memory's dose, /reset forgets, /quit ends."
+
+
+class Chat:
+    """A conversation with an adapter; what was said is kept where the model has a chat template.
+
+    An adapter that was trained on rows with text and label is asked one text at a time, as in training.
+    """
+
+    def __init__(self, adapter: Adapter, max_new_tokens: int, temperature: float) -> None:
+        self.adapter, self.max_new_tokens, self.temperature = adapter, max_new_tokens, temperature
+        has_template = getattr(adapter.tokenizer, "chat_template", None) is not None
+        self.remembers = has_template and adapter.row_format != "text"
+        self.said: list[dict[str, str]] = []
+        self.with_adapter = True
+
+    def command(self, line: str) -> str:
+        """Carry out ``/base``, ``/scale X`` or ``/reset``; returns what to tell the user.
+
+        Raises:
+            PrefixMemoryError: no such command, or a wrong number.
+        """
+        word, _, rest = line.strip().partition(" ")
+        if word == "/base":
+            self.with_adapter = not self.with_adapter
+            return "The adapter answers." if self.with_adapter else "The base model answers."
+        if word == "/reset":
+            self.said = []
+            return "Forgotten."
+        if word == "/scale":
+            try:
+                scale = float(rest)
+            except ValueError:
+                raise PrefixMemoryError(f"/scale {rest}: give a number, such as /scale 0.5.") from None
+            set_scale(self.adapter.model, scale)
+            return f"The memory's dose is {scale:g}."
+        raise PrefixMemoryError(f"{word} is no command. {HELP}")
+
+    @torch.inference_mode()
+    def answer(self, text: str, streamer: TextStreamer | None = None) -> str:
+        """Answer ``text``, and remember both."""
+        tokenizer: Any = self.adapter.tokenizer
+        if self.remembers:
+            messages = [*self.said, {"role": "user", "content": text}]
+            prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        else:
+            prompt = render_prompt(text, self.adapter.row_format, tokenizer)
+        ids = torch.tensor([encode_prompt(prompt, tokenizer)], device=self.adapter.model.device)
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        with nullcontext() if self.with_adapter else self.adapter.model.disable_adapter():
+            written = self.adapter.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                streamer=streamer,
+                **sampling,
+            )
+        answer = str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        if self.remembers:
+            self.said += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        return answer
+
+
+def chat(adapter: Adapter, max_new_tokens: int, temperature: float) -> None:
+    """Read lines from the terminal (or from standard input) and answer them until they end."""
+    conversation = Chat(adapter, max_new_tokens, temperature)
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        print(f"{adapter.name} on {adapter.model.active_peft_config.base_model_name_or_path}. {HELP}")
+    while True:
+        try:
+            line = input("> " if at_terminal else "").strip()
+        except EOFError:
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if not line:
+            continue
+        try:
+            if line.startswith("/"):
+                print(conversation.command(line))
+            else:
+                streamer = TextStreamer(adapter.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                conversation.answer(line, streamer)
+        except PrefixMemoryError as error:
+            print(f"error: {error}")
+        except KeyboardInterrupt:  # ctrl-C breaks off an answer, not the conversation
+            print()

@@ -1,0 +1,58 @@
+"""The command line. Errors are one line on stderr and exit code 1 (2 for a wrong option); ctrl-C is 130.
+
+One module a group of commands; each command imports what it needs when it runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+
+from prefixmemory.cli import quickstart, recipes, train, use
+from prefixmemory.errors import PrefixMemoryError
+
+app = typer.Typer(
+    help="PrefixMemory-Tuning: a trainable memory outside the softmax of every attention head.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(quickstart.quickstart)
+app.command()(train.train)
+app.command()(use.evaluate)
+app.command()(use.generate)
+app.command()(use.chat)
+app.command()(use.push)
+app.add_typer(recipes.app, name="recipes")
+app.command(hidden=True)(quickstart.remeasure)
+
+
+def main() -> None:
+    """Entry point: user errors become one line on stderr."""
+    # A user of the command line works offline or with the Hub; either way tokenizers need no thread pool here.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PEFT imports these where they are installed; they tell of kernels that this machine does not need.
+    for chatty in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    try:
+        raise SystemExit(app(standalone_mode=False) or 0)
+    except PrefixMemoryError as error:
+        _stop(str(error), 1)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        # typer carries its own copy of click, whose errors have no public name: a wrong option, a missing argument
+        if not hasattr(error, "format_message"):
+            raise
+        command = getattr(getattr(error, "ctx", None), "command_path", "prefixmemory")
+        _stop(f"{error.format_message()} `{command} --help` lists what there is.", 2)
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code) from None

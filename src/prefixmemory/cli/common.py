@@ -1,0 +1,52 @@
+"""What the commands share: options, quiet libraries, and what an interrupted run says."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a finished run once the new one is complete.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+AdapterOption = Annotated[str, typer.Option(help="Trained adapter: a folder, or a Hub id.")]
+BaseOption = Annotated[
+    str | None, typer.Option("--model", help="Base model, when it is not where the adapter's config says.")
+]
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given, so that defaults live in one place."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def quiet() -> None:
+    """Silence what libraries say beside our own lines."""
+    from prefixmemory.training.run import quiet_libraries
+
+    quiet_libraries()
+
+
+@contextmanager
+def resumable(output: Path) -> Iterator[None]:
+    """Turn an interrupted run into the message that says how to go on, and exit code 130."""
+    from prefixmemory.training.loop import Interrupted
+    from prefixmemory.training.run import Output, interrupted_message
+
+    try:
+        yield
+    except Interrupted:
+        words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+        print(interrupted_message(Output(output), shlex.join(["prefixmemory", *words])), file=sys.stderr)
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:  # typer would exit without a word
+        kept = Output(output).partial
+        where = f" What was done until the last checkpoint is kept in {kept}." if kept.is_dir() else ""
+        print(f"Stopped.{where}", file=sys.stderr)
+        raise SystemExit(130) from None

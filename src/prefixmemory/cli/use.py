@@ -1,0 +1,142 @@
+"""Commands that use a trained adapter: evaluate, generate, chat, push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prefixmemory.cli.common import AdapterOption, BaseOption, quiet
+from prefixmemory.errors import PrefixMemoryError
+
+
+def generate(
+    adapter: AdapterOption,
+    prompt: Annotated[str, typer.Option(help="What a row's prompt, text or question would be; \\n is a new line.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt to the model as it is.")] = False,
+    model: BaseOption = None,
+) -> None:
+    """Answer one prompt with a trained adapter, and with the base model for comparison.
+
+    The prompt is rendered as the rows were in training (chat template, or text and label).
+
+    Example: prefixmemory generate --adapter tickets-memory --prompt 'my line is dead since this morning'
+    """
+    from prefixmemory.adapters import load_adapter
+    from prefixmemory.training.evaluation import answers
+    from prefixmemory.training.rows import render_prompt
+
+    quiet()
+    if not prompt.strip():
+        raise PrefixMemoryError("The prompt is empty. Give a text to continue: --prompt 'Text: my line is dead'.")
+    check_tokens(max_new_tokens)
+    loaded = load_adapter(adapter, model)
+    text = render_prompt(prompt.replace("\\n", "\n"), "" if raw else loaded.row_format, loaded.tokenizer)
+    with loaded.model.disable_adapter():
+        base = answers(loaded.model, loaded.tokenizer, [text], max_new_tokens)[0]
+    name = "with memory:" if loaded.is_memory else "adapted:    "
+    print(f"base model:  {base}\n{name} {answers(loaded.model, loaded.tokenizer, [text], max_new_tokens)[0]}")
+
+
+def evaluate(
+    adapter: AdapterOption,
+    data: Annotated[str | None, typer.Option(help="Test rows: a file, or the id of a data set of the Hub.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas: hellaswag,arc_easy.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score so many rows only (of each task).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    output: Annotated[Path | None, typer.Option(help="New JSON file for the figures and every answer.")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Add the figures to run.json and card.")] = False,
+    model: BaseOption = None,
+) -> None:
+    """Score a trained adapter beside its base model, on rows of your own or on tasks of lm-evaluation-harness.
+
+    An adapter whose logits equal the base model's is refused: its scores would be the base model's.
+
+    Example: prefixmemory evaluate --adapter tickets-memory --data tickets-test.jsonl
+
+    Example: prefixmemory evaluate --adapter tickets-memory --tasks tickets --include-path my-tasks --limit 4
+    """
+    from rich.console import Console
+
+    from prefixmemory.adapters import load_adapter
+    from prefixmemory.evaluate import Scores, evaluate_harness, evaluate_rows, refuse_untrained, save_metrics
+    from prefixmemory.training.data import read_rows, sample
+    from prefixmemory.training.record import write_json
+
+    quiet()
+    if (data is None) == (tasks is None):
+        raise PrefixMemoryError("Give either --data FILE, or --tasks NAME,NAME of lm-evaluation-harness.")
+    if limit is not None and limit < 1:
+        raise PrefixMemoryError(f"limit={limit} is out of range: give a number above 0.")
+    if batch_size < 1:
+        raise PrefixMemoryError(f"batch_size={batch_size} is out of range: give a number above 0.")
+    check_tokens(max_new_tokens)
+    if output is not None and output.exists():
+        raise PrefixMemoryError(f"{output} exists already. Give another name; nothing is overwritten.")
+    rows = None if data is None else sample(read_rows(data, split=split), None, limit, seed=0)
+    loaded = load_adapter(adapter, model)
+    if save and not loaded.folder.is_dir():
+        raise PrefixMemoryError("--save writes into the adapter's folder; this one is on the Hub. Leave it out.")
+    refuse_untrained(loaded)
+    console = Console(stderr=True)
+    scores: Scores
+    if rows is not None:
+        scores = evaluate_rows(loaded, rows, str(data), batch_size, max_new_tokens, console)
+    else:
+        scores = evaluate_harness(loaded, str(tasks).split(","), include_path, limit, batch_size)
+    print(scores.shown())
+    if output is not None:
+        write_json(output, scores.record())
+    if save:
+        save_metrics(loaded, scores)
+
+
+def chat(
+    adapter: AdapterOption,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    model: BaseOption = None,
+) -> None:
+    """Talk with a trained adapter; answers appear as they are written.
+
+    In the chat: /base switches the adapter off and on, /scale 0.5 changes a memory's dose, /reset forgets the
+    conversation, /quit (or ctrl-D) ends it.
+
+    Example: echo 'my line is dead' | prefixmemory chat --adapter tickets-memory
+    """
+    from prefixmemory.adapters import load_adapter
+    from prefixmemory.chat import chat as run
+
+    quiet()
+    check_tokens(max_new_tokens)
+    if not 0 <= temperature < 100:
+        raise PrefixMemoryError(f"temperature={temperature} is out of range: give a number from 0 on.")
+    run(load_adapter(adapter, model), max_new_tokens, temperature)
+
+
+def push(
+    adapter: Annotated[Path, typer.Option(help="Folder of a trained adapter.")],
+    to: Annotated[str, typer.Option(help="Hub id: user/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Upload a trained adapter to the Hub, with a model card made from its run record.
+
+    Example: prefixmemory push --adapter tickets-memory --to my-name/tickets-memory
+    """
+    from prefixmemory.hub import push_adapter
+
+    quiet()
+    print(f"Uploaded to {push_adapter(adapter, to, private=private)}")
+
+
+def check_tokens(max_new_tokens: int) -> None:
+    """Refuse an answer of no tokens."""
+    if max_new_tokens < 1:
+        raise PrefixMemoryError(f"max_new_tokens={max_new_tokens} is out of range: give a number above 0.")

@@ -1,0 +1,184 @@
+"""``prefixmemory evaluate``: an adapter beside its base model, on rows of one's own or on lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.functional import cross_entropy
+
+from prefixmemory.adapters import Adapter
+from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.training.card import write_model_card
+from prefixmemory.training.collator import IGNORED, LeftPaddingCollator, tokenize
+from prefixmemory.training.evaluation import Progress, accuracy, answers
+from prefixmemory.training.progress import progress_bar
+from prefixmemory.training.record import provenance, write_json
+from prefixmemory.training.rows import Example, Rows, check_objective, render, row_format
+from prefixmemory.training.run import RECORD
+
+#: Rows whose answer is a label: their answers are compared, word for word.
+COMPARED = ("text",)
+
+
+@dataclass
+class Scores:
+    """Figures of an adapter and of its base model.
+
+    Attributes:
+        conditions: what was scored: data or task, number of rows.
+        metrics: name -> (base model, adapter).
+        details: one entry a row, or what the harness returned.
+    """
+
+    conditions: dict[str, Any]
+    metrics: dict[str, tuple[float, float]]
+    details: list[Any] = field(default_factory=list)
+
+    def shown(self) -> str:
+        """The figures as a table for a terminal."""
+        width = max(len(name) for name in self.metrics) + 2
+        head = ", ".join(f"{name} {value}" for name, value in self.conditions.items())
+        lines = [head, f"{'':{width}}{'base model':>12}{'adapter':>12}"]
+        lines += [f"{name:{width}}{base:12.4g}{ours:12.4g}" for name, (base, ours) in self.metrics.items()]
+        return "\n".join(lines)
+
+    def record(self) -> dict[str, Any]:
+        """Everything, with commit, versions and hardware."""
+        metrics = {name: {"base model": base, "adapter": ours} for name, (base, ours) in self.metrics.items()}
+        return {**self.conditions, "metrics": metrics, "details": self.details, **provenance()}
+
+
+@torch.inference_mode()
+def refuse_untrained(adapter: Adapter) -> None:
+    """Refuse an adapter that changes nothing: its scores would be those of the base model.
+
+    Raises:
+        PrefixMemoryError: its logits equal the base model's.
+    """
+    ids = torch.tensor([adapter.tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]])
+    ids = ids.to(adapter.model.device)
+    with adapter.model.disable_adapter():
+        base = adapter.model(input_ids=ids).logits
+    if torch.equal(base, adapter.model(input_ids=ids).logits):
+        raise PrefixMemoryError(
+            f"The adapter {adapter.name} changes nothing: its logits equal the base model's, bit for bit. Was it "
+            "trained, and is its scale above 0? Its scores would be the base model's, so none are reported."
+        )
+
+
+def evaluate_rows(
+    adapter: Adapter, rows: Rows, source: str, batch_size: int, max_new_tokens: int, console: Console
+) -> Scores:
+    """Likelihood of the rows' completions; for rows with labels, accuracy by exact match of the generated label."""
+    check_objective("sft", rows)
+    examples = render(rows, adapter.tokenizer)
+    compared = row_format(rows) in COMPARED
+    passes = 2 * len(rows) * (2 if compared else 1)
+    metrics: dict[str, list[float]] = {}
+    found: list[list[str]] = []
+    with progress_bar(console) as bar:
+        task = bar.add_task("evaluating", total=passes)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+
+        for with_adapter in (False, True):
+            with _switched(adapter, with_adapter):
+                loss = completion_loss(adapter, examples, batch_size, advance)
+                metrics.setdefault("loss (nats a token)", []).append(loss)
+                metrics.setdefault("perplexity", []).append(math.exp(min(loss, 700.0)))
+                if compared:
+                    prompts = [example.prompt for example in examples]
+                    said = answers(
+                        adapter.model, adapter.tokenizer, prompts, max_new_tokens, batch_size, progress=advance
+                    )
+                    metrics.setdefault("accuracy (%)", []).append(accuracy(said, [row["label"] for row in rows]))
+                    found.append(said)
+    details = [
+        {"text": row["text"], "label": row["label"], "base model": base, "adapter": ours}
+        for row, base, ours in (zip(rows, *found, strict=True) if compared else ())
+    ]
+    return Scores(
+        {"data": source, "rows": len(rows)}, {name: (base, ours) for name, (base, ours) in metrics.items()}, details
+    )
+
+
+def _switched(adapter: Adapter, on: bool) -> AbstractContextManager[Any]:
+    return nullcontext() if on else adapter.model.disable_adapter()
+
+
+@torch.inference_mode()
+def completion_loss(adapter: Adapter, examples: list[Example], batch_size: int, progress: Progress) -> float:
+    """Mean negative log-likelihood of the completions' tokens, in nats."""
+    limit = getattr(adapter.model.config, "max_position_embeddings", None) or 10**9
+    features = sorted(tokenize(examples, adapter.tokenizer, limit), key=lambda feature: len(feature["input_ids"]))
+    collate = LeftPaddingCollator(int(adapter.tokenizer.pad_token_id), crop_logits=False)
+    total, count = 0.0, 0
+    for start in range(0, len(features), batch_size):
+        batch = {k: v.to(adapter.model.device) for k, v in collate(features[start : start + batch_size]).items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = adapter.model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
+        total += float(cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"))
+        count += int((labels != IGNORED).sum())
+        progress(len(labels))
+    return total / count
+
+
+def evaluate_harness(
+    adapter: Adapter, tasks: Sequence[str], include_path: Path | None, limit: int | None, batch_size: int
+) -> Scores:
+    """Scores on tasks of lm-evaluation-harness.
+
+    Raises:
+        PrefixMemoryError: the harness is not installed, or does not know a task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise PrefixMemoryError(
+            "--tasks needs lm-evaluation-harness, which is not installed: pip install 'prefixmemory[eval]'."
+        ) from error
+
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise PrefixMemoryError(
+                f"lm-evaluation-harness has no task {task!r}.{did_you_mean(task, manager.all_tasks)} "
+                "--include-path gives a folder with tasks of your own."
+            )
+    model = HFLM(pretrained=adapter.model, tokenizer=adapter.tokenizer, batch_size=batch_size)
+    results = []
+    for with_adapter in (False, True):
+        with _switched(adapter, with_adapter):
+            results.append(
+                simple_evaluate(model=model, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0)
+            )
+    metrics = {}
+    for task, figures in results[1]["results"].items():
+        for name, value in figures.items():
+            metric = name.removesuffix(",none")
+            if isinstance(value, int | float) and "stderr" not in name and name not in ("alias", "sample_len"):
+                metrics[f"{task}: {metric}"] = (float(results[0]["results"][task][name]), float(value))
+    versions = {task: str(version) for task, version in results[1]["versions"].items()}
+    return Scores({"tasks": ",".join(tasks), "limit": limit or "none"}, metrics, [{"task versions": versions}])
+
+
+def save_metrics(adapter: Adapter, scores: Scores) -> None:
+    """Add the figures to the adapter's ``run.json`` and to its model card."""
+    conditions = ", ".join(f"{name}: {value}" for name, value in scores.conditions.items())
+    found = {
+        f"{name}, {conditions}": {"value": ours, "base model": base} for name, (base, ours) in scores.metrics.items()
+    }
+    record = {**adapter.record, "metrics": {**adapter.record.get("metrics", {}), **found}}
+    write_json(adapter.folder / RECORD, json.loads(json.dumps(record)))
+    write_model_card(adapter.folder, record)

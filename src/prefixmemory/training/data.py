@@ -1,0 +1,241 @@
+"""Reading rows: JSONL, CSV and Parquet files, and data sets of the Hub; every row is checked before it is used."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.training.rows import EXPECTED, Row, check_row, check_same_format
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where rows come from: the ``data:`` section of a recipe.
+
+    Args:
+        train: a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or the id of a data set of the Hub.
+        validation: the same, for the validation loss; ``None``: there is none.
+        subset: name of the subset (Hub: "configuration") of a Hub data set.
+        train_split, validation_split: splits of a Hub data set.
+        columns: our field -> their column, or a text with columns in braces: ``{prompt: "{context}\\n\\n{question}"}``.
+        per_label: keep so many rows of each label (rows with ``text`` and ``label``), drawn with the run's seed.
+        limit: keep so many rows, drawn with the run's seed; of the validation rows, too.
+    """
+
+    train: str
+    validation: str | None = None
+    subset: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    columns: dict[str, str] | None = None
+    per_label: int | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("per_label", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PrefixMemoryError(f"{name}={value} is out of range: give a number above 0.")
+
+    def training_rows(self, seed: int) -> list[Row]:
+        """The rows to train on."""
+        rows = read_rows(self.train, self.columns, self.train_split, self.subset)
+        return sample(rows, self.per_label, self.limit, seed)
+
+    def validation_rows(self, seed: int) -> list[Row]:
+        """The rows for the validation loss; empty if there are none."""
+        if self.validation is None:
+            return []
+        rows = read_rows(self.validation, self.columns, self.validation_split, self.subset)
+        return sample(rows, None, self.limit, seed)
+
+
+def read_rows(
+    source: str | Path, columns: Mapping[str, str] | None = None, split: str = "train", subset: str | None = None
+) -> list[Row]:
+    """The rows of a file or of a Hub data set, every one checked.
+
+    Args:
+        source: path or Hub id; see :class:`Data`.
+        columns: as in :class:`Data`.
+        split: split of a Hub data set.
+        subset: subset of a Hub data set.
+
+    Raises:
+        PrefixMemoryError: nothing can be read there, or a row is cut off or lacks fields; the message names its line.
+    """
+    rows = []
+    for where, fields in _fields(source, split, subset):
+        row = check_row(where, _renamed(where, fields, columns))
+        rows.append(row)
+        if len(rows) > 1:
+            check_same_format([rows[0], row])
+    if not rows:
+        raise PrefixMemoryError(f"The data file {source} is empty. {EXPECTED}")
+    return rows
+
+
+def sample(rows: list[Row], per_label: int | None, limit: int | None, seed: int) -> list[Row]:
+    """``per_label`` rows of each label, or ``limit`` rows, drawn with ``seed``; in the order of the file."""
+    chosen = list(range(len(rows)))
+    random.Random(seed).shuffle(chosen)
+    if per_label is not None:
+        if "text" not in rows[0]:
+            raise PrefixMemoryError(f"per_label={per_label} needs rows with 'text' and 'label'. Use limit instead.")
+        counts: dict[str, int] = {}
+        kept = []
+        for index in chosen:
+            label = rows[index]["label"]
+            counts[label] = counts.get(label, 0) + 1
+            if counts[label] <= per_label:
+                kept.append(index)
+        chosen = kept
+    return [rows[index] for index in sorted(chosen[:limit])]
+
+
+def northline(split: str) -> list[Row]:
+    """The intent data set that ships with the package; ``split`` is ``train`` or ``test``."""
+    return read_rows(Path(str(files("prefixmemory") / "data" / "northline" / f"{split}.jsonl")))
+
+
+def hub_id(source: str | Path) -> str | None:
+    """``source`` if it is the id of a Hub data set rather than a file."""
+    is_file = Path(source).exists() or Path(source).suffix in SUFFIXES
+    return None if is_file or not _HUB_ID.fullmatch(str(source)) else str(source)
+
+
+# One reader a kind of file: (where, fields) pairs
+
+
+def _fields(source: str | Path, split: str, subset: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    name = hub_id(source)
+    if name is not None:
+        return _from_hub(name, split, subset)
+    file = Path(source)
+    if not file.is_file():
+        problem = "is a folder" if file.is_dir() else "does not exist"
+        raise PrefixMemoryError(
+            f"The data file {file} {problem}. Give the path of a JSONL file (or {', '.join(SUFFIXES[2:])}), or the id "
+            f"of a data set of the Hub. {EXPECTED}"
+        )
+    readers = {".csv": _from_csv, ".tsv": _from_csv, ".parquet": _from_parquet}
+    return readers.get(file.suffix, _from_jsonl)(file)
+
+
+def _from_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open("rb") as stream:  # bytes: a cut-off last line may end within a character
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise PrefixMemoryError(
+                    f"{where}: not complete JSON ({error}). Was the file cut off? {EXPECTED}"
+                ) from error
+            if not isinstance(row, dict):
+                raise PrefixMemoryError(f"{where}: holds {type(row).__name__}, not an object. {EXPECTED}")
+            yield where, row
+
+
+def _from_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        begins = 1  # a quoted cell may span lines: where a row begins, not where it ends
+        header: list[str] = []
+        try:
+            for cells in reader:
+                where, begins = f"{file}, line {begins}", reader.line_num + 1
+                if not header:
+                    header = cells
+                    if len(set(header)) < len(header):
+                        raise PrefixMemoryError(f"{where}: two columns have the same name: {header}. Rename one.")
+                elif cells:
+                    if len(cells) != len(header):
+                        raise PrefixMemoryError(
+                            f"{where}: has {len(cells)} cells where the header has {len(header)}. "
+                            "Is a comma or a quotation mark missing?"
+                        )
+                    yield where, dict(zip(header, cells, strict=True))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise PrefixMemoryError(
+                f"{file}, line {begins}: not readable as CSV in UTF-8 ({error}). Mend the quotation marks, or save the "
+                "file as UTF-8."
+            ) from error
+
+
+def _from_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        number = 0
+        for batch in ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}, row {number}", row
+    except (ArrowException, OSError) as error:
+        first_line = str(error).splitlines()[0].rstrip(".")
+        raise PrefixMemoryError(f"{file} cannot be read as Parquet ({first_line}). Was it cut off?") from error
+
+
+def _from_hub(name: str, split: str, subset: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    from datasets import ClassLabel, load_dataset
+
+    try:
+        dataset: Any = load_dataset(name, subset, split=split)
+    except Exception as error:  # the library raises whatever its many backends raise
+        first_line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise PrefixMemoryError(
+            f"{name!r} is no file here, and loading it as a data set of the Hub failed: {first_line}. Give the path of "
+            "a .jsonl, .csv or .parquet file, or mend id, subset or split (and the network)."
+        ) from error
+    names = {key: feature for key, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
+    for number, row in enumerate(dataset, start=1):
+        for key, feature in names.items():
+            row[key] = feature.int2str(row[key])
+        yield f"{name} ({split}), row {number}", row
+
+
+def _renamed(where: str, fields: dict[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """``fields`` with the columns that a recipe maps, under our names."""
+    if not columns:
+        return fields
+    renamed = dict(fields)
+    for ours, theirs in columns.items():
+        if "{" not in theirs:
+            renamed[ours] = fields[_known_column(where, theirs, fields)]
+            continue
+        parts = []
+        for literal, name, form, conversion in string.Formatter().parse(theirs):
+            if name is not None and (form or conversion):
+                raise PrefixMemoryError(f"columns.{ours}={theirs!r}: write columns in braces as they are, {{{name}}}.")
+            parts.append(literal + ("" if name is None else str(fields[_known_column(where, name, fields)])))
+        renamed[ours] = "".join(parts)
+    # A column that another field was made from may bear a name that means something else here.
+    for theirs in columns.values():
+        if theirs in renamed and theirs not in columns:
+            del renamed[theirs]
+    return renamed
+
+
+def _known_column(where: str, name: str, fields: Mapping[str, Any]) -> str:
+    if name not in fields:
+        raise PrefixMemoryError(
+            f"{where}: has no column {name!r}, which columns asks for.{did_you_mean(name, fields)} "
+            f"There are: {', '.join(fields)}."
+        )
+    return name

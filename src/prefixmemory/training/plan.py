@@ -1,0 +1,149 @@
+"""``--dry-run``: what a recipe would train, and the memory that it needs, without loading a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prefixmemory.base_models import explain, load_tokenizer, location
+from prefixmemory.training.collator import tokenize
+from prefixmemory.training.recipe import Recipe
+from prefixmemory.training.rows import render
+from prefixmemory.training.run import rows_of
+from prefixmemory.training.settings import TrainingSettings
+
+GIB = 2**30
+#: Bytes of one packed weight, with its scales.
+PACKED_BYTES = {"bnb-4bit": 0.53, "bnb-8bit": 1.01, "torchao-int8": 1.01}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be trained. Sizes in bytes, ``longest`` in tokens.
+
+    ``activations`` is an estimate: what a transformer keeps for the backward pass, without the temporary memory of
+    kernels; the others are counted.
+    """
+
+    base_model: str
+    method: str
+    modules: dict[str, int]
+    trainable: int
+    total: int
+    adapter_file: int
+    rows: int
+    validation_rows: int
+    longest: int
+    cut: int
+    steps: int
+    weights: float
+    optimizer: int
+    activations: float
+
+    def shown(self) -> str:
+        """The plan as a table for a terminal."""
+        per_module = sorted(set(self.modules.values()))
+        each = f"{per_module[0]:,}" if len(per_module) == 1 else f"{per_module[0]:,} to {per_module[-1]:,}"
+        names = list(self.modules)
+        where = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+        cut = f", {self.cut:,} rows lose the beginning of their prompt" if self.cut else ""
+        total = self.weights + self.optimizer + self.activations
+        lines = {
+            "base model": f"{self.base_model}, {self.total - self.trainable:,} parameters, frozen",
+            "method": f"{self.method}, {self.trainable:,} trainable parameters "
+            f"({100 * self.trainable / self.total:.2f} %), file of {self.adapter_file / 2**20:.1f} MiB",
+            "modules": f"{len(names)} ({each} parameters each): {where}",
+            "rows": f"{self.rows:,} to train on, {self.validation_rows:,} for validation; "
+            f"longest {self.longest:,} tokens{cut}",
+            "steps": f"{self.steps:,} on one device",
+            "memory": f"{total / GIB:.2f} GiB: weights {self.weights / GIB:.2f}, adapter with gradients and optimizer "
+            f"{self.optimizer / GIB:.2f}, activations about {self.activations / GIB:.2f}",
+        }
+        return "\n".join(f"{name:12}{line}" for name, line in lines.items())
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """Count what ``recipe`` would train; the model is built without weights.
+
+    Raises:
+        PrefixMemoryError: whatever the run itself would be refused for, except for the output folder.
+    """
+    rows, validation = rows_of(recipe)
+    settings = recipe.training
+    tokenizer = load_tokenizer(recipe.model)
+    if settings.objective == "sft":
+        examples = render([*rows, *validation], tokenizer)
+        lengths = [len(feature["input_ids"]) for feature in tokenize(examples, tokenizer, 10**9)]
+        tokenize(examples, tokenizer, settings.max_length)  # what does not fit is refused here, as in the run
+    else:
+        texts = [row["prompt"] + max(row.get("chosen", ""), row.get("completion", ""), key=len) for row in rows]
+        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    name, file = location(recipe.model)
+    try:
+        config: Any = AutoConfig.from_pretrained(name, **file)
+    except (OSError, ValueError, KeyError) as error:
+        raise explain(recipe.model, error) from error
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=recipe.attention)
+        adapted = get_peft_model(model, recipe.config())
+    trained = {n: p.numel() for n, p in adapted.named_parameters() if p.requires_grad}
+    frozen = {n: p for n, p in adapted.named_parameters() if not p.requires_grad}
+    longest = min(max(lengths), settings.max_length)
+    examples_a_step = settings.batch_size * settings.gradient_accumulation
+    return Plan(
+        base_model=recipe.model,
+        method=recipe.method.get("name", "prefix_memory"),
+        modules=_modules(trained),
+        trainable=sum(trained.values()),
+        total=sum(trained.values()) + sum(p.numel() for p in frozen.values()),
+        adapter_file=4 * sum(trained.values()),
+        rows=len(rows),
+        validation_rows=len(validation),
+        longest=longest,
+        cut=sum(length > settings.max_length for length in lengths),
+        steps=max(1, round(settings.epochs * -(-len(rows) // examples_a_step))),
+        weights=_weights(model, dtype, recipe.quantization),
+        optimizer=(4 + 4 + 8) * sum(trained.values()),  # fp32 value, gradient, two moments of AdamW
+        activations=_activations(config, settings, longest, dtype.itemsize),
+    )
+
+
+def _modules(trained: dict[str, int]) -> dict[str, int]:
+    """Trained parameters by the module of the base model that they belong to."""
+    found: dict[str, int] = {}
+    for name, size in trained.items():
+        for mark in (".prefix_memory.", ".lora_", ".ia3_", ".vera_", ".oft_", ".default"):
+            name = name.partition(mark)[0]
+        name = name.removeprefix("base_model.model.")
+        found[name] = found.get(name, 0) + size
+    return found
+
+
+def _weights(model: nn.Module, dtype: torch.dtype, quantization: str | None) -> float:
+    """Bytes of the frozen weights; linear layers may be packed, embeddings and the output layer are not."""
+    packed = 0
+    if quantization is not None:
+        packed = sum(
+            module.weight.numel()
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and "lm_head" not in name
+        )
+    whole = sum(p.numel() for p in model.parameters() if not p.requires_grad) - packed
+    return whole * dtype.itemsize + packed * PACKED_BYTES.get(quantization or "", 0.0)
+
+
+def _activations(config: Any, settings: TrainingSettings, longest: int, itemsize: int) -> float:
+    """Bytes kept for the backward pass: about 8 hidden and 3 MLP vectors a layer and token, and fp32 logits."""
+    text = config.get_text_config()
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, list) else inner
+    layer = (8 * hidden + 3 * inner) * itemsize
+    kept = layers * hidden * itemsize + layer if settings.gradient_checkpointing else layers * layer
+    return float(settings.batch_size * longest * (kept + 2 * 4 * text.vocab_size))

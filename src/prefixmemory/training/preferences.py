@@ -1,0 +1,64 @@
+"""Training on preferences: DPO and KTO, which run in TRL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.training.rows import Rows
+from prefixmemory.training.settings import TrainingSettings
+
+
+def preference_trainer(
+    model: PreTrainedModel,
+    config: PeftConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    validation: Rows,
+    settings: TrainingSettings,
+    arguments: dict[str, Any],
+) -> Trainer:
+    """A DPOTrainer or KTOTrainer of TRL; the reference model is ``model`` without the adapter.
+
+    Raises:
+        PrefixMemoryError: TRL is not installed.
+    """
+    try:
+        from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+    except ImportError as error:
+        raise PrefixMemoryError(
+            f"objective={settings.objective!r} runs in TRL: pip install 'prefixmemory[trl]'."
+        ) from error
+    kind, trainer = {"dpo": (DPOConfig, DPOTrainer), "kto": (KTOConfig, KTOTrainer)}[settings.objective]
+    return trainer(  # type: ignore[no-any-return]
+        model=model,
+        args=kind(**arguments, max_length=settings.max_length, beta=settings.beta),
+        train_dataset=preference_dataset(rows, tokenizer, settings),
+        eval_dataset=preference_dataset(validation, tokenizer, settings) if validation else None,
+        processing_class=tokenizer,
+        peft_config=config,
+    )
+
+
+def preference_dataset(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings) -> Dataset:
+    """Rows in TRL's columns: conversations where the model has a chat template, else texts."""
+    from trl import unpair_preference_dataset
+
+    chats = getattr(tokenizer, "chat_template", None) is not None
+
+    def said(role: str, text: str) -> Any:
+        return [{"role": role, "content": text}] if chats else text
+
+    def converted(row: Mapping[str, Any]) -> dict[str, Any]:
+        answers = {name: said("assistant", row[name]) for name in ("chosen", "rejected", "completion") if name in row}
+        judgement = {"label": row["label"]} if "chosen" not in row else {}
+        return {"prompt": said("user", row["prompt"]), **answers, **judgement}
+
+    dataset = Dataset.from_list([converted(row) for row in rows])
+    pairs_for_kto = settings.objective == "kto" and "chosen" in dataset.column_names
+    return unpair_preference_dataset(dataset) if pairs_for_kto else dataset

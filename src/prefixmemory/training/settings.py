@@ -1,0 +1,73 @@
+"""How to train: one dataclass, the ``training:`` section of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prefixmemory.errors import PrefixMemoryError, check_choice
+
+Objective = Literal["sft", "dpo", "kto"]
+Precision = Literal["none", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What a training run can be told; the defaults suit a :class:`PrefixMemoryConfig` with its defaults.
+
+    Args:
+        objective: ``sft`` (likelihood of completions), ``dpo`` (preference pairs) or ``kto`` (answers marked good or
+            bad); the last two run in TRL.
+        learning_rate: peak of a cosine schedule.
+        epochs: passes over the data.
+        batch_size: rows a step, on each device.
+        gradient_accumulation: steps whose gradients make one optimizer step.
+        warmup: share of all steps in which the learning rate rises.
+        weight_decay: of AdamW.
+        max_grad_norm: length to which gradients are clipped.
+        max_length: longest row in tokens; prompts lose their beginning.
+        mixed_precision: autocast of the forward pass; the memory itself stays in fp32.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        save_steps: optimizer steps between checkpoints, and between evaluations where there is validation data.
+        keep_best: leave the adapter of the checkpoint with the lowest validation loss, not the last one.
+        patience: stop after so many evaluations without a lower validation loss; implies ``keep_best``.
+        beta: strength of the tie to the base model in ``dpo`` and ``kto``.
+        seed: of order, start values and dropout.
+    """
+
+    objective: Objective = "sft"
+    learning_rate: float = 3e-4
+    epochs: int | float = 3
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 1024
+    mixed_precision: Precision = "none"
+    gradient_checkpointing: bool = False
+    save_steps: int = 100
+    keep_best: bool = False
+    patience: int | None = None
+    beta: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("objective", self.objective, ("sft", "dpo", "kto"))
+        check_choice("mixed_precision", self.mixed_precision, ("none", "bf16", "fp16"))
+        above_zero = ["learning_rate", "epochs", "batch_size", "gradient_accumulation", "max_grad_norm", "max_length",
+                      "save_steps", "beta"]  # fmt: skip
+        for name in above_zero + ([] if self.patience is None else ["patience"]):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise PrefixMemoryError(f"{name}={getattr(self, name)} is out of range: give a number above 0.")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise PrefixMemoryError(f"weight_decay={self.weight_decay} is out of range: give a number from 0 on.")
+        if not 0 <= self.seed < 2**32:
+            raise PrefixMemoryError(f"seed={self.seed} is out of range: give a number from 0 to 2**32 - 1.")
+        if not 0 <= self.warmup < 1:
+            raise PrefixMemoryError(f"warmup={self.warmup} is out of range: give a share of the steps in [0, 1).")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint with the lowest validation loss is what is kept in the end."""
+        return self.keep_best or self.patience is not None
