@@ -12,63 +12,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import tiny
 from prefixmemory import PrefixMemoryConfig
+from tiny_trainers import IDS, SAMPLING, STEPS, TRL, load, make_trainer
 
-trl = pytest.importorskip("trl")
+pytest.importorskip("trl")
 
 # TRL 1.16 switches gradient checkpointing on and off under the names that transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`gradient_checkpointing(_\w+)?` is deprecated:FutureWarning")
 
 WEIGHTS = "adapter_model.safetensors"
-STEPS = 5
-IDS = tiny.tokens(rows=4, length=12)
-#: One batch of four rows, met in every step.
-ROWS = {
-    "trainer": Dataset.from_list([{"input_ids": row, "labels": row} for row in IDS.tolist()]),
-    "sft": Dataset.from_list([{"prompt": f"line {i} is dead", "completion": " no connection"} for i in range(4)]),
-    "dpo": Dataset.from_list(
-        [{"prompt": f"line {i} is dead", "chosen": " no connection", "rejected": " a refund"} for i in range(4)]
-    ),
-}
-COMMON = dict(
-    per_device_train_batch_size=4, max_steps=STEPS, learning_rate=0.05, lr_scheduler_type="constant", logging_steps=1,
-    save_steps=STEPS, report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
-)  # fmt: skip
+HEAD = "base_model.model.score.modules_to_save.default.weight"
 
 
 @dataclass
 class Run:
+    """Five steps with a trainer: ``before`` are the parameters at their start."""
+
     checkpoint: Path
     losses: list[float]
-    base: dict[str, Tensor]
+    before: dict[str, Tensor]
     model: PeftModel
     logits: Tensor
 
-
-def config() -> PrefixMemoryConfig:
-    return PrefixMemoryConfig(task_type="CAUSAL_LM")
-
-
-def make_trainer(kind: str, base: Path, output: Path) -> Trainer:
-    model = AutoModelForCausalLM.from_pretrained(base)
-    common = {**COMMON, "output_dir": str(output)}
-    if kind == "trainer":
-        return Trainer(
-            model=get_peft_model(model, config()), args=TrainingArguments(**common), train_dataset=ROWS[kind]
-        )
-    # bf16 is the default of TRL's configs where the machine has it
-    args, trainer = {"sft": (trl.SFTConfig, trl.SFTTrainer), "dpo": (trl.DPOConfig, trl.DPOTrainer)}[kind]
-    return trainer(
-        model=model, args=args(**common, bf16=False), train_dataset=ROWS[kind], peft_config=config(),
-        processing_class=AutoTokenizer.from_pretrained(base),
-    )  # fmt: skip
+    def trained(self) -> dict[str, Tensor]:
+        """What the checkpoint should hold: the memory of each layer, and the head of a reward model."""
+        parameters = dict(self.model.named_parameters())
+        return tiny.memory_parameters(self.model) | ({HEAD: parameters[HEAD]} if HEAD in parameters else {})
 
 
 @pytest.fixture(scope="module")
@@ -97,29 +71,44 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     return made
 
 
-KINDS = pytest.mark.parametrize("kind", ["trainer", "sft", "dpo"])
+ALL = ("trainer", *TRL)
+KINDS = pytest.mark.parametrize("kind", ALL)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in SAMPLING])
 def test_the_loss_falls(run, kind):
+    """Where the model samples its own data, the loss says little; test_rl.py looks at the reward."""
     losses = run(kind).losses
     assert len(losses) == STEPS
     assert all(after < before for before, after in pairwise(losses))  # one batch again and again
     if kind == "dpo":
         assert abs(losses[0] - 0.6931) < 1e-3  # log 2: the untrained memory equals the reference, the base model
+    if kind == "kto":
+        assert abs(losses[0] - 0.5) < 1e-3  # likewise
 
 
 @KINDS
 def test_every_memory_moves_and_the_base_model_does_not(run, kind):
     made = run(kind)
-    memory = tiny.memory_parameters(made.model)
-    assert len(memory) == 2  # one a layer
+    trained = made.trained()
+    assert len(trained) == (3 if kind == "reward" else 2)  # a memory a layer
+    assert made.before.keys() == dict(made.model.named_parameters()).keys()
     for name, parameter in made.model.named_parameters():
-        if name in memory:
-            every_head = (parameter != made.base[name]).flatten(1).any(dim=1)
+        if name in trained:
+            every_head = (parameter != made.before[name]).flatten(1).any(dim=1)
             assert parameter.requires_grad and every_head.all(), name
         else:
-            assert not parameter.requires_grad and torch.equal(parameter, made.base[name]), name
+            assert not parameter.requires_grad and torch.equal(parameter, made.before[name]), name
+
+
+@KINDS
+def test_the_base_model_is_the_one_on_disk_bit_for_bit(run, base, kind):
+    state = {
+        name.removeprefix("base_model.model.").replace("original_module.", ""): tensor
+        for name, tensor in run(kind).model.state_dict().items()
+    }
+    for name, tensor in load(base, kind).state_dict().items():
+        assert torch.equal(state[name], tensor), name
 
 
 @KINDS
@@ -130,42 +119,66 @@ def test_the_checkpoint_holds_the_adapter_alone(run, kind):
     weights = {name for name in files if name.endswith((".safetensors", ".bin"))} - {"training_args.bin"}
     assert weights == {WEIGHTS}
     saved = load_file(made.checkpoint / WEIGHTS)
-    trained = tiny.memory_parameters(made.model)
+    trained = made.trained()
     assert len(saved) == len(trained)
     for name, tensor in saved.items():
-        assert torch.equal(tensor, trained[name.replace("prefix_memory_bank.", "prefix_memory_bank.default.")])
+        name = name.replace("prefix_memory_bank.", "prefix_memory_bank.default.")
+        assert torch.equal(tensor, trained[name.replace("score.", "score.modules_to_save.default.")])
 
 
 LOAD = """
 import sys
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 import prefixmemory
+
+def load(checkpoint):
+    if "reward" in checkpoint:
+        return AutoPeftModelForSequenceClassification.from_pretrained(checkpoint, num_labels=1)
+    return AutoPeftModelForCausalLM.from_pretrained(checkpoint)
+
 out, ids, *checkpoints = sys.argv[1:]
 ids = torch.load(ids)
 with torch.no_grad():
-    torch.save([AutoPeftModelForCausalLM.from_pretrained(c).eval()(input_ids=ids).logits for c in checkpoints], out)
+    torch.save([load(checkpoint).eval()(input_ids=ids).logits for checkpoint in checkpoints], out)
 """
 
 
 def test_the_checkpoints_load_in_a_new_process(run, base, tmp_path):
-    made = [run(kind) for kind in ("trainer", "sft", "dpo")]
+    made = {kind: run(kind) for kind in ALL}
     torch.save(IDS, tmp_path / "ids.pt")
-    files = [tmp_path / "logits.pt", tmp_path / "ids.pt", *(one.checkpoint for one in made)]
+    files = [tmp_path / "logits.pt", tmp_path / "ids.pt", *(one.checkpoint for one in made.values())]
     subprocess.run(
         [sys.executable, "-c", LOAD, *map(str, files)], check=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
+    loaded = torch.load(tmp_path / "logits.pt")
     with torch.no_grad():
-        untrained = AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=IDS).logits
-    for one, logits in zip(made, torch.load(tmp_path / "logits.pt"), strict=True):
-        torch.testing.assert_close(logits, one.logits, rtol=0, atol=1e-6)
-        assert (logits - untrained).abs().max() > 1e-2  # the memory is there
+        for (kind, one), logits in zip(made.items(), loaded, strict=True):
+            untrained = load(base, kind).eval()(input_ids=IDS).logits
+            torch.testing.assert_close(logits, one.logits, rtol=0, atol=1e-6)
+            # the memory is there; a reward of one sampled batch moves it less than a loss
+            assert (logits - untrained).abs().max() > (1e-3 if kind in SAMPLING else 1e-2), kind
 
 
-@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_the_head_of_a_reward_model_is_part_of_the_adapter(run, base):
+    """PEFT adds the head to modules_to_save; without the trained head, the reward would be another."""
+    made = run("reward")
+    assert "score" in made.model.peft_config["default"].modules_to_save
+    plain = load(base, "reward")
+    with torch.no_grad():
+        plain.score.weight.add_(1.0)  # as a new process would have another random one
+    loaded = PeftModel.from_pretrained(plain, made.checkpoint).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=IDS).logits, made.logits)
+        with loaded.disable_adapter():
+            assert torch.equal(loaded(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["trainer", "sft", "dpo", "kto", "reward", "grpo"])
 def test_resuming_from_a_checkpoint_ends_where_an_uninterrupted_run_ends(run, base, tmp_path, kind):
-    whole = tiny.memory_parameters(run(kind).model)
+    """More about resuming in test_resume.py."""
+    whole = run(kind).trained()
     first = make_trainer(kind, base, tmp_path)
     first.args.save_steps = first.state.save_steps = 2
     first.args.max_steps = 2
@@ -173,7 +186,19 @@ def test_resuming_from_a_checkpoint_ends_where_an_uninterrupted_run_ends(run, ba
     second = make_trainer(kind, base, tmp_path)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert second.state.global_step == STEPS
-    halfway = tiny.memory_parameters(first.model)
-    for name, parameter in tiny.memory_parameters(second.model).items():
-        torch.testing.assert_close(parameter, whole[name], rtol=0, atol=1e-6)
-        assert (parameter - halfway[name]).abs().max() > 1e-3  # it did go on
+    halfway, end = dict(first.model.named_parameters()), dict(second.model.named_parameters())
+    for name, parameter in whole.items():
+        torch.testing.assert_close(end[name], parameter, rtol=0, atol=1e-6)
+        assert (end[name] - halfway[name]).abs().max() > 1e-3  # it did go on
+
+
+@pytest.mark.parametrize("kind", ["trainer", "sft", "dpo"])
+def test_low_rank_memories_and_trainable_maps_train_too(base, tmp_path, kind):
+    config = PrefixMemoryConfig(task_type="CAUSAL_LM", rank=2, feature_map="mlp", share_heads=True, dropout=0.1)
+    trainer = make_trainer(kind, base, tmp_path, peft_config=config)
+    memory = tiny.memory_parameters(trainer.model)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    assert len(memory) == 8  # A, B, weight and bias of the map, in two layers
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) != (name in memory), name

@@ -17,9 +17,9 @@ from prefixmemory.training.collator import IGNORED, LeftPaddingCollator, tokeniz
 from prefixmemory.training.data import read_rows
 from prefixmemory.training.evaluation import accuracy, answers, first_line
 from prefixmemory.training.loop import train
-from prefixmemory.training.record import provenance, write_json
+from prefixmemory.training.record import RECORD, provenance, write_json
 from prefixmemory.training.rows import Example, classification_prompt, labels_of, render
-from prefixmemory.training.run import RECORD, Output, run_training
+from prefixmemory.training.run import Output, run_training
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory.training.speed import contiguous_logits_input
 
@@ -135,7 +135,9 @@ def test_a_prompt_that_is_too_long_loses_its_beginning():
 @pytest.mark.parametrize("max_length", [2, 3])
 def test_a_completion_that_leaves_no_room_for_a_prompt_is_refused(max_length):
     examples = [Example("a", "b"), Example("0123456789", "ab<eos>")]
-    with pytest.raises(PrefixMemoryError, match=rf"Row 2: the completion has 3 tokens, max_length is {max_length}\. Raise"):
+    with pytest.raises(
+        PrefixMemoryError, match=rf"Row 2: the completion has 3 tokens, max_length is {max_length}\. Raise"
+    ):
         tokenize(examples, TOKENIZER, max_length)
 
 

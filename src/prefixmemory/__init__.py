@@ -5,6 +5,7 @@ Importing this package registers the PEFT type ``PREFIX_MEMORY``; from then on `
 take a ``LoraConfig``.
 """
 
+import prefixmemory._imports  # noqa: F401  # isort: skip  # first: PEFT is imported there
 from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.feature_maps import register_feature_map

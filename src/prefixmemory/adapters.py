@@ -12,13 +12,13 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 import prefixmemory.tuner
-from prefixmemory.base_models import Dtype, fast_dtype, load_model, load_tokenizer
+from prefixmemory.base_models import Dtype, fast_dtype, full_name, load_model, load_tokenizer
 from prefixmemory.checkpoint import check_config_file
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.hub import adapter_folder
 from prefixmemory.peft_type import PREFIX_MEMORY
 from prefixmemory.quantization import Quantization
-from prefixmemory.training.run import RECORD
+from prefixmemory.training.record import RECORD
 
 prefixmemory.tuner.register()
 
@@ -69,7 +69,7 @@ def load_adapter(
     folder = adapter_folder(name)
     check_config_file(folder, any_method=True)
     config: Any = PeftConfig.from_pretrained(str(folder))
-    base_name = base_model or config.base_model_name_or_path
+    base_name = full_name(base_model or config.base_model_name_or_path or "")
     if not base_name:
         raise PrefixMemoryError(
             f"{folder}/adapter_config.json does not name its base model. Give it with --model, or write it into "
@@ -77,7 +77,6 @@ def load_adapter(
         )
     tokenizer = load_tokenizer(base_name)
     base = load_model(base_name, dtype or fast_dtype(), quantization=quantization)
-    record = folder / RECORD
     with warnings.catch_warnings():
         # PEFT warns, and goes on with start values; a memory's tensors are checked by ourselves.
         warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -93,5 +92,21 @@ def load_adapter(
         folder=folder,
         model=model,
         tokenizer=tokenizer,
-        record=json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {},
+        record=read_record(folder),
     )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The ``run.json`` of an adapter folder; empty if it has none.
+
+    Raises:
+        PrefixMemoryError: it cannot be read.
+    """
+    file = folder / RECORD
+    try:
+        record = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise PrefixMemoryError(f"{file} is truncated or damaged ({error}). Copy it again, or delete it.") from error
+    if not isinstance(record, dict):
+        raise PrefixMemoryError(f"{file} holds no object. Copy it again, or delete it.")
+    return record

@@ -2,7 +2,10 @@
 
 A memory needs three things of an attention module: the query of every head before rotation, the query as attention
 sees it, and the place where the heads' outputs stand side by side, before the output projection. How families differ
-in the first and the third is data (the tables below); the second comes through transformers' attention interface.
+in the first and the third is data (``families.py``); the second comes through transformers' attention interface.
+
+What a model does between attention and its output projection (a gate, a norm, a difference of heads) is done when a
+memory adds its answer: head ``n`` adds to the ``n``-th of the slices that the output projection reads.
 
 Nothing in the base model is replaced: hooks read and add, and are removed again by ``unload``. For ``query="rotary"``
 one function of transformers is wrapped, once a process (``install_query_tap``).
@@ -10,51 +13,24 @@ one function of transformers is wrapped, once a process (``install_query_tap``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
+from prefixmemory import families
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.families import QueryProjection
 
 #: Name of the child under which a memory layer hangs in an attention module.
 CHILD = "prefix_memory"
-
-Layout = Literal["query", "query_first", "per_head"]
-
-
-@dataclass(frozen=True)
-class QueryProjection:
-    """How families write their query.
-
-    Attributes:
-        child: name of the child of the attention module.
-        layout: where the query lies in what the child returns: ``query`` ``[.., H*D]``, nothing else; ``query_first``
-            ``[.., H*D | keys | values]``; ``per_head`` ``[.., H, (query | key | value)]``.
-        classes: prefixes of attention class names; a fused projection means different things in different families.
-    """
-
-    child: str
-    layout: Layout
-    classes: tuple[str, ...] = ("",)
-
-
-QUERY_PROJECTIONS = (
-    QueryProjection("q_proj", "query"),  # Llama, Mistral, Qwen, Gemma, OPT, ...
-    QueryProjection("qkv_proj", "query_first", ("Phi3", "Phi4")),
-    QueryProjection("c_attn", "query_first", ("GPT2",)),
-    QueryProjection("query_key_value", "per_head", ("GPTNeoX",)),
-)
-#: Child that normalises the query between projection and rotation; its output is [.., T, H, D], [.., H, T, D] or flat.
-QUERY_NORMS = ("q_norm", "q_layernorm")
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense")
-HEAD_DIM_ATTRIBUTES = ("head_dim", "head_size")
-HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_head", "n_heads")
-CROSS_ATTENTION_NAMES = ("encoder_attn", "crossattention", "cross_attn")
 
 
 @dataclass(frozen=True)
@@ -62,129 +38,268 @@ class AttentionSite:
     """One attention module, with the sizes read off its live projections.
 
     Attributes:
-        module: the attention module.
-        query_source: its child whose output holds the query; ``layout`` says where.
-        normed: whether ``query_source`` is a q-norm rather than the projection.
-        output_projection: its child that reads the heads' outputs, ``[.., heads * value_dim]``.
+        module: the attention module: it holds all that follows.
+        core: the module that computes the attention; ``module`` itself, or its child (BERT's ``self``).
+        query_source, query_path: the descendant of ``module`` whose output holds the query, and its dotted name.
+        normed: whether that is a q-norm rather than the projection.
+        blocks: the projection returns so many equal parts, each beginning with the queries of its heads.
+        bias: name of a parameter of ``core`` that is added to the query, or empty.
+        clip: largest absolute value of the query, or ``None``.
+        output_projection, output_path: the descendant of ``module`` that reads the heads' outputs,
+            ``[.., heads * value_dim]``, and its dotted name.
         heads, kv_heads: number of query heads and of key/value heads.
         head_dim, value_dim: size of one query and of one head's output.
     """
 
     module: nn.Module
+    core: nn.Module
     query_source: nn.Module
+    query_path: str
     normed: bool
-    layout: Layout
+    blocks: int
+    bias: str
+    clip: float | None
     output_projection: nn.Module
+    output_path: str
     heads: int
     kv_heads: int
     head_dim: int
     value_dim: int
 
-    def query_from(self, output: Tensor, source_input: Tensor) -> Tensor:
+    def query_from(self, output: Tensor | tuple[Any, ...], source_input: Tensor) -> Tensor:
         """The content query ``[batch.., tokens, heads, head_dim]`` in what ``query_source`` returned."""
-        by_head = (*output.shape[:-1], self.heads, -1)
-        if self.normed:
-            if output.shape[-1] != self.head_dim:
-                return output.reshape(by_head)
-            heads_second_to_last = output.shape[-2] == self.heads
-            if output.shape[-3] == self.heads and heads_second_to_last:
-                # As many tokens as heads: the norm's input is a view of the projection's rows, so of the two axes
-                # the one with the larger stride counts tokens.
-                heads_second_to_last = source_input.stride(-3) > source_input.stride(-2)
-            return output if heads_second_to_last else output.transpose(-2, -3)
-        if self.layout == "per_head":
-            return output.reshape(by_head)[..., : self.head_dim]
-        return output[..., : self.heads * self.head_dim].reshape(by_head)
+        first = output[0] if isinstance(output, tuple) else output
+        query = self._behind_norm(first, source_input) if self.normed else self._in_projection(first)
+        if self.bias:
+            query = query + getattr(self.core, self.bias).view(self.heads, self.head_dim)
+        return query if self.clip is None else query.clamp(-self.clip, self.clip)
+
+    def _in_projection(self, output: Tensor) -> Tensor:
+        parts = output.reshape(*output.shape[:-1], self.blocks, -1)
+        width = self.heads // self.blocks * self.head_dim
+        return parts[..., :width].reshape(*output.shape[:-1], self.heads, self.head_dim)
+
+    def _behind_norm(self, output: Tensor, source_input: Tensor) -> Tensor:
+        if output.shape[-1] != self.head_dim or (self.heads == 1 and output.ndim < 4):
+            return output.reshape(*output.shape[:-1], self.heads, self.head_dim)
+        heads_second_to_last = output.shape[-2] == self.heads
+        if output.shape[-3] == self.heads and heads_second_to_last:
+            # As many tokens as heads: the norm's input is a view of the projection's rows, so of the two axes
+            # the one with the larger stride counts tokens.
+            heads_second_to_last = source_input.stride(-3) > source_input.stride(-2)
+        return output if heads_second_to_last else output.transpose(-2, -3)
+
+    def take(self, query: Tensor, heads: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The queries of the tokens whose heads' outputs are ``heads``, as ``[batch, tokens, heads, head_dim]``, and
+        what is left of ``query`` for the next call of the output projection (ProphetNet calls it once a stream).
+
+        Raises:
+            PrefixMemoryError: there are fewer queries than outputs, or of other sizes.
+        """
+        if query.shape[:-2] == heads.shape[:-1] and query.shape[-2:] == (self.heads, self.head_dim):
+            return query, None
+        batch, tokens = heads.shape[0], heads[0].numel() // (self.heads * self.value_dim)
+        rows_first = query.shape[0] == batch or query.ndim == 3 or heads.ndim == 2  # not [tokens, batch] in one of them
+        enough = query.numel() >= batch * tokens * self.heads * self.head_dim
+        if query.shape[-2:] != (self.heads, self.head_dim) or not rows_first or not enough:
+            raise PrefixMemoryError(
+                f"The query of {type(self.core).__name__} has shape {list(query.shape)} where its output projection "
+                f"reads {list(heads.shape)}, {self.heads} heads a token. Its forward is not one that prefixmemory "
+                "knows; exclude it with exclude_modules, or use query='content'."
+            )
+        query = query.reshape(batch, -1, self.heads, self.head_dim)
+        return query[:, :tokens], query[:, tokens:] if query.shape[1] > tokens else None
 
     def intact(self) -> bool:
-        """Whether the hooked children are still the module's own (nothing wrapped them since)."""
-        children = self.module._modules.values()
-        return any(c is self.query_source for c in children) and any(c is self.output_projection for c in children)
+        """Whether the hooked modules are still where they were found (nothing wrapped them since)."""
+        return (
+            _at(self.module, self.query_path) is self.query_source
+            and _at(self.module, self.output_path) is self.output_projection
+        )
+
+    def attach(self, layer: nn.Module) -> None:
+        """Hang a memory layer into the module, where the query tap finds it too."""
+        setattr(self.module, CHILD, layer)
+        if self.core is not self.module:
+            self.core.__dict__[CHILD] = layer  # past nn.Module.__setattr__: it has one parent
+
+    def detach(self) -> None:
+        """Take the memory layer out again."""
+        delattr(self.module, CHILD)
+        self.core.__dict__.pop(CHILD, None)
 
     def hook(
-        self, on_query: Callable[..., None], on_output: Callable[..., tuple[Any, ...]]
-    ) -> tuple[RemovableHandle, RemovableHandle]:
-        """Call ``on_query(module, args, output)`` after the query source, ``on_output(module, args)`` before the
-        output projection; the latter returns the changed arguments."""
+        self,
+        on_start: Callable[..., None],
+        on_query: Callable[..., None],
+        on_output: Callable[..., tuple[Any, ...]],
+        on_end: Callable[..., None],
+    ) -> tuple[RemovableHandle, ...]:
+        """Call ``on_start(module, args)`` before and ``on_end(module, args, output)`` after the attention module,
+        ``on_query(module, args, output)`` after the query source, and ``on_output(module, args)`` before the output
+        projection; the last returns the changed arguments."""
         return (
+            self.module.register_forward_pre_hook(on_start),
             self.query_source.register_forward_hook(on_query),
             self.output_projection.register_forward_pre_hook(on_output),
+            self.module.register_forward_hook(on_end),
         )
+
+
+# Finding sites
+
+
+def _at(module: nn.Module, path: str) -> nn.Module | None:
+    """The descendant with this dotted name, or ``None``."""
+    for name in path.split("."):
+        child = module._modules.get(name)
+        if child is None:
+            return None
+        module = child
+    return module
+
+
+def _widths(projection: nn.Module) -> tuple[int, int] | None:
+    """What a projection reads and returns, in features; ``None`` if it is no projection."""
+    projection = projection._modules.get("linear") or projection  # Moshi, Gemma 4
+    for reads, returns in (("in_features", "out_features"), ("nx", "nf"), ("input_size", "output_size")):
+        widths = getattr(projection, reads, None), getattr(projection, returns, None)
+        if isinstance(widths[0], int) and isinstance(widths[1], int):
+            return widths[0] * getattr(projection, "n_groups", 1), widths[1]  # DeepSeek V4 reads in groups
+    weight = projection._parameters.get("weight")
+    return None if weight is None or weight.ndim < 2 else (weight.shape[-1], weight.shape[-2])
+
+
+def _number(holder: object, attributes: Iterable[str]) -> int | None:
+    """The first of ``attributes`` that ``holder`` has as a positive number."""
+    values = (getattr(holder, attribute, None) for attribute in attributes)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _declared(module: nn.Module, attributes: Iterable[str]) -> int | None:
+    return _number(module, attributes) or _number(getattr(module, "config", None), attributes)
+
+
+def _width_of(module: nn.Module, names: Iterable[str]) -> int | None:
+    """What the first child with one of these names returns, in features."""
+    children = (module._modules.get(name) for name in names)
+    return next((widths[1] for child in children if child is not None and (widths := _widths(child))), None)
+
+
+def _output_path(module: nn.Module, row: QueryProjection | None) -> str | None:
+    paths = (row.output,) if row is not None and row.output else families.OUTPUT_PROJECTIONS
+    return next((p for p in paths if (child := _at(module, p)) is not None and _widths(child)), None)
+
+
+def _projection(module: nn.Module) -> QueryProjection | None:
+    kind = type(module).__name__
+    rows = (row for row in families.QUERY_PROJECTIONS if re.match(row.classes, kind))
+    return next((row for row in rows if (child := _at(module, row.path)) is not None and _widths(child)), None)
+
+
+def _norm(module: nn.Module) -> str | None:
+    kind = type(module).__name__
+    for norm in families.QUERY_NORMS:
+        if norm.child in module._modules and re.match(norm.classes, kind) and not re.match(norm.but, kind):
+            return norm.child if module._modules[norm.child] is not None else None
+    return None
+
+
+def find_site(module: nn.Module) -> AttentionSite | None:
+    """Describe ``module`` as an attention site, or ``None`` if it is no softmax attention that we know."""
+    site = _inspect(module)
+    return site if isinstance(site, AttentionSite) else None
+
+
+def _inspect(module: nn.Module) -> AttentionSite | str:
+    """The site, or why there is none."""
+    kind = type(module).__name__
+    if not families.ATTENTION.search(kind):
+        return f"{kind} is no attention"
+    if families.NOT_SOFTMAX.search(kind):
+        return f"{kind} is attention without a softmax"
+    core, row, prefix = module, _projection(module), ""
+    if row is None:
+        for name in families.CORES:
+            inner = module._modules.get(name)
+            if inner is not None and families.ATTENTION.search(type(inner).__name__) and not _output_path(inner, None):
+                core, row, prefix = inner, _projection(inner), f"{name}."
+                break
+    for sign, reason in families.REFUSED.items():
+        if hasattr(core, sign) or re.match(sign, kind) or re.match(sign, type(core).__name__):
+            return f"{kind} cannot be read: {reason}"
+    if row is None:
+        if any(row.path in core._parameters for row in families.QUERY_PROJECTIONS):
+            return f"{kind} cannot be read: its projections are parameters, so that no projection is called"
+        return f"{kind} has no query projection that is known"
+    output_path = _output_path(module, row)
+    if output_path is None:
+        return f"{kind} has no output projection that is known"
+    return _measure(module, core, row, prefix, output_path)
+
+
+def _measure(
+    module: nn.Module, core: nn.Module, row: QueryProjection, prefix: str, output_path: str
+) -> AttentionSite | str:
+    """Read the sizes, and refuse a module whose widths do not agree with them.
+
+    A family that lays its query out otherwise is not known, rather than read wrongly.
+    """
+    kind = type(module).__name__
+    projection, output_projection = core.get_submodule(row.path), module.get_submodule(output_path)
+    norm = _norm(core)
+    width, reads = _widths(projection)[1], _widths(output_projection)[0]  # type: ignore[index]  # both were measured
+    head_dim, heads = _number(core, families.HEAD_DIMS), _number(core, (row.heads,) if row.heads else families.HEADS)
+    key_width, value_width = _width_of(core, families.KEYS), _width_of(core, families.VALUES)
+    if head_dim is None:
+        heads = heads or _declared(core, families.HEADS)
+        head_dim = _declared(core, families.HEAD_DIMS) or (reads // heads if heads else None)
+    if head_dim is None:
+        return f"{kind} does not say how many heads it has"
+    kv_heads = key_width // head_dim if key_width else None
+    value_dim = _number(core, families.VALUE_DIMS) or (
+        value_width // kv_heads if value_width and kv_heads else head_dim
+    )
+    heads = heads or reads // value_dim  # the config may say otherwise: layers differ
+    if not kv_heads:
+        groups = _number(core, ("num_key_value_groups",))
+        kv_heads = heads // groups if groups else _declared(core, families.KV_HEADS) or heads
+    beside = {"nothing": 0, "gate": heads * value_dim, "keys and values": kv_heads * (head_dim + value_dim)}
+    widths = {heads * head_dim + beside[row.beside]}
+    if norm is not None and row.beside == "nothing":
+        widths.add(2 * heads * head_dim)  # a gate beside the query, which the norm does not see
+    blocks = {"heads": heads, "kv_heads": kv_heads}.get(str(row.blocks), row.blocks)
+    if width not in widths or reads != heads * value_dim or not kv_heads or heads % kv_heads:
+        return (
+            f"{kind} is laid out otherwise than is known: its query projection returns {width} features and its "
+            f"output projection reads {reads}, for {heads} heads of {head_dim}"
+        )
+    if not isinstance(blocks, int) or heads % blocks or width % blocks:
+        return f"{kind} is laid out otherwise than is known: {heads} heads in {blocks} blocks"
+    return AttentionSite(
+        module=module,
+        core=core,
+        query_source=projection if norm is None else core.get_submodule(norm),
+        query_path=prefix + (norm or row.path),
+        normed=norm is not None,
+        blocks=blocks,
+        bias=row.bias,
+        clip=getattr(core, "clip_qkv", None) or getattr(getattr(core, "config", None), "clip_qkv", None),
+        output_projection=output_projection,
+        output_path=output_path,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+    )
 
 
 def is_cross_attention(name: str, module: nn.Module) -> bool:
     """Whether an attention module reads keys from another sequence."""
-    return name.rpartition(".")[2] in CROSS_ATTENTION_NAMES or bool(getattr(module, "is_cross_attention", False))
-
-
-def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    children = dict(module.named_children())
-    return next((children[name] for name in names if name in children), None)
-
-
-def _declared(module: nn.Module, attributes: tuple[str, ...]) -> int | None:
-    """The first of ``attributes`` that the module or else its config has."""
-    for holder in (module, getattr(module, "config", None)):
-        for attribute in attributes:
-            value = getattr(holder, attribute, None)
-            if isinstance(value, int) and value > 0:
-                return value
-    return None
-
-
-def _out_features(projection: nn.Module) -> int:
-    return int(getattr(projection, "out_features", None) or projection.nf)  # type: ignore[arg-type]  # nf: Conv1D
-
-
-def _in_features(projection: nn.Module) -> int:
-    return int(getattr(projection, "in_features", None) or projection.nx)  # type: ignore[arg-type]  # nx: Conv1D
-
-
-def find_site(module: nn.Module) -> AttentionSite | None:
-    """Describe ``module`` as an attention site, or ``None`` if it is no softmax attention that we know.
-
-    The widths of the live projections must agree with the number of heads that the module declares: a family that
-    lays its query out otherwise is not known, rather than read wrongly. Linear-attention and state-space mixers have
-    other children, or carry ``Linear`` or ``Lightning`` in their name.
-    """
-    kind = type(module).__name__
-    if "Attention" not in kind or "Linear" in kind or "Lightning" in kind:
-        return None
-    children = dict(module.named_children())
-    projection = next((p for p in QUERY_PROJECTIONS if p.child in children and kind.startswith(p.classes)), None)
-    output_projection = _child(module, OUTPUT_PROJECTIONS)
-    head_dim = _declared(module, HEAD_DIM_ATTRIBUTES)
-    if projection is None or output_projection is None or head_dim is None:
-        return None
-    query_projection = children[projection.child]
-    norm = _child(module, QUERY_NORMS)
-    width = _out_features(query_projection)
-    heads = _declared(module, HEADS_ATTRIBUTES)
-    if heads is None and projection.layout == "query":
-        heads = width // head_dim
-    if heads is None or _in_features(output_projection) % heads:
-        return None
-    keys = children.get("k_proj")
-    kv_heads = _declared(module, ("num_key_value_heads",)) if keys is None else _out_features(keys) // head_dim
-    kv_heads = kv_heads or heads
-    widths = {
-        # A q-norm sees the query alone, also where the projection returns a gate beside it.
-        "query": {heads * head_dim, 2 * heads * head_dim} if norm is not None else {heads * head_dim},
-        "query_first": {(heads + 2 * kv_heads) * head_dim},
-        "per_head": {3 * heads * head_dim},
-    }
-    if width not in widths[projection.layout] or heads % kv_heads:
-        return None
-    return AttentionSite(
-        module=module,
-        query_source=query_projection if norm is None else norm,
-        normed=norm is not None,
-        layout=projection.layout,
-        output_projection=output_projection,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=_in_features(output_projection) // heads,
+    return (
+        any(part in families.CROSS_ATTENTION_NAMES for part in name.split("."))
+        or "CrossAttention" in type(module).__name__
+        or bool(getattr(module, "is_cross_attention", False))
     )
 
 
@@ -200,42 +315,95 @@ def find_sites(model: nn.Module) -> dict[str, AttentionSite]:
         if not is_cross_attention(name, module) and (site := find_site(module)) is not None
     }
     if not sites:
+        reasons = [_inspect(m) for _, m in model.named_modules() if families.ATTENTION.search(type(m).__name__)]
+        why = f" ({reasons[0]})" if reasons else ""
         raise PrefixMemoryError(
-            f"{type(model).__name__} has no softmax self-attention that prefixmemory knows, so there is nowhere to "
-            "put a memory. Use a transformer with softmax attention, or add its family to the tables in "
-            "prefixmemory/attention.py (CONTRIBUTING.md says how)."
+            f"{type(model).__name__} has no softmax self-attention that prefixmemory knows{why}, so there is nowhere "
+            "to put a memory. Use a transformer with softmax attention, or add its family to the tables in "
+            "prefixmemory/families.py (CONTRIBUTING.md says how)."
         )
     return sites
 
 
-def skipped_attention(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
-    """Layers without a memory beside layers that get one, and attention modules that get none: name and reason."""
-    sites = set(sites)
-
-    def has_site(name: str) -> bool:
-        return any(site == name or site.startswith(f"{name}.") for site in sites)
-
-    reasons = {}
+def left_out(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
+    """The sites that get no memory unless they are named, with the reason: those that no gradient reaches, and in a
+    model with a text part and others (vision, audio), those outside of the text part. To that belong the submodels
+    whose config is of the class of the model's text config."""
+    config = getattr(model, "config", None)
+    try:
+        text = config.get_text_config()  # type: ignore[union-attr]
+    except (AttributeError, ValueError):  # no transformers config, or several text parts
+        text = None
+    composite = text is not None and (text is not config or hasattr(config, "vision_config"))
+    in_text = {"": True}
+    reasons = {"": ""}
     for name, module in model.named_modules():
-        in_site = any(name.startswith(f"{site}.") for site in sites)
-        if isinstance(module, nn.ModuleList) and has_site(name) and not in_site:
-            for index, layer in enumerate(module):
-                if not has_site(f"{name}.{index}"):
-                    reasons[f"{name}.{index}"] = f"{type(layer).__name__} has no softmax attention that is known"
-        elif "Attention" in type(module).__name__ and not has_site(name) and not in_site:
-            cross = is_cross_attention(name, module)
-            reasons[name] = "cross attention" if cross else f"{type(module).__name__} is not known"
-    return reasons
+        if name:
+            reasons[name] = families.NO_GRADIENT.get(type(module).__name__) or reasons[name.rpartition(".")[0]]
+            in_text[name] = in_text[name.rpartition(".")[0]]
+        if isinstance(module, PreTrainedModel) and composite:
+            in_text[name] = isinstance(module.config, type(text))
+    found = {name: reasons[name] for name in sites if reasons[name]}
+    others = [name for name in sites if not in_text[name]]
+    if len(others) < len(set(sites)):
+        found |= dict.fromkeys(others, "not in the text part of the model; name its attention in target_modules")
+    return found
+
+
+def skipped_attention(model: nn.Module, sites: Iterable[str], others: Mapping[str, str]) -> dict[str, str]:
+    """What gets no memory, by name, with the reason: the parts of the model that hold the sites in ``others``,
+    further attention modules, and layers without attention beside layers that get a memory."""
+    sites = set(sites)
+    holders = _with_parents(sites)
+    reasons: dict[str, str] = {}
+    for name, reason in others.items():
+        reasons[next(part for part in _prefixes(name) if part not in holders)] = reason
+    attentions = {
+        name: module
+        for name, module in model.named_modules()
+        if families.ATTENTION.search(type(module).__name__) and any(True for _ in module.parameters())
+    }
+    for name, module in attentions.items():
+        if name in holders or any(part in sites or part in reasons for part in _prefixes(name)):
+            continue
+        inspected = _inspect(module)
+        if isinstance(inspected, AttentionSite):
+            reasons[name] = "cross attention"
+        elif not any(other.startswith(f"{name}.") for other in attentions):  # else what is in it is named
+            reasons[name] = inspected
+    skipped = _with_parents(reasons)
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n in holders}
+    layers: dict[str, str] = {}
+    for name, list_of_layers in lists.items():
+        if any(name.startswith(f"{outer}.") for outer in lists):  # the parts of one layer
+            continue
+        for index, layer in enumerate(list_of_layers):
+            if f"{name}.{index}" not in holders | skipped:
+                layers[f"{name}.{index}"] = f"{type(layer).__name__} has no softmax attention that is known"
+    return reasons | layers
+
+
+def _prefixes(name: str) -> list[str]:
+    """``a.b.c`` -> ``[a, a.b, a.b.c]``."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _with_parents(names: Iterable[str]) -> set[str]:
+    return {prefix for name in names for prefix in _prefixes(name)}
+
+
+# Reading
 
 
 def check_rotary(name: str, site: AttentionSite) -> None:
     """Refuse ``query="rotary"`` where the query that attention sees cannot be had."""
-    forward = type(site.module).forward
+    forward = type(site.core).forward
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
     if "ALL_ATTENTION_FUNCTIONS" not in forward.__globals__:
         raise PrefixMemoryError(
-            f"query='rotary' cannot be read from {name} ({type(site.module).__name__}): this model does not use "
+            f"query='rotary' cannot be read from {name} ({type(site.core).__name__}): this model does not use "
             "transformers' attention interface. Use query='content'."
         )
 
@@ -255,7 +423,7 @@ def install_query_tap() -> None:
         function = original(self, attn_implementation, default)
 
         def attend(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-            layer = module._modules.get(CHILD)
+            layer = module._modules.get(CHILD) or module.__dict__.get(CHILD)
             if layer is not None:
                 layer.rotary_query = query.transpose(1, 2)  # [B, H, T, D] -> [B, T, H, D]
             return function(module, query, *args, **kwargs)
@@ -271,10 +439,13 @@ def placement(site: AttentionSite) -> tuple[torch.device | None, torch.dtype | N
 
     Weights that accelerate keeps elsewhere lie on the meta device; its hook knows where they compute.
     """
-    weight = next(site.output_projection.parameters())
+    projection = site.output_projection
+    weight = next(chain(projection.parameters(), projection.buffers()), None)  # GPTQ and AWQ hold buffers only
+    if weight is None:
+        return None, None
     device: torch.device | None = weight.device
     if weight.is_meta:
-        device = getattr(getattr(site.output_projection, "_hf_hook", None), "execution_device", None)
+        device = getattr(getattr(projection, "_hf_hook", None), "execution_device", None)
         device = None if device is None else torch.device(device)
-    compute_dtype = getattr(site.output_projection, "compute_dtype", weight.dtype)  # bitsandbytes keeps it aside
+    compute_dtype = getattr(projection, "compute_dtype", None) or weight.dtype  # bitsandbytes keeps it aside
     return device, compute_dtype if compute_dtype.is_floating_point else None

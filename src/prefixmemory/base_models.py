@@ -21,7 +21,13 @@ from transformers import (
 )
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.quantization import Quantization, check_quantization, keep_trainable, quantization_config
+from prefixmemory.quantization import (
+    Quantization,
+    check_quantization,
+    keep_trainable,
+    quantization_config,
+    with_trainable_kernels,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -36,6 +42,11 @@ def smollm2() -> str:
         for file in Path(spec.origin).parent.glob("*.gguf"):
             return str(file)
     return SMOLLM2_HUB_ID
+
+
+def full_name(model: str) -> str:
+    """``model`` as others can load it: the short name ``smollm2`` stands for :func:`smollm2`."""
+    return smollm2() if model == "smollm2" else model
 
 
 def fast_dtype() -> Dtype:
@@ -105,13 +116,11 @@ def load_model(
         PrefixMemoryError: nothing can be loaded from ``model``, or it cannot be quantised so.
     """
     name, file = location(model)
-    packing = _packing(model, dtype, quantization)
-    # Not passed when None: transformers would take that for "forget how the checkpoint is quantised".
-    options: dict[str, Any] = file if packing is None else {**file, "quantization_config": packing}
+    options = {**file, **_packing(model, dtype, quantization)}
+    auto: Any = AutoModelForCausalLM
     try:
         with _no_bar_outside_a_terminal():
-            loaded: Any
-            loaded, report = AutoModelForCausalLM.from_pretrained(
+            loaded, report = auto.from_pretrained(
                 name, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
             )
     except _LOADING_ERRORS as error:
@@ -129,13 +138,14 @@ def load_model(
     return loaded.eval()  # type: ignore[no-any-return]
 
 
-def _packing(model: str, dtype: Dtype, quantization: Quantization | None) -> Any:
-    """The ``quantization_config`` with which ``model`` is loaded, ``None`` for weights as they are saved."""
+def _packing(model: str, dtype: Dtype, quantization: Quantization | None) -> dict[str, Any]:
+    """What ``from_pretrained`` is to be told about packed weights."""
+    if quantization is not None:
+        check_quantization(quantization)
     name, file = location(model)
-    if quantization is None:
+    if file and quantization is None:
         # Unpacked weights always work; packed ones only where transformers has a kernel for the machine.
-        return GgufConfig(dequantize=True) if file else None
-    check_quantization(quantization)
+        return {"quantization_config": GgufConfig(dequantize=True)}
     if file:
         raise PrefixMemoryError(
             f"quantization={quantization!r} does not go with the GGUF file {model!r}: transformers unpacks such a file "
@@ -147,10 +157,14 @@ def _packing(model: str, dtype: Dtype, quantization: Quantization | None) -> Any
     except _LOADING_ERRORS as error:
         raise explain(model, error) from error
     saved = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return {} if saved is None else {"config": with_trainable_kernels(config)}
     if saved is not None:
         raise PrefixMemoryError(
             f"quantization={quantization!r} does not go with {model!r}, which is saved quantised "
-            f"({saved.get('quant_method')}). Leave quantization out to load it as it is."
+            f"({saved['quant_method']}). Leave quantization out to load it as it is."
         )
-    compute_dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
-    return quantization_config(quantization, compute_dtype)
+    compute_dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    if dtype != "auto":
+        compute_dtype = getattr(torch, dtype)
+    return {"quantization_config": quantization_config(quantization, compute_dtype)}

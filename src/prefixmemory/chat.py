@@ -45,6 +45,8 @@ class Chat:
             self.said = []
             return "Forgotten."
         if word == "/scale":
+            if not self.adapter.is_memory:
+                raise PrefixMemoryError(f"/scale sets the dose of a memory, and {self.adapter.name} is none.")
             try:
                 scale = float(rest)
             except ValueError:

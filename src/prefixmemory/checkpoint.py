@@ -12,6 +12,7 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.peft_type import PREFIX_MEMORY
@@ -28,6 +29,20 @@ def weights_checksum(folder: Path) -> str | None:
         return None
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_saved_whole(folder: Path) -> None:
+    """Refuse a weights file just written without memories, or with what one process holds of them."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return
+    with safe_open(file, framework="pt") as tensors:
+        whole = [0 not in tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118  # no mapping
+    if not (whole and all(whole)):
+        raise PrefixMemoryError(
+            f"{file} was written without the whole memories. If they are spread over processes, let every process call "
+            "model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model), is_main_process=...)."
+        )
 
 
 def check_config_file(folder: Path, any_method: bool = False) -> dict[str, Any]:
@@ -111,23 +126,47 @@ def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
             )
 
 
+@torch.no_grad()
 def fingerprint(model: nn.Module) -> list[float] | None:
     """A sample of the input embeddings: enough to tell one base model from another, whatever its dtype.
 
-    Returns ``None`` where the embeddings cannot be read (no embeddings, meta device, sharded over processes).
+    Returns ``None`` where the embeddings cannot be read (no embeddings, meta device, quantised). Where they are spread
+    over processes, all of these must call it.
     """
     try:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         weight = getattr(embeddings, "original_module", embeddings).weight  # not the copy of an adapter
     except (AttributeError, NotImplementedError):
         return None
-    if weight.is_meta or weight.ndim != 2 or not weight.is_floating_point() or type(weight.data) is not Tensor:
+    shape = getattr(weight, "ds_shape", weight.shape)  # DeepSpeed ZeRO-3 leaves no shape but this one
+    plain = type(weight.data) is Tensor or _is_dtensor(weight)
+    if weight.is_meta or len(shape) != 2 or not weight.is_floating_point() or not plain:
         return None
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(min(FINGERPRINT_ROWS, weight.shape[0]), (FINGERPRINT_SIZE,), generator=generator)
-    columns = torch.randint(weight.shape[1], (FINGERPRINT_SIZE,), generator=generator)
-    sample = weight.detach()[rows.to(weight.device), columns.to(weight.device)]
+    rows = torch.randint(min(FINGERPRINT_ROWS, shape[0]), (FINGERPRINT_SIZE,), generator=generator)
+    columns = torch.randint(shape[1], (FINGERPRINT_SIZE,), generator=generator)
+    sample = _rows(weight, rows.to(weight.device)).gather(1, columns.to(weight.device)[:, None])[:, 0]
     return [float(f"{value:.4g}") for value in sample.float().tolist()]
+
+
+def _is_dtensor(weight: Tensor) -> bool:
+    return type(weight.data).__name__ == "DTensor"  # by name: torch may have been built without torch.distributed
+
+
+def _rows(weight: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a table, also of one that is spread over processes."""
+    if _is_dtensor(weight):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = cast(DTensor, weight).device_mesh
+        everywhere = DTensor.from_local(rows, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return cast(DTensor, functional.embedding(everywhere, weight)).full_tensor()
+    if hasattr(weight, "ds_shape"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight[rows]
+    return weight[rows]
 
 
 def same_base_model(saved: list[float], present: list[float]) -> bool:

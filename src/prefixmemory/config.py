@@ -42,7 +42,8 @@ class PrefixMemoryConfig(PeftConfig):
         scale: the dose: a factor on the memory's answer; :func:`prefixmemory.set_scale` changes it at run time.
         dropout: probability of dropping an entry of φ(q) in training.
         target_modules: names of attention modules (suffixes, or one regular expression over the full name), as in
-            PEFT. ``None`` means every softmax self-attention of the model.
+            PEFT. ``None`` means every softmax self-attention of the model, and of a model that also sees or hears,
+            those of its text part.
         exclude_modules: names of attention modules to leave alone.
         layers_to_transform: layer index or indices to adapt; others are left alone.
         layers_pattern: name of the list that holds the layers, when it is not found by itself.
@@ -118,10 +119,16 @@ class PrefixMemoryConfig(PeftConfig):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write ``adapter_config.json``, with the checksum of the weights file that lies beside it."""
+        """Write ``adapter_config.json``, with the checksum of the weights file that lies beside it.
+
+        Raises:
+            PrefixMemoryError: the weights file holds no memory, as happens where processes hold a part each.
+        """
         # PeftModel passes auto_mapping_dict and has written the weights before; transformers' own save_pretrained
         # does not, and writes them after, so that what lies there now is an older save.
         written = "auto_mapping_dict" in kwargs
+        if written:
+            checkpoint.check_saved_whole(Path(save_directory))
         self.weights_sha256 = checkpoint.weights_checksum(Path(save_directory)) if written else None
         super().save_pretrained(save_directory, **kwargs)
 

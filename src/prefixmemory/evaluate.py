@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from prefixmemory.adapters import Adapter
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.training.card import write_model_card
 from prefixmemory.training.collator import IGNORED, LeftPaddingCollator, tokenize
+from prefixmemory.training.data import read_rows
 from prefixmemory.training.evaluation import Progress, accuracy, answers
+from prefixmemory.training.loop import can_crop_logits
 from prefixmemory.training.progress import progress_bar
-from prefixmemory.training.record import provenance, write_json
-from prefixmemory.training.rows import Example, Rows, check_objective, render, row_format
-from prefixmemory.training.run import RECORD
+from prefixmemory.training.record import RECORD, provenance, write_json
+from prefixmemory.training.rows import FORMATS, OBJECTIVE_FORMATS, Example, Row, Rows, render, row_format
 
 #: Rows whose answer is a label: their answers are compared, word for word.
 COMPARED = ("text",)
@@ -56,6 +58,40 @@ class Scores:
         return {**self.conditions, "metrics": metrics, "details": self.details, **provenance()}
 
 
+def rows_to_score(record: Mapping[str, Any], source: str, split: str) -> list[Row]:
+    """The rows of ``source``, read as an adapter's training rows were: with the ``columns`` of its run record.
+
+    A file that lacks these columns may have our names instead.
+
+    Raises:
+        PrefixMemoryError: nothing can be read there, a row is bad, or rows are of a kind that has no one answer.
+    """
+    data = record.get("data")
+    trained = data if isinstance(data, Mapping) else {}
+    subset = trained.get("subset") if source == trained.get("train") else None
+    columns = trained.get("columns")
+    try:
+        rows = read_rows(source, columns, split, subset)
+    except PrefixMemoryError as error:
+        try:
+            rows = read_rows(source, None, split, subset)
+        except PrefixMemoryError:
+            raise error from None
+    check_scorable(rows)
+    return rows
+
+
+def check_scorable(rows: Rows) -> None:
+    """Refuse rows that do not say what the answer should be."""
+    kind = row_format(rows)
+    if kind not in OBJECTIVE_FORMATS["sft"]:
+        wanted = " or ".join(str(list(FORMATS[name])) for name in OBJECTIVE_FORMATS["sft"])
+        raise PrefixMemoryError(
+            f"{getattr(rows[0], 'where', 'The data')}: has {list(FORMATS[kind])}, which name no one right answer. To "
+            f"evaluate, give rows with {wanted}."
+        )
+
+
 @torch.inference_mode()
 def refuse_untrained(adapter: Adapter) -> None:
     """Refuse an adapter that changes nothing: its scores would be those of the base model.
@@ -78,7 +114,7 @@ def evaluate_rows(
     adapter: Adapter, rows: Rows, source: str, batch_size: int, max_new_tokens: int, console: Console
 ) -> Scores:
     """Likelihood of the rows' completions; for rows with labels, accuracy by exact match of the generated label."""
-    check_objective("sft", rows)
+    check_scorable(rows)
     examples = render(rows, adapter.tokenizer)
     compared = row_format(rows) in COMPARED
     passes = 2 * len(rows) * (2 if compared else 1)
@@ -120,10 +156,11 @@ def completion_loss(adapter: Adapter, examples: list[Example], batch_size: int, 
     """Mean negative log-likelihood of the completions' tokens, in nats."""
     limit = getattr(adapter.model.config, "max_position_embeddings", None) or 10**9
     features = sorted(tokenize(examples, adapter.tokenizer, limit), key=lambda feature: len(feature["input_ids"]))
-    collate = LeftPaddingCollator(int(adapter.tokenizer.pad_token_id), crop_logits=False)
+    collate = LeftPaddingCollator(int(adapter.tokenizer.pad_token_id), can_crop_logits(adapter.model))
     total, count = 0.0, 0
     for start in range(0, len(features), batch_size):
-        batch = {k: v.to(adapter.model.device) for k, v in collate(features[start : start + batch_size]).items()}
+        batch = collate(features[start : start + batch_size])
+        batch = {k: v.to(adapter.model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         logits = adapter.model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
         total += float(cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"))
@@ -175,7 +212,9 @@ def evaluate_harness(
 
 def save_metrics(adapter: Adapter, scores: Scores) -> None:
     """Add the figures to the adapter's ``run.json`` and to its model card."""
-    conditions = ", ".join(f"{name}: {value}" for name, value in scores.conditions.items())
+    # the card is public: the name of a data file, without the folders of this machine
+    shown = {name: Path(value).name if name == "data" else value for name, value in scores.conditions.items()}
+    conditions = ", ".join(f"{name}: {value}" for name, value in shown.items())
     found = {
         f"{name}, {conditions}": {"value": ours, "base model": base} for name, (base, ours) in scores.metrics.items()
     }

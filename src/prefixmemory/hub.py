@@ -27,9 +27,9 @@ from prefixmemory import checkpoint
 from prefixmemory.base_models import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.training.card import CARD, completed, model_card, with_address
+from prefixmemory.training.record import RECORD
 
 #: What a repository of an adapter holds: nothing else is pushed, and nothing else is fetched.
-RECORD = "run.json"
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD, RECORD)
 
 

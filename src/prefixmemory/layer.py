@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,40 +14,47 @@ from prefixmemory import attention
 from prefixmemory.attention import AttentionSite
 from prefixmemory.errors import PrefixMemoryError, check_number
 from prefixmemory.memory import Memory
+from prefixmemory.parallel import HeadShare
 
 BASE_MODEL = "__base__"  # PEFT's word for "no adapter" in ``adapter_names``
 
 WHY_NOT_MERGED = (
     "A prefix memory cannot be merged into the base weights: it adds φ(q)ᵀM to each head, and φ is not linear, so no "
     "change of a weight matrix equals it. Keep the adapter loaded (it costs a fixed time per token), or call "
-    "unload() to get the base model back without it."
+    "unload() to get the base model back without it. Trainers that sample with vLLM merge before they hand vLLM the "
+    "weights: set use_vllm=False (GRPOTrainer, RLOOTrainer) to sample through transformers, with the memory."
 )
 
 
 class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
     """The memories of one attention module, one per adapter.
 
-    The layer is a child of the attention module (``self_attn.prefix_memory``) and wraps nothing: two hooks hand it
-    the query and let it add to what the output projection reads. So the base model keeps its modules, their names
-    and its state-dict keys.
+    The layer is a child of the attention module (``self_attn.prefix_memory``) and wraps nothing: hooks hand it the
+    query, let it add to what the output projection reads, and see that this was done. So the base model keeps its
+    modules, their names and its state-dict keys.
     """
 
     site: AttentionSite
+    live_site: AttentionSite
     adapter_layer_names = ("prefix_memory_bank",)
     other_param_names = ("scale",)
 
-    def __init__(self, site: AttentionSite) -> None:
+    def __init__(self, site: AttentionSite, share: HeadShare | None = None) -> None:
         super().__init__()
+        self.share = share
         self.prefix_memory_bank = nn.ModuleDict()
         self.scale: dict[str, float] = {}
         self.content_query: Tensor | None = None
         self.rotary_query: Tensor | None = None
+        self.was_read = False  # in the pass that is going on
         self.row_beams = 1
         self.row_adapters: list[str] | None = None  # one adapter name per row of the batch, during such a call only
         self._active_adapter: list[str] = []
-        self.__dict__["site"] = site  # past nn.Module.__setattr__: the attention module is our parent, not our child
-        self._handles = site.hook(self._take_query, self._add_read)
-        setattr(site.module, attention.CHILD, self)
+        # past nn.Module.__setattr__: the attention module is our parent, not our child
+        self.__dict__["site"] = site
+        self.__dict__["live_site"] = site if share is None else share.of_site(site)  # what a forward pass shows
+        self._handles = site.hook(self._start, self._take_query, self._add_read, self._check_read)
+        site.attach(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A forward pass that was broken off leaves its query behind; copies must not take it along.
@@ -57,7 +64,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         """Remove the hooks and leave the attention module as it was found."""
         for handle in self._handles:
             handle.remove()
-        delattr(self.site.module, attention.CHILD)
+        self.site.detach()
 
     def active_names(self) -> list[str]:
         """Names of the active adapters."""
@@ -69,8 +76,19 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
 
     # What happens in a forward pass
 
-    def _take_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.content_query = self.site.query_from(output, args[0])
+    def _start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module is not self.site.module:
+            raise PrefixMemoryError(
+                "nn.DataParallel runs copies of the model in threads, whose queries would mix in one memory. Start one "
+                "process a GPU with torchrun or accelerate launch, or use one GPU: CUDA_VISIBLE_DEVICES=0."
+            )
+        self.content_query = self.rotary_query = None  # a pass that was broken off may have left one
+        self.was_read = False
+
+    def _take_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
+        # the first alone: some project further vectors later on (DeBERTa v2: relative positions)
+        if self.content_query is None and not self.disable_adapters:
+            self.content_query = self.live_site.query_from(output, args[0])
 
     def _add_read(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not self.site.intact():
@@ -80,29 +98,47 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
                 "keep modules_to_save outside of attention."
             )
         heads, *rest = args
-        read = self._read()
-        self.content_query = self.rotary_query = None
+        self.was_read = True
+        queries: dict[str, Tensor] = {}
+        left: dict[str, Tensor | None] = {}
+        wanted = {self.memory(name).query for name in self.prefix_memory_bank if not self.disable_adapters}
+        for kind, query in (("content", self.content_query), ("rotary", self.rotary_query)):
+            if query is not None and kind in wanted:
+                queries[kind], left[kind] = self.live_site.take(query, heads)
+        self.content_query, self.rotary_query = left.get("content"), left.get("rotary")
+        read = self._read(queries)
         return args if read is None else (heads + read.reshape(heads.shape).to(heads.dtype), *rest)
 
-    def _query(self, kind: str) -> Tensor:
-        query = self.content_query if kind == "content" else self.rotary_query
-        if query is None:
+    def _check_read(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.disable_adapters or not self._answering(self.active_names()):
+            return
+        if not self.was_read or self.content_query is not None:
+            raise PrefixMemoryError(
+                f"{type(module).__name__} finished without its output projection reading every head's output, so its "
+                "memory was passed by. Its forward is not one that prefixmemory knows; exclude it with exclude_modules."
+            )
+
+    def _query(self, kind: str, queries: Mapping[str, Tensor]) -> Tensor:
+        if kind not in queries:
             raise PrefixMemoryError(
                 f"{type(self.site.module).__name__} reached its output projection without showing a {kind} query. "
                 "Its forward is not one that prefixmemory knows; exclude it with exclude_modules."
             )
-        return query
+        return queries[kind]
 
-    def _read(self) -> Float[Tensor, "*batch h v"] | None:
+    def _read(self, queries: Mapping[str, Tensor]) -> Float[Tensor, "*batch h v"] | None:
         """Σ over adapters of scale·φ(q)ᵀM, or ``None`` when no adapter has anything to add."""
         if self.disable_adapters:
             return None
         if self.row_adapters is not None:
-            return self._read_by_row(self.row_adapters)
+            return self._read_by_row(self.row_adapters, queries)
         return self._sum(
-            self.scale[name] * self.memory(name)(self._query(self.memory(name).query))
+            self.scale[name] * self._answer(self.memory(name), self._query(self.memory(name).query, queries))
             for name in self._answering(self.active_names())
         )
+
+    def _answer(self, memory: Memory, query: Tensor) -> Tensor:
+        return cast(Tensor, memory(query)) if self.share is None else self.share.read(memory, query)
 
     def _answering(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.prefix_memory_bank and self.scale[name] != 0]
@@ -114,19 +150,19 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             total = read if total is None else total + read
         return total
 
-    def _read_by_row(self, names: Sequence[str]) -> Tensor | None:
+    def _read_by_row(self, names: Sequence[str], queries: Mapping[str, Tensor]) -> Tensor | None:
         """A different adapter for each row: ``names`` has one entry a row, or a row has several beams."""
         total: Tensor | None = None
         for name in self._answering(dict.fromkeys(names)):
             memory = self.memory(name)
-            query = self._query(memory.query)
+            query = self._query(memory.query, queries)
             if query.shape[0] not in (len(names), len(names) * self.row_beams):
                 raise PrefixMemoryError(
                     f"adapter_names has {len(names)} entries for a batch of {query.shape[0]} rows: give one a row."
                 )
             beams = query.shape[0] // len(names)  # generate() repeats each row for its beams
             rows = torch.tensor([n == name for n in names], device=query.device).repeat_interleave(beams)
-            read = self.scale[name] * memory(query[rows])
+            read = self.scale[name] * self._answer(memory, query[rows])
             if total is None:
                 total = read.new_zeros(*query.shape[:-1], read.shape[-1])
             total[rows] = read.to(total.dtype)

@@ -58,7 +58,7 @@ class Memory(nn.Module):
     def forward(self, query: Float[Tensor, "*batch h d"]) -> Float[Tensor, "*batch h v"]:
         """φ(q)ᵀM for every token and head, computed in the dtype of the memory (autocast applies)."""
         parameter = self.M if self.rank is None else self.A
-        q = query.to(parameter.dtype).unflatten(-2, (self.groups, self.heads // self.groups))
+        q = query.to(parameter.dtype).unflatten(-2, (-1, self.heads // self.groups))
         features = self.dropout(self.features(q))
         if self.rank is not None:
             features = torch.einsum("...grf,gfk->...grk", features, self.A)

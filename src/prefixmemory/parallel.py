@@ -32,7 +32,8 @@ class HeadShare:
 
     def of_site(self, site: AttentionSite) -> AttentionSite:
         """The site as this process sees it in a forward pass."""
-        return replace(site, heads=site.heads // self.ranks, kv_heads=max(site.kv_heads // self.ranks, 1))
+        blocks = site.blocks if site.blocks == 1 else site.blocks // self.ranks
+        return replace(site, heads=site.heads // self.ranks, blocks=blocks)
 
     def check(self, memory: Memory) -> None:
         """Refuse a memory that cannot be divided by heads.
@@ -54,7 +55,7 @@ class HeadShare:
 
     def read(self, memory: Memory, query: Tensor) -> Tensor:
         """φ(q)ᵀM for the heads of this process; ``query`` is ``[batch.., heads / ranks, head_dim]``."""
-        own = {name: cast(Tensor, _OwnPart.apply(p, self)) for name, p in memory.named_parameters()}
+        own = {name: _OwnPart.apply(p, self) for name, p in memory.named_parameters()}  # type: ignore[no-untyped-call]
         return cast(Tensor, functional_call(memory, own, (query,)))
 
 
@@ -67,7 +68,7 @@ class _OwnPart(torch.autograd.Function):
         return parameter.chunk(share.ranks)[share.rank].clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         parts = [torch.empty_like(gradient, memory_format=torch.contiguous_format) for _ in range(ctx.share.ranks)]
         dist.all_gather(parts, gradient.contiguous(), group=ctx.share.group)
         return torch.cat(parts), None
@@ -79,19 +80,24 @@ def head_share(model: nn.Module, name: str, site: AttentionSite) -> HeadShare | 
     A plan that gathers the query again, or leaves attention whole, needs nothing: every process computes all heads.
 
     Raises:
-        PrefixMemoryError: the number of heads cannot be divided by the number of processes.
+        PrefixMemoryError: the processes cannot share the heads, or ``model`` is a part of the model that was split.
     """
     ranks = getattr(model, "_tp_size", None) or 1
+    weight = getattr(site.output_projection, "weight", None)
     if ranks == 1:
+        if "tp" in (getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) or ()):
+            raise PrefixMemoryError(
+                f"{name} is split over tensor-parallel processes by a plan that {type(model).__name__} does not hold. "
+                "Make the memory for the whole model that from_pretrained returned."
+            )
         return None
-    output = next(n for n, module in site.module.named_modules() if module is site.output_projection)
     plan: dict[str, str] = getattr(model, "tp_plan", {})
-    if plan.get(re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{name}.{output}")) != "rowwise":
+    if plan.get(re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{name}.{site.output_path}")) != "rowwise":
         return None
-    if site.heads % ranks:
+    if site.heads % ranks or (site.blocks > 1 and site.blocks % ranks) or site.bias:
         raise PrefixMemoryError(
-            f"{name} has {site.heads} heads, which {ranks} tensor-parallel processes cannot share. Use a number of "
-            "processes that divides it."
+            f"The {site.heads} heads of {name} cannot be shared by {ranks} tensor-parallel processes. Use a number of "
+            "processes that divides it, or load the model without tp_plan."
         )
     mesh = cast(Any, model)._device_mesh
     group = mesh.get_group("tp") if mesh.ndim > 1 else mesh.get_group()

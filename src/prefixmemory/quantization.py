@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -54,15 +55,38 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
             bnb_4bit_compute_dtype=compute_dtype,
         )
     if quantization == "bnb-8bit":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
         return BitsAndBytesConfig(load_in_8bit=True)
     from torchao.quantization import Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-# bitsandbytes 0.50 on a CPU with AVX512-BF16: the first forward pass in evaluation mode replaces the 4-bit weights by
-# repacked ones, rounds their scales to bfloat16, and multiplies from then on without a gradient (Linear4bit.forward,
-# matmul_4bit). Training after a look at the base model, or after Trainer's first evaluation, would learn nothing.
+_said: set[str] = set()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Let a message of bitsandbytes through once; LLM.int8() repeats one at every matrix product."""
+    message = record.getMessage()
+    news = message not in _said
+    _said.add(message)
+    return news
+
+
+def with_trainable_kernels(config: Any) -> Any:
+    """The config of a checkpoint that is saved quantised, asking for kernels that have a gradient.
+
+    GPTQ and AWQ are computed by gptqmodel, whose fastest kernels only answer.
+    """
+    if config.quantization_config["quant_method"] in ("gptq", "awq"):
+        config.quantization_config["backend"] = "auto_trainable"
+    return config
+
+
+# bitsandbytes (0.49 to 0.50) on a CPU with AVX512-BF16: the first forward pass in evaluation mode replaces the 4-bit
+# weights by repacked ones, rounds their scales to bfloat16, and multiplies from then on without a gradient
+# (Linear4bit.forward, matmul_4bit). Training after a look at the base model, or after Trainer's first evaluation, would
+# learn nothing.
 
 REPACKS = "support_avx512bf16_for_cpu"  # the attribute of a Linear4bit by which it decides
 
@@ -95,12 +119,14 @@ def keep_trainable(model: nn.Module, inference: bool) -> None:
     Raises:
         PrefixMemoryError: ``model`` holds repacked weights and is not for inference only.
     """
-    set_repacking(model, allowed=False)
     repacked = [name for name, module in model.named_modules() if is_repacked(module)]
-    if repacked and not inference:
+    if repacked and inference:
+        return  # as it answered before
+    if repacked:
         raise PrefixMemoryError(
             f"No gradient passes through {len(repacked)} 4-bit projections ({repacked[0]!r} for one): bitsandbytes "
             "repacked them for inference when the base model was first evaluated on this CPU. Load the base model "
             "again and attach the memory before its first forward pass, or load it with "
             "prefixmemory.base_models.load_model, which prevents the repacking."
         )
+    set_repacking(model, allowed=False)

@@ -21,9 +21,9 @@ from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.training.data import northline
 from prefixmemory.training.evaluation import accuracy, answers
 from prefixmemory.training.progress import progress_bar
-from prefixmemory.training.record import write_json
+from prefixmemory.training.record import RECORD, write_json
 from prefixmemory.training.rows import Rows, classification_prompt, labels_of
-from prefixmemory.training.run import RECORD, Output, run_training
+from prefixmemory.training.run import Output, run_training
 from prefixmemory.training.settings import TrainingSettings
 
 MAX_LABEL_TOKENS = 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -23,13 +24,19 @@ from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
 from prefixmemory.memory import Memory
+from prefixmemory.parallel import head_share
 from prefixmemory.peft_type import PREFIX_MEMORY
+from prefixmemory.quantization import keep_trainable
 
 logger = logging.getLogger(__name__)
 
 #: Where the tensors of memories lie, below their attention module. In the model the adapter's name follows; in a
 #: checkpoint it is left out.
 BANK = f".{attention.CHILD}.prefix_memory_bank."
+
+
+#: What torch's activation checkpointing adds to the names of modules and parameters, not to those in a state dict.
+WRAPPER = "_checkpoint_wrapped_module."
 
 
 class PrefixMemoryModel(BaseTuner):
@@ -57,14 +64,17 @@ class PrefixMemoryModel(BaseTuner):
             )
         sites = attention.find_sites(self.model)
         if peft_config.target_modules is None:
-            peft_config.target_modules = _shortest_names(list(sites), self.model)
-            for name, reason in attention.skipped_attention(self.model, sites).items():
+            others = attention.left_out(self.model, sites)
+            chosen = [name for name in sites if name not in others]
+            peft_config.target_modules = _shortest_names(chosen, self.model)
+            for name, reason in attention.skipped_attention(self.model, chosen, others).items():
                 logger.warning("No memory in %s: %s.", name, reason)
         targeted = _check_targets(peft_config, sites, self.model)
         if peft_config.query == "rotary":
             for name, site in targeted.items():
                 attention.check_rotary(name, site)
             attention.install_query_tap()
+        keep_trainable(self.model, inference=bool(peft_config.inference_mode))
         return peft_config
 
     def _create_and_replace(
@@ -83,10 +93,13 @@ class PrefixMemoryModel(BaseTuner):
             raise PrefixMemoryError(
                 f"{current_key} is not a softmax attention: the tensors were made for another model."
             )
-        # before anything is attached: a feature map may refuse the config
+        # before anything is attached: a feature map may refuse the config, tensor parallelism the memory
+        share = head_share(self.model, current_key, site) if layer is None else layer.share
         memory = Memory(peft_config, site.heads, site.kv_heads, site.head_dim, site.value_dim)
+        if share is not None:
+            share.check(memory)
         if layer is None:
-            layer = PrefixMemoryLayer(site)
+            layer = PrefixMemoryLayer(site, share)
         layer.update_layer(adapter_name, memory, peft_config.scale)
 
     def inject_adapter(
@@ -235,6 +248,18 @@ class PrefixMemoryModel(BaseTuner):
         return key.replace(f"{BANK}{adapter_name}.", BANK)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PrefixMemoryConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The memories among the tensors of a model. PEFT goes by the names of modules, which have ``WRAPPER``."""
+        return {key: tensor for key, tensor in state_dict.items() if f"{BANK}{adapter_name}." in key}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
@@ -246,8 +271,11 @@ class PrefixMemoryModel(BaseTuner):
 
         A refused checkpoint takes its half-made adapter with it, so that the model stays as it was.
         """
-        prefix = "base_model.model."
-        present = {key.removeprefix(prefix): tensor for key, tensor in model.state_dict().items()}
+        prefix = "base_model.model."  # not there where PEFT's layers were injected without a PeftModel
+        # not state_dict(): of a model that bitsandbytes repacked for a CPU, it changes the weights
+        named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        in_model = {name.replace(WRAPPER, ""): tensor for name, tensor in named.items()}
+        present = {key.removeprefix(prefix): tensor for key, tensor in in_model.items()}
         bank = f"{BANK}{adapter_name}."
         expected = {key.replace(bank, BANK): tensor for key, tensor in present.items() if bank in key}
         found = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
@@ -258,9 +286,8 @@ class PrefixMemoryModel(BaseTuner):
                 _discard(model, adapter_name)
             raise
         config.awaits_weights = False
-        return cast(
-            dict[str, Tensor], super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        )
+        names = {key.removeprefix(prefix).replace(bank, BANK): key for key in in_model if bank in key}
+        return {names.get(key.removeprefix(prefix), key): tensor for key, tensor in state_dict.items()}
 
 
 def _check_targets(
@@ -366,10 +393,20 @@ def _pass_adapter_names(
     return args, {**kwargs, "adapter_names": [n for n in own for _ in range(args[0].shape[0] // len(own))]}
 
 
+def accept_adapter_names() -> None:
+    """Silence PEFT's warning about adapter names that occur in ``prefix``; "ref", which TRL uses, does.
+
+    It is meant for keys out of which PEFT takes the name by plain replacement; ours are taken apart at ``BANK``.
+    """
+    message = f"Adapter name '.*' should not be contained in the prefix '{PrefixMemoryModel.prefix}'"
+    warnings.filterwarnings("ignore", message, UserWarning)
+
+
 def register() -> None:
     """Make ``PREFIX_MEMORY`` known to PEFT; called at import, and harmless when that happens again."""
     if PREFIX_MEMORY in PEFT_TYPE_TO_TUNER_MAPPING:
         return
+    accept_adapter_names()
     register_peft_method(
         name=PREFIX_MEMORY.lower(),
         config_cls=PrefixMemoryConfig,

@@ -5,7 +5,6 @@ One module a group of commands; each command imports what it needs when it runs,
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 
@@ -35,9 +34,6 @@ def main() -> None:
     """Entry point: user errors become one line on stderr."""
     # A user of the command line works offline or with the Hub; either way tokenizers need no thread pool here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # PEFT imports these where they are installed; they tell of kernels that this machine does not need.
-    for chatty in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         raise SystemExit(app(standalone_mode=False) or 0)
     except PrefixMemoryError as error:
@@ -49,8 +45,13 @@ def main() -> None:
         # typer carries its own copy of click, whose errors have no public name: a wrong option, a missing argument
         if not hasattr(error, "format_message"):
             raise
+        message = error.format_message()
+        if type(error).__name__ == "NoArgsIsHelpError":  # the message is the help
+            print(message, file=sys.stderr)
+            raise SystemExit(2) from None
         command = getattr(getattr(error, "ctx", None), "command_path", "prefixmemory")
-        _stop(f"{error.format_message()} `{command} --help` lists what there is.", 2)
+        end = "" if message.endswith((".", "?")) else "."
+        _stop(f"{message}{end} `{command} --help` lists what there is.", 2)
 
 
 def _stop(message: str, code: int) -> None:

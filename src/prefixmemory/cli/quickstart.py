@@ -19,6 +19,7 @@ def quickstart(
 ) -> None:
     """Train a memory for SmolLM2-135M on the data that ships with the package, and show what it changed.
 
+    \b
     Example: prefixmemory quickstart --output my-first-memory
     """
     from rich.console import Console

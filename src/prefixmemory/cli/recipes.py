@@ -16,6 +16,7 @@ app = typer.Typer(help="Recipes: YAML files that say what to train.", no_args_is
 def ls() -> None:
     """List the recipes that ship with the package.
 
+    \b
     Example: prefixmemory recipes ls
     """
     from prefixmemory.training.recipe import shipped, summary
@@ -31,6 +32,7 @@ def cp(
 ) -> None:
     """Copy a recipe, to edit and to keep.
 
+    \b
     Example: prefixmemory recipes cp classification my-tickets.yaml
     """
     from prefixmemory.training.recipe import copy_recipe
@@ -45,6 +47,7 @@ def validate(
 ) -> None:
     """Check a recipe and every row of its data, without loading a model.
 
+    \b
     Example: prefixmemory recipes validate tickets.yaml
     """
     from prefixmemory.training.recipe import load_recipe

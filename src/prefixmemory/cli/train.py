@@ -32,13 +32,15 @@ FIELDS = {
     "quantization": "quantization",
     "report_to": "report_to",
 }
+#: Options whose value is a text, whatever it looks like; the others are read as in a recipe.
+TEXTS = ("model", "data", "validation", "output")
 
 
 def train(
     recipe: Annotated[
         Path | None, typer.Argument(help="YAML recipe; without one, give --model, --data, --output.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: a folder, a .gguf file or a Hub id.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: a folder, a .gguf file, a Hub id, or smollm2.")] = None,
     data: Annotated[
         str | None, typer.Option(help="A .jsonl, .csv, .tsv or .parquet file, or the id of a data set of the Hub.")
     ] = None,
@@ -74,8 +76,8 @@ def train(
 
     Options win over the recipe. `prefixmemory recipes ls` lists recipes to start from.
 
+    \b
     Example: prefixmemory train --model HuggingFaceTB/SmolLM2-135M-Instruct --data tickets.jsonl --output tickets-memory
-
     Example: prefixmemory train tickets.yaml --learning-rate 1e-3 --set method.rank=8 --dry-run
     """
     arguments = locals()
@@ -87,13 +89,17 @@ def train(
     from prefixmemory.training.run import Output, run_recipe
 
     quiet()
-    overrides = {FIELDS[name]: read_value(v) if isinstance(v, str) else v for name, v in options.items()}
+    overrides = {
+        FIELDS[name]: read_value(value) if isinstance(value, str) and name not in TEXTS else value
+        for name, value in options.items()
+    }
     shown = {FIELDS[name]: f"--{name.replace('_', '-')}" for name in options}
     for assignment in set_ or []:
         path, separator, value = assignment.partition("=")
         if not separator or not path:
             raise PrefixMemoryError(f"--set {assignment}: write it as FIELD=VALUE, such as --set training.warmup=0.05.")
         overrides[path] = read_value(value)
+        shown[path] = f"--set {path}"
     checked = load_recipe(recipe, overrides, shown)
     if dry_run:
         Console().print(plan_of(checked).shown(), highlight=False, markup=False, soft_wrap=True)

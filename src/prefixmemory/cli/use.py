@@ -22,6 +22,7 @@ def generate(
 
     The prompt is rendered as the rows were in training (chat template, or text and label).
 
+    \b
     Example: prefixmemory generate --adapter tickets-memory --prompt 'my line is dead since this morning'
     """
     from prefixmemory.adapters import load_adapter
@@ -51,7 +52,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Score so many rows only (of each task).")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
-    output: Annotated[Path | None, typer.Option(help="New JSON file for the figures and every answer.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="New JSON file for the figures, and the answers to rows with labels.")
+    ] = None,
     save: Annotated[bool, typer.Option("--save", help="Add the figures to run.json and card.")] = False,
     model: BaseOption = None,
 ) -> None:
@@ -59,15 +62,23 @@ def evaluate(
 
     An adapter whose logits equal the base model's is refused: its scores would be the base model's.
 
+    \b
     Example: prefixmemory evaluate --adapter tickets-memory --data tickets-test.jsonl
-
     Example: prefixmemory evaluate --adapter tickets-memory --tasks tickets --include-path my-tasks --limit 4
     """
     from rich.console import Console
 
-    from prefixmemory.adapters import load_adapter
-    from prefixmemory.evaluate import Scores, evaluate_harness, evaluate_rows, refuse_untrained, save_metrics
-    from prefixmemory.training.data import read_rows, sample
+    from prefixmemory.adapters import load_adapter, read_record
+    from prefixmemory.evaluate import (
+        Scores,
+        evaluate_harness,
+        evaluate_rows,
+        refuse_untrained,
+        rows_to_score,
+        save_metrics,
+    )
+    from prefixmemory.hub import adapter_folder
+    from prefixmemory.training.data import sample
     from prefixmemory.training.record import write_json
 
     quiet()
@@ -80,10 +91,11 @@ def evaluate(
     check_tokens(max_new_tokens)
     if output is not None and output.exists():
         raise PrefixMemoryError(f"{output} exists already. Give another name; nothing is overwritten.")
-    rows = None if data is None else sample(read_rows(data, split=split), None, limit, seed=0)
-    loaded = load_adapter(adapter, model)
-    if save and not loaded.folder.is_dir():
+    folder = adapter_folder(adapter)
+    if save and folder != Path(adapter):
         raise PrefixMemoryError("--save writes into the adapter's folder; this one is on the Hub. Leave it out.")
+    rows = None if data is None else sample(rows_to_score(read_record(folder), data, split), None, limit, seed=0)
+    loaded = load_adapter(adapter, model)
     refuse_untrained(loaded)
     console = Console(stderr=True)
     scores: Scores
@@ -109,6 +121,7 @@ def chat(
     In the chat: /base switches the adapter off and on, /scale 0.5 changes a memory's dose, /reset forgets the
     conversation, /quit (or ctrl-D) ends it.
 
+    \b
     Example: echo 'my line is dead' | prefixmemory chat --adapter tickets-memory
     """
     from prefixmemory.adapters import load_adapter
@@ -128,6 +141,7 @@ def push(
 ) -> None:
     """Upload a trained adapter to the Hub, with a model card made from its run record.
 
+    \b
     Example: prefixmemory push --adapter tickets-memory --to my-name/tickets-memory
     """
     from prefixmemory.hub import push_adapter

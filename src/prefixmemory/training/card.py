@@ -41,9 +41,9 @@ def model_card(record: dict[str, Any]) -> str:
     Args:
         record: a run record (``run.json``). Read are ``base_model``, ``method``, ``task_type``, ``license``, ``data``
             (a source, a list of sources, or the ``data:`` section of a recipe), ``rows``, ``row_format``, ``dtype``,
-            ``trainable_parameters``, ``train_loss``, ``train_seconds``, ``settings``, ``config``, ``metrics`` (name ->
-            number, or ``{"value": number, ...}`` whose other fields are its conditions), ``commit``, ``python``,
-            ``versions``, ``hardware``.
+            ``trainable_parameters``, ``train_loss``, ``validation_loss``, ``train_seconds``, ``processes``,
+            ``settings``, ``config``, ``metrics`` (name -> number, or ``{"value": number, ...}`` whose other fields are
+            its conditions), ``commit``, ``python``, ``versions``, ``hardware``.
     """
     base = _Base(str(record.get("base_model") or ""))
     ours = _is_memory(record)
@@ -221,13 +221,13 @@ def _training(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
         lines += [(key, _value(data[key])) for key in (*details, "columns", "per_label", "limit") if data.get(key)]
     for key, unit in (
         ("rows", ""), ("row_format", ""), ("dtype", ""), ("trainable_parameters", ""), ("train_loss", ""),
-        ("train_seconds", " s"),
+        ("validation_loss", ""), ("train_seconds", " s"), ("processes", ""),
     ):  # fmt: skip
         if record.get(key) not in (None, ""):
             lines.append((key.replace("_", " "), _value(record[key]) + unit))
     for section in ("settings", "config"):
         for key, value in (record.get(section) or {}).items():
-            if value is not None and key not in _NOT_SHOWN:
+            if value not in (None, "", [], {}) and key not in _NOT_SHOWN:
                 lines.append((f"{section}: `{key}`", _value(value)))
     return lines
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.training.rows import EXPECTED, Row, check_row, check_same_format
+from prefixmemory.training.rows import EXPECTED, FORMATS, Row, check_row, check_same_format
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Data:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PrefixMemoryError(f"{name}={value} is out of range: give a number above 0.")
+        known = [*dict.fromkeys(name for names in FORMATS.values() for name in names), "input"]
+        for ours, theirs in (self.columns or {}).items():
+            if ours not in known:
+                hint = did_you_mean(ours, known) or f" There are: {', '.join(known)}."
+                raise PrefixMemoryError(f"columns.{ours} is no field of a row.{hint}")
+            _template(ours, theirs)
 
     def training_rows(self, seed: int) -> list[Row]:
         """The rows to train on."""
@@ -142,7 +149,7 @@ def _from_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{file}, line {number}"
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except ValueError as error:  # no JSON, no UTF-8, a number of thousands of digits
                 raise PrefixMemoryError(
                     f"{where}: not complete JSON ({error}). Was the file cut off? {EXPECTED}"
                 ) from error
@@ -152,13 +159,16 @@ def _from_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _from_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    # What is not UTF-8 becomes surrogates and is found in its row; a decoder that refuses it has read further ahead.
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
         begins = 1  # a quoted cell may span lines: where a row begins, not where it ends
         header: list[str] = []
         try:
             for cells in reader:
                 where, begins = f"{file}, line {begins}", reader.line_num + 1
+                if _NOT_UTF8.search("".join(cells)):
+                    raise PrefixMemoryError(f"{where}: not UTF-8. Save the file as UTF-8.")
                 if not header:
                     header = cells
                     if len(set(header)) < len(header):
@@ -170,10 +180,9 @@ def _from_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                             "Is a comma or a quotation mark missing?"
                         )
                     yield where, dict(zip(header, cells, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise PrefixMemoryError(
-                f"{file}, line {begins}: not readable as CSV in UTF-8 ({error}). Mend the quotation marks, or save the "
-                "file as UTF-8."
+                f"{file}, line {begins}: not readable as CSV ({error}). Is a quotation mark missing?"
             ) from error
 
 
@@ -206,7 +215,8 @@ def _from_hub(name: str, split: str, subset: str | None) -> Iterator[tuple[str, 
     names = {key: feature for key, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
     for number, row in enumerate(dataset, start=1):
         for key, feature in names.items():
-            row[key] = feature.int2str(row[key])
+            if row[key] in range(feature.num_classes):  # -1 or nothing where a test split hides its labels
+                row[key] = feature.int2str(row[key])
         yield f"{name} ({split}), row {number}", row
 
 
@@ -214,28 +224,51 @@ def _renamed(where: str, fields: dict[str, Any], columns: Mapping[str, str] | No
     """``fields`` with the columns that a recipe maps, under our names."""
     if not columns:
         return fields
-    renamed = dict(fields)
+    renamed, used = dict(fields), set()
     for ours, theirs in columns.items():
-        if "{" not in theirs:
-            renamed[ours] = fields[_known_column(where, theirs, fields)]
-            continue
-        parts = []
-        for literal, name, form, conversion in string.Formatter().parse(theirs):
-            if name is not None and (form or conversion):
-                raise PrefixMemoryError(f"columns.{ours}={theirs!r}: write columns in braces as they are, {{{name}}}.")
-            parts.append(literal + ("" if name is None else str(fields[_known_column(where, name, fields)])))
-        renamed[ours] = "".join(parts)
+        template = _template(ours, theirs)
+        used |= {name for _, name in template if name is not None}
+        if template == [("", theirs)]:
+            renamed[ours] = _column(where, theirs, fields)
+        else:
+            renamed[ours] = "".join(
+                text + ("" if name is None else _as_text(where, name, _column(where, name, fields)))
+                for text, name in template
+            )
     # A column that another field was made from may bear a name that means something else here.
-    for theirs in columns.values():
-        if theirs in renamed and theirs not in columns:
-            del renamed[theirs]
+    for name in used - columns.keys():
+        del renamed[name]
     return renamed
 
 
-def _known_column(where: str, name: str, fields: Mapping[str, Any]) -> str:
+def _template(ours: str, theirs: str) -> list[tuple[str, str | None]]:
+    """``theirs`` in parts: a text, and the column that follows it. A mere name of a column is one part."""
+    if "{" not in theirs:
+        return [("", theirs)]
+    try:
+        parts = list(string.Formatter().parse(theirs))
+    except ValueError as error:
+        raise PrefixMemoryError(
+            f"columns.{ours}={theirs!r}: {str(error).lower()}. Write a column as {{name}}, a brace as {{{{ or }}}}."
+        ) from error
+    for _, name, form, conversion in parts:
+        if form or conversion:
+            raise PrefixMemoryError(f"columns.{ours}={theirs!r}: write columns in braces as they are, {{{name}}}.")
+    return [(text, name) for text, name, _, _ in parts]
+
+
+def _column(where: str, name: str, fields: Mapping[str, Any]) -> Any:
     if name not in fields:
         raise PrefixMemoryError(
             f"{where}: has no column {name!r}, which columns asks for.{did_you_mean(name, fields)} "
             f"There are: {', '.join(fields)}."
         )
-    return name
+    return fields[name]
+
+
+def _as_text(where: str, name: str, value: object) -> str:
+    if value is None:  # as the empty cell of a CSV file
+        return ""
+    if not isinstance(value, str | int | float):
+        raise PrefixMemoryError(f"{where}: {name!r} holds {type(value).__name__}, and cannot be put into a text.")
+    return str(value)

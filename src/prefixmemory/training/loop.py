@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -25,9 +26,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.training.checkpoints import last_complete_checkpoint
 from prefixmemory.training.collator import LeftPaddingCollator, tokenize
 from prefixmemory.training.rows import Example
 from prefixmemory.training.settings import TrainingSettings
@@ -79,9 +81,7 @@ def training_arguments(
     Raises:
         PrefixMemoryError: a tracker in ``report_to`` is not installed.
     """
-    for tracker in report_to:
-        if find_spec(tracker) is None:
-            raise PrefixMemoryError(f"report_to={tracker!r} needs the package: pip install {tracker}.")
+    check_trackers(report_to)
     on_gpu = torch.cuda.is_available()
     return {
         "output_dir": str(checkpoints),
@@ -101,6 +101,7 @@ def training_arguments(
         "seed": settings.seed,
         "save_steps": settings.save_steps,
         "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,  # else early stopping forgets its patience
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": settings.save_steps if evaluates else None,
         "load_best_model_at_end": evaluates and settings.keeps_best,
@@ -115,30 +116,63 @@ def training_arguments(
     }
 
 
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Refuse trackers that are not installed."""
+    for tracker in report_to:
+        if find_spec(tracker) is None:
+            raise PrefixMemoryError(f"report_to={tracker!r} needs the package: pip install {tracker}.")
+
+
 def completion_trainer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-    validation: list[Example],
-    settings: TrainingSettings,
+    features: list[dict[str, list[int]]],
+    validation: list[dict[str, list[int]]],
     arguments: dict[str, Any],
 ) -> Trainer:
-    """A Trainer for the likelihood of completions (``objective="sft"``)."""
-    base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    # Methods that prepend virtual tokens prepend labels too, and count on logits for all of them.
-    prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    crop_logits = not prepends and "logits_to_keep" in inspect.signature(base.forward).parameters
+    """A Trainer for the likelihood of completions (``objective="sft"``), on what :func:`tokenize` returns."""
     return Trainer(
         model=model,
         args=TrainingArguments(**arguments, remove_unused_columns=False, train_sampling_strategy="group_by_length"),
-        train_dataset=_dataset(examples, tokenizer, settings),
-        eval_dataset=_dataset(validation, tokenizer, settings) if validation else None,
-        data_collator=LeftPaddingCollator(int(tokenizer.pad_token_id), crop_logits),
+        train_dataset=Dataset.from_list(features),
+        eval_dataset=Dataset.from_list(validation) if validation else None,
+        data_collator=LeftPaddingCollator(int(tokenizer.pad_token_id), can_crop_logits(model)),
     )
 
 
-def _dataset(examples: list[Example], tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings) -> Dataset:
-    return Dataset.from_list(tokenize(examples, tokenizer, settings.max_length))
+def can_crop_logits(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether ``model`` can be asked for the logits of the last tokens only."""
+    # Methods that prepend virtual tokens prepend labels too, and count on logits for all of them.
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False
+    base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping that a resumed run goes on with: evaluations without a lower loss are counted from the record."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count what lies before the checkpoint."""
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if losses:
+            self.early_stopping_patience_counter = len(losses) - 1 - losses.index(min(losses))
+
+
+@contextmanager
+def tensorboard_in(folder: Path, trainer: Trainer) -> Iterator[None]:
+    """Have TensorBoard's files written to ``folder``, not among the checkpoints, and close them in the end."""
+    callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+    for callback in callbacks:
+        callback.logging_dir = callback.logging_dir or str(folder)  # TENSORBOARD_LOGGING_DIR wins
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            if callback.tb_writer is not None:
+                callback.tb_writer.close()
 
 
 def fit(
@@ -162,7 +196,7 @@ def fit(
     for callback in callbacks:
         trainer.add_callback(callback)
     if settings.patience is not None and trainer.eval_dataset is not None:
-        trainer.add_callback(EarlyStoppingCallback(settings.patience))
+        trainer.add_callback(Patience(settings.patience))
     with StopOnInterrupt() as stop, contiguous_logits_input(cast(Any, trainer.model)):
         trainer.add_callback(stop)
         result = trainer.train(resume_from_checkpoint=last)
@@ -180,10 +214,10 @@ def last_checkpoint(checkpoints: Path) -> str:
     Raises:
         PrefixMemoryError: there is none.
     """
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_complete_checkpoint(checkpoints)
     if last is None:
         raise PrefixMemoryError(f"{checkpoints} holds no checkpoint to resume from. Start afresh with --overwrite.")
-    return last
+    return str(last)
 
 
 def train(
@@ -217,7 +251,8 @@ def train(
     arguments = training_arguments(settings, checkpoints, evaluates=False)
     use_cache = getattr(model.config, "use_cache", None)
     try:
-        trainer = completion_trainer(model, tokenizer, examples, [], settings, arguments)
+        features = tokenize(examples, tokenizer, settings.max_length)
+        trainer = completion_trainer(model, tokenizer, features, [], arguments)
         return fit(trainer, settings, resume, callbacks)
     finally:
         model.config.use_cache = use_cache  # the Trainer switches it off and leaves it so

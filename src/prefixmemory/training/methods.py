@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, get_type_hints
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import PreTrainedModel
 
 import prefixmemory.tuner
 from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
@@ -25,26 +27,66 @@ def methods() -> list[str]:
     return [DEFAULT, *(name for name in names if name != DEFAULT)]
 
 
+def _config_class(name: str) -> type[PeftConfig]:
+    check_choice("method.name", name, methods())
+    by_name: dict[str, type[PeftConfig]] = {str(k.value).lower(): cls for k, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    return by_name[name]
+
+
+def method_fields(name: str) -> list[str]:
+    """The fields of a method's config that are choices of the method."""
+    return [field.name for field in fields(_config_class(name)) if field.init and field.name not in _COMMON]
+
+
 def method_config(section: Mapping[str, Any]) -> PeftConfig:
     """The PEFT config of a recipe's ``method:`` section: ``name`` and the fields of that method's config.
 
     Raises:
-        PrefixMemoryError: no such method or field, or a value that the method refuses.
+        PrefixMemoryError: no such method or field, a value of the wrong type, or one that the method refuses.
     """
     values = dict(section)
     name = values.pop("name", DEFAULT)
-    check_choice("method.name", name, methods())
-    kind = next(cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if str(key.value).lower() == name)
-    known = [field.name for field in fields(kind) if field.init and field.name not in _COMMON]
-    for field in values:
+    kind, known = _config_class(name), method_fields(name)
+    hints = get_type_hints(kind)
+    for field, value in values.items():
         if field not in known:
-            raise PrefixMemoryError(f"method.{field}: {name} has no such field.{did_you_mean(field, known)}")
+            raise PrefixMemoryError(f"method.{field} is no field of {name}.{did_you_mean(str(field), known)}")
+        _check_type(field, value, hints[field])
     try:
         return kind(task_type="CAUSAL_LM", **values)
     except PrefixMemoryError:
         raise
     except (TypeError, ValueError) as error:
         raise PrefixMemoryError(f"method: {name} refuses these values: {error}") from error
+
+
+def _check_type(field: str, value: Any, hint: Any) -> None:
+    """Refuse a value of another type than ``hint``: the dataclasses of PEFT take anything, and fail when it is used."""
+    if value is None:
+        return
+    try:
+        TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError as error:
+        problems = error.errors()
+        nested = isinstance(value, dict) or any(problem["type"] == "literal_error" for problem in problems)
+        if not nested:  # configs within configs, and choices, are checked by PEFT
+            message = problems[-1]["msg"]
+            raise PrefixMemoryError(f"method.{field}={value!r}: {message[0].lower()}{message[1:]}.") from error
+
+
+def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """``get_peft_model``, with one line for a config that does not suit the model.
+
+    Raises:
+        PrefixMemoryError: the method refuses the model, or its config names modules that the model does not have.
+    """
+    try:
+        return get_peft_model(model, config)
+    except PrefixMemoryError:
+        raise
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        name = method_name(config)
+        raise PrefixMemoryError(f"method: {name} cannot be attached to {type(model).__name__}: {error}") from error
 
 
 def method_name(config: PeftConfig) -> str:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prefixmemory.base_models import explain, load_tokenizer, location
+from prefixmemory.base_models import explain, full_name, load_tokenizer, location
 from prefixmemory.training.collator import tokenize
+from prefixmemory.training.methods import attach
 from prefixmemory.training.recipe import Recipe
-from prefixmemory.training.rows import render
+from prefixmemory.training.rows import render, row_format
 from prefixmemory.training.run import rows_of
 from prefixmemory.training.settings import TrainingSettings
 
 GIB = 2**30
+_ANSWERS = ("chosen", "rejected", "completion")
 #: Bytes of one packed weight, with its scales.
 PACKED_BYTES = {"bnb-4bit": 0.53, "bnb-8bit": 1.01, "torchao-int8": 1.01}
 
@@ -71,33 +73,37 @@ def plan_of(recipe: Recipe) -> Plan:
     """Count what ``recipe`` would train; the model is built without weights.
 
     Raises:
-        PrefixMemoryError: whatever the run itself would be refused for, except for the output folder.
+        PrefixMemoryError: whatever the run itself would be refused for, except for the output folder, weights that
+            cannot be read, and packages that are not installed.
     """
     rows, validation = rows_of(recipe)
     settings = recipe.training
-    tokenizer = load_tokenizer(recipe.model)
+    base_model = full_name(recipe.model)
+    tokenizer = load_tokenizer(base_model)
     if settings.objective == "sft":
         examples = render([*rows, *validation], tokenizer)
         lengths = [len(feature["input_ids"]) for feature in tokenize(examples, tokenizer, 10**9)]
         tokenize(examples, tokenizer, settings.max_length)  # what does not fit is refused here, as in the run
     else:
-        texts = [row["prompt"] + max(row.get("chosen", ""), row.get("completion", ""), key=len) for row in rows]
+        texts = [row["prompt"] + max((row.get(name, "") for name in _ANSWERS), key=len) for row in rows]
         lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    name, file = location(recipe.model)
+    name, file = location(base_model)
     try:
         config: Any = AutoConfig.from_pretrained(name, **file)
     except (OSError, ValueError, KeyError) as error:
-        raise explain(recipe.model, error) from error
+        raise explain(base_model, error) from error
     dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=recipe.attention)
-        adapted = get_peft_model(model, recipe.config())
+        adapted = attach(model, recipe.config())
     trained = {n: p.numel() for n, p in adapted.named_parameters() if p.requires_grad}
     frozen = {n: p for n, p in adapted.named_parameters() if not p.requires_grad}
     longest = min(max(lengths), settings.max_length)
     examples_a_step = settings.batch_size * settings.gradient_accumulation
+    pairs_for_kto = settings.objective == "kto" and row_format(rows) == "preference"
+    steps_an_epoch = math.ceil((2 if pairs_for_kto else 1) * len(rows) / examples_a_step)
     return Plan(
-        base_model=recipe.model,
+        base_model=base_model,
         method=recipe.method.get("name", "prefix_memory"),
         modules=_modules(trained),
         trainable=sum(trained.values()),
@@ -107,7 +113,7 @@ def plan_of(recipe: Recipe) -> Plan:
         validation_rows=len(validation),
         longest=longest,
         cut=sum(length > settings.max_length for length in lengths),
-        steps=max(1, round(settings.epochs * -(-len(rows) // examples_a_step))),
+        steps=math.ceil(settings.epochs * steps_an_epoch),
         weights=_weights(model, dtype, recipe.quantization),
         optimizer=(4 + 4 + 8) * sum(trained.values()),  # fp32 value, gradient, two moments of AdamW
         activations=_activations(config, settings, longest, dtype.itemsize),

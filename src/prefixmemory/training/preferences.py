@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from datasets import Dataset
@@ -12,6 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.training.rows import Rows
 from prefixmemory.training.settings import TrainingSettings
+
+
+def check_trl(objective: str) -> None:
+    """Refuse an objective that runs in TRL where that is not installed."""
+    if find_spec("trl") is None:
+        raise PrefixMemoryError(f"objective={objective!r} runs in TRL: pip install 'prefixmemory[trl]'.")
 
 
 def preference_trainer(
@@ -28,12 +35,9 @@ def preference_trainer(
     Raises:
         PrefixMemoryError: TRL is not installed.
     """
-    try:
-        from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-    except ImportError as error:
-        raise PrefixMemoryError(
-            f"objective={settings.objective!r} runs in TRL: pip install 'prefixmemory[trl]'."
-        ) from error
+    check_trl(settings.objective)
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
     kind, trainer = {"dpo": (DPOConfig, DPOTrainer), "kto": (KTOConfig, KTOTrainer)}[settings.objective]
     return trainer(  # type: ignore[no-any-return]
         model=model,

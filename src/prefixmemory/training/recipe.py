@@ -13,10 +13,12 @@ from typing import Any, Literal
 import yaml
 from peft import PeftConfig
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+from yaml.reader import ReaderError
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.training.data import Data
-from prefixmemory.training.methods import method_config
+from prefixmemory.training.methods import DEFAULT, method_config, method_fields, methods
 from prefixmemory.training.settings import TrainingSettings
 
 
@@ -25,7 +27,7 @@ class Recipe:
     """Everything that a training run is told.
 
     Args:
-        model: base model: a folder, a ``.gguf`` file, or a Hub id.
+        model: base model: a folder, a ``.gguf`` file, a Hub id, or ``smollm2`` (SmolLM2-135M-Instruct).
         output: folder for the trained adapter.
         data: see :class:`~prefixmemory.training.data.Data`.
         method: ``name`` of a PEFT method and fields of its config; the default is a memory with its defaults.
@@ -60,6 +62,7 @@ RecipeLoader.add_implicit_resolver(
 )
 
 SECTIONS: dict[str, type] = {"data": Data, "training": TrainingSettings}
+_NUMBERS = {f"{s}.{f.name}" for s, kind in SECTIONS.items() for f in fields(kind) if re.match("int|float", str(f.type))}
 _ADAPTER = TypeAdapter(Recipe)
 
 
@@ -71,13 +74,16 @@ class Source:
 
     def of(self, path: str) -> str:
         """``recipe.yaml, line 7``, or ``--learning-rate``."""
-        if path in self.options:
-            return self.options[path]
-        while path and path not in self.lines:
+        for option, shown in self.options.items():
+            if option.startswith(f"{path}."):  # an option for a field within what the problem is about
+                return shown
+        while path:
+            if path in self.options:
+                return self.options[path]
+            if path in self.lines:
+                return f"{self.file}, line {self.lines[path]}"
             path = path.rpartition(".")[0]
-        if self.file is None:
-            return ""
-        return f"{self.file}, line {self.lines[path]}" if path else f"{self.file}"
+        return "" if self.file is None else f"{self.file}"
 
     def error(self, path: str, problem: str) -> PrefixMemoryError:
         """An error about ``path``."""
@@ -101,12 +107,17 @@ def load_recipe(
     content, lines = ({}, {}) if file is None else _read(file)
     overrides = overrides or {}
     source = Source(file, lines, {path: f"--set {path}" for path in overrides} | dict(options or {}))
+    for section in ("method", *SECTIONS):
+        if section in content and content[section] is None:
+            content[section] = {}  # all of its lines are comments
     method = content.get("method")
-    if isinstance(method, dict) and overrides.get("method.name", method.get("name")) != method.get("name"):
-        content["method"] = {}  # the fields of one method mean nothing to another
+    if isinstance(method, dict):
+        name = method.get("name", DEFAULT)
+        if overrides.get("method.name", name) != name:
+            content["method"] = {}  # the fields of one method mean nothing to another
     for path, value in overrides.items():
         _put(content, path, value, source)
-    _check_names(content, Recipe, "", source)
+    _check_names(content, source)
     try:
         recipe: Recipe = _ADAPTER.validate_python(content)
     except ValidationError as error:
@@ -114,7 +125,7 @@ def load_recipe(
     try:
         recipe.config()
     except PrefixMemoryError as error:
-        raise source.error(_blamed("method", str(error), source), str(error)) from None
+        raise source.error(_blamed("method", str(error)), str(error)) from None
     if recipe.training.keeps_best and recipe.data.validation is None:
         what = "patience" if recipe.training.patience is not None else "keep_best"
         raise source.error(f"training.{what}", f"training.{what} needs validation data: give data.validation.")
@@ -124,21 +135,33 @@ def load_recipe(
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Content of a YAML file, and the line of every key by its dotted path."""
     if not file.is_file():
+        problem = "is a folder" if file.is_dir() else "does not exist"
         raise PrefixMemoryError(
-            f"The recipe {file} does not exist. `prefixmemory recipes ls` lists those that ship with the package; "
+            f"The recipe {file} {problem}. `prefixmemory recipes ls` lists those that ship with the package; "
             "`prefixmemory recipes cp NAME FILE` copies one."
         )
+    written = file.read_bytes()
     try:
-        text = file.read_text(encoding="utf-8")
+        text = written.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = written.count(b"\n", 0, error.start) + 1
+        raise PrefixMemoryError(f"{file}, line {line}: not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
+    try:
         root = yaml.compose(text, Loader=RecipeLoader)
+        lines = dict(_lines(file, root, ""))
         content = yaml.load(text, Loader=RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ReaderError as error:  # a control character
+        line = text.count("\n", 0, error.position) + 1
+        raise PrefixMemoryError(f"{file}, line {line}: not valid YAML ({error.reason}).") from error
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise PrefixMemoryError(f"{file}{where}: not valid YAML ({getattr(error, 'problem', error)}).") from error
+    except RecursionError as error:
+        raise PrefixMemoryError(f"{file}: an alias (*name) refers to what it stands in. Write it out.") from error
     if not isinstance(content, dict):
         raise PrefixMemoryError(f"{file}: a recipe is a mapping with model, data and output; this is none.")
-    return content, dict(_lines(file, root, ""))
+    return content, lines
 
 
 def _lines(file: Path, node: yaml.Node | None, prefix: str) -> list[tuple[str, int]]:
@@ -175,39 +198,43 @@ def _put(content: dict[str, Any], path: str, value: Any, source: Source) -> None
     content[name] = value
 
 
-def _check_names(content: Mapping[str, Any], kind: type, prefix: str, source: Source) -> None:
+def _check_names(content: Mapping[str, Any], source: Source) -> None:
     """Unknown fields first: a typo is the cause where something else is missing, too."""
-    known = [f.name for f in fields(kind)]
-    for name, value in content.items():
-        path = f"{prefix}{name}"
-        if name not in known:
-            raise source.error(path, f"{path} is no field of a recipe.{_nearest(str(name), prefix, known)}")
-        if name in SECTIONS and not prefix:
-            if not isinstance(value, dict):
-                raise source.error(path, f"{path} is {value!r}; it must be a section with its own fields.")
-            _check_names(value, SECTIONS[name], f"{name}.", source)
+    known = {name: [f.name for f in fields(kind)] for name, kind in {"": Recipe, **SECTIONS}.items()}
+    method = content.get("method")
+    method_name = method.get("name", DEFAULT) if isinstance(method, dict) else DEFAULT
+    known["method"] = ["name", *method_fields(method_name)] if method_name in methods() else []
+    for section in known:
+        inner = content if not section else content.get(section, {})
+        if not isinstance(inner, dict):
+            raise source.error(section, f"{section} is {inner!r}; it must be a section with its own fields.")
+        for name in inner:
+            path = f"{section}.{name}" if section else str(name)
+            if name not in known[section] and known[section]:
+                where = "a recipe" if section != "method" else method_name
+                raise source.error(path, f"{path} is no field of {where}.{_nearest(str(name), section, known)}")
+            if isinstance(inner[name], bool) and path in _NUMBERS:  # YAML's yes; pydantic would take it for 1
+                raise source.error(path, f"{path}={inner[name]!r}: input should be a valid number.")
 
 
-def _nearest(name: str, prefix: str, known: list[str]) -> str:
-    hint = did_you_mean(name, known)
-    if hint:
-        return hint
-    # perhaps it stands in the wrong section
-    for section, kind in {"": Recipe, **SECTIONS}.items():
-        if name in (f.name for f in fields(kind)):
-            return f" Did you mean {f'{section}.{name}' if section else name!r}?"
-    return f" {'Here' if prefix else 'At the top'} there are: {', '.join(known)}."
+def _nearest(name: str, section: str, known: Mapping[str, list[str]]) -> str:
+    for other, names in known.items():
+        if name in names:  # it stands in the wrong section
+            return f" Did you mean {f'{other}.{name}' if other else name!r}?"
+    listed = f" {'Here' if section else 'At the top'} there are: {', '.join(known[section])}."
+    return did_you_mean(name, known[section]) or listed
 
 
 def _explained(error: ValidationError, source: Source) -> PrefixMemoryError:
     """The first problem that pydantic found, in our words."""
-    problem = error.errors()[0]
-    path = ".".join(str(part) for part in problem["loc"] if part in _PATH_PARTS or isinstance(part, int))
+    problems = error.errors()
+    path = _path(problems[0], source)
+    problem = [other for other in problems if _path(other, source) == path][-1]  # of "int or float", the wider one
     if problem["type"] == "missing":
         option = {"model": "--model", "output": "--output", "data": "--data", "data.train": "--data"}.get(path)
         return source.error(path, f"{path} is missing: give it in the recipe{f', or {option}' if option else ''}.")
     if isinstance(raised := problem.get("ctx", {}).get("error"), PrefixMemoryError):
-        blamed = _blamed(path, str(raised), source)
+        blamed = _blamed(path, str(raised))
         return source.error(blamed, f"{path}.{raised}" if path else str(raised))
     given = f"{path}={problem['input']!r}"
     if problem["type"] == "literal_error":
@@ -217,13 +244,22 @@ def _explained(error: ValidationError, source: Source) -> PrefixMemoryError:
     return source.error(path, f"{given}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
 
 
-_PATH_PARTS = {f.name for kind in (Recipe, Data, TrainingSettings) for f in fields(kind)}
+_FIELDS = {f.name for kind in (Recipe, Data, TrainingSettings) for f in fields(kind)}
 
 
-def _blamed(section: str, message: str, source: Source) -> str:
-    """The path of the field with which our own messages begin: ``rank=0 is out of range``, ``method.r: ...``."""
-    match = re.match(rf"(?:{section}\.)?(\w+)[=:]", message)
-    return f"{section}.{match[1]}" if match and f"{section}.{match[1]}" in {*source.lines, *source.options} else section
+def _path(problem: ErrorDetails, source: Source) -> str:
+    """The field that pydantic complains about, without the names of the types that it tried."""
+    path = ""
+    for part in problem["loc"]:
+        longer = f"{path}.{part}".lstrip(".")
+        path = longer if part in _FIELDS or isinstance(part, int) or longer in source.lines else path
+    return path
+
+
+def _blamed(section: str, message: str) -> str:
+    """The path of the field with which our own messages begin: ``rank=0 is out of range``, ``columns.x is no ...``."""
+    match = re.match(rf"(?:{section}\.)?([\w.]+)(?:=|: | is )", message)
+    return f"{section}.{match[1]}" if match else section
 
 
 # The recipes that ship with the package

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+#: Name of the record in an adapter's folder.
+RECORD = "run.json"
 PACKAGES = ("prefixmemory", "torch", "transformers", "peft", "accelerate", "datasets")
 
 

@@ -19,27 +19,34 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
 
-from prefixmemory.base_models import load_model, load_tokenizer
+from prefixmemory.base_models import full_name, load_model, load_tokenizer
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.quantization import check_quantization
 from prefixmemory.training.card import write_model_card
 from prefixmemory.training.collator import tokenize
-from prefixmemory.training.loop import check_trainable, completion_trainer, fit, last_checkpoint, training_arguments
-from prefixmemory.training.methods import choices, method_name
-from prefixmemory.training.preferences import preference_trainer
+from prefixmemory.training.loop import (
+    check_trackers,
+    check_trainable,
+    completion_trainer,
+    fit,
+    last_checkpoint,
+    tensorboard_in,
+    training_arguments,
+)
+from prefixmemory.training.methods import attach, choices, method_name
+from prefixmemory.training.preferences import check_trl, preference_trainer
 from prefixmemory.training.progress import show_progress
 from prefixmemory.training.recipe import Recipe
-from prefixmemory.training.record import provenance, write_json
+from prefixmemory.training.record import RECORD, provenance, write_json
 from prefixmemory.training.rows import Row, Rows, check_objective, render, row_format
 from prefixmemory.training.settings import TrainingSettings
-
-RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,8 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     # PEFT looks for the base model's config.json to see whether the vocabulary was changed; a GGUF file has none.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
+    # Methods that prepend virtual tokens count positions on their own.
+    warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
     # PEFT 0.21 asks transformers 5.23 for a property under its old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
@@ -182,10 +191,10 @@ def run_training(
     if writes:
         output.check(overwrite, resume)
     check_objective(settings.objective, rows)
-    if settings.objective == "sft":
-        # what does not fit is refused before anything is written
-        for part in (rows, validation):
-            tokenize(render(part, tokenizer), tokenizer, settings.max_length)
+    if settings.objective == "sft":  # what does not fit is refused before anything is written
+        features, held_out = (
+            tokenize(render(part, tokenizer), tokenizer, settings.max_length) for part in (rows, validation)
+        )
     plan = _plan(model, model_name, rows, settings, config)
     if resume:
         last_checkpoint(output.partial / "checkpoints")
@@ -195,9 +204,8 @@ def run_training(
     adapted: Any = None
     try:
         if settings.objective == "sft":
-            adapted = get_peft_model(model, config)
-            examples, held_out = (render(part, tokenizer) for part in (rows, validation))
-            trainer = completion_trainer(adapted, tokenizer, examples, held_out, settings, arguments)
+            adapted = attach(model, config)
+            trainer = completion_trainer(adapted, tokenizer, features, held_out, arguments)
         else:
             trainer = preference_trainer(model, config, tokenizer, rows, validation, settings, arguments)
             adapted = trainer.model
@@ -206,7 +214,9 @@ def run_training(
         if writes:
             output.begin(plan, resume)
         started = time.monotonic()
-        metrics = fit(trainer, settings, resume, [show_progress(console)] if console is not None and writes else [])
+        with tensorboard_in(output.partial / "runs", trainer):
+            progress = [show_progress(console)] if console is not None and writes else []
+            metrics = fit(trainer, settings, resume, progress)
         record = {
             **plan,
             "data": dict(data or {}),
@@ -239,16 +249,30 @@ def rows_of(recipe: Recipe) -> tuple[list[Row], list[Row]]:
     return rows, validation
 
 
+def check_installed(recipe: Recipe) -> None:
+    """Refuse a recipe that asks for a package which is not installed."""
+    check_trackers(recipe.report_to)
+    if recipe.quantization is not None:
+        check_quantization(recipe.quantization)
+    if recipe.training.objective != "sft":
+        check_trl(recipe.training.objective)
+
+
 def run_recipe(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> dict[str, Any]:
     """Load what a recipe names, and train; see :func:`run_training`."""
     output = Output(Path(recipe.output))
     if first_process():  # what can be refused without the model is refused before it is loaded
         output.check(overwrite, resume)
+    check_installed(recipe)
     rows, validation = rows_of(recipe)
-    tokenizer = load_tokenizer(recipe.model)
+    name = full_name(recipe.model)
+    tokenizer = load_tokenizer(name)
+    if recipe.training.objective == "sft":
+        for part in (rows, validation):
+            tokenize(render(part, tokenizer), tokenizer, recipe.training.max_length)
     return run_training(
-        load_model(recipe.model, recipe.dtype, recipe.attention, recipe.quantization),
-        recipe.model,
+        load_model(name, recipe.dtype, recipe.attention, recipe.quantization),
+        name,
         tokenizer,
         rows,
         output,

@@ -1,0 +1,73 @@
+"""Which checkpoint of a run can be resumed from, after the machine may have died while one was written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from prefixmemory.checkpoint import weights_checksum
+
+logger = logging.getLogger(__name__)
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder`` that holds all that resuming needs, or ``None``.
+
+    transformers' ``get_last_checkpoint`` takes the highest number. A checkpoint whose writing was cut off then ends
+    in an error about a missing file; one that lost its optimizer or random state is resumed from without a word, and
+    training goes on differently. Checkpoints that are passed over are named in a warning.
+    """
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    numbered = {
+        int(path.name.removeprefix(prefix)): path
+        for path in folder.glob(f"{prefix}*")
+        if path.is_dir() and path.name.removeprefix(prefix).isdecimal()
+    }
+    for number in sorted(numbered, reverse=True):
+        fault = what_is_wrong(numbered[number], number)
+        if fault is None:
+            return numbered[number]
+        logger.warning("%s was not written to its end (%s); looking for an earlier one.", numbered[number], fault)
+    return None
+
+
+def what_is_wrong(checkpoint: Path, step: int) -> str | None:
+    """Why ``checkpoint`` cannot be resumed from, in a few words, or ``None`` when it can."""
+    if _is_sharded(checkpoint):  # FSDP and DeepSpeed lay their files out in their own ways, and check them
+        return None if (checkpoint / TRAINER_STATE_NAME).is_file() else f"{TRAINER_STATE_NAME} is missing"
+    random_states = [path.name for path in checkpoint.glob("rng_state*.pth")] or ["rng_state.pth"]
+    # in the order in which they are written, which is why the last one is usually what is missing
+    for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, *random_states):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    try:
+        with safe_open(checkpoint / SAFETENSORS_WEIGHTS_NAME, framework="pt"):
+            pass
+    except SafetensorError:
+        return f"{SAFETENSORS_WEIGHTS_NAME} is cut off"
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME, *random_states):
+        if not zipfile.is_zipfile(checkpoint / name):  # the index of what torch.save writes stands at its end
+            return f"{name} is cut off"
+    try:
+        config = json.loads((checkpoint / CONFIG_NAME).read_bytes())
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+    except FileNotFoundError:
+        return f"{TRAINER_STATE_NAME} is missing"
+    except ValueError:
+        return f"{CONFIG_NAME} or {TRAINER_STATE_NAME} is cut off"
+    if config.get("weights_sha256") not in (None, weights_checksum(checkpoint)):
+        return f"{SAFETENSORS_WEIGHTS_NAME} is not the file that was saved"
+    if state.get("global_step") != step:
+        return f"{TRAINER_STATE_NAME} is of step {state.get('global_step')}"
+    return None
+
+
+def _is_sharded(checkpoint: Path) -> bool:
+    return (checkpoint / "latest").is_file() or any(checkpoint.glob("*fsdp*")) or any(checkpoint.glob("optimizer_*"))
