@@ -8,7 +8,7 @@ What a model does between attention and its output projection (a gate, a norm, a
 memory adds its answer: head ``n`` adds to the ``n``-th of the slices that the output projection reads.
 
 Nothing in the base model is replaced: hooks read and add, and are removed again by ``unload``. For ``query="rotary"``
-one function of transformers is wrapped, once a process (``install_query_tap``).
+and ``placement="inside"`` one function of transformers is wrapped, once a process (``install_tap``).
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ class AttentionSite:
     kv_heads: int
     head_dim: int
     value_dim: int
+
+    @property
+    def scaling(self) -> float:
+        """Factor on q·k in this module's scores."""
+        scaling = getattr(self.core, "scaling", None)
+        return float(scaling) if isinstance(scaling, float | int) else self.head_dim**-0.5
 
     def query_from(self, output: Tensor | tuple[Any, ...], source_input: Tensor) -> Tensor:
         """The content query ``[batch.., tokens, heads, head_dim]`` in what ``query_source`` returned."""
@@ -396,24 +402,25 @@ def _with_parents(names: Iterable[str]) -> set[str]:
 # Reading
 
 
-def check_rotary(name: str, site: AttentionSite) -> None:
-    """Refuse ``query="rotary"`` where the query that attention sees cannot be had."""
+def check_interface(name: str, site: AttentionSite, what: str) -> None:
+    """Refuse ``what``, such as ``query='rotary'``, where a model's attention function cannot be reached."""
     forward = type(site.core).forward
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
     if "ALL_ATTENTION_FUNCTIONS" not in forward.__globals__:
         raise PrefixMemoryError(
-            f"query='rotary' cannot be read from {name} ({type(site.core).__name__}): this model does not use "
-            "transformers' attention interface. Use query='content'."
+            f"{what} cannot be had in {name} ({type(site.core).__name__}): this model does not use transformers' "
+            "attention interface. Use query='content' and placement='outside'."
         )
 
 
-def install_query_tap() -> None:
-    """Let memory layers see the query that attention functions receive, in every model and backend.
+def install_tap() -> None:
+    """Let memory layers see and change what attention functions receive, in every model and backend.
 
     ``AttentionInterface.get_interface`` hands out the attention function of each call; what it hands out is wrapped
-    so that a memory layer hanging in the calling module is shown the query first. Without such a layer the wrapper
-    only passes its arguments on. Installed once, when the first memory with ``query="rotary"`` is made.
+    so that a memory layer hanging in the calling module is shown the query and may put its prefix in front of keys and
+    values. Without such a layer the wrapper only passes its arguments on. Installed once, when the first memory with
+    ``query="rotary"`` or ``placement="inside"`` is made.
     """
     original = AttentionInterface.get_interface
     if getattr(original, "_shows_query_to_memories", False):
@@ -422,11 +429,15 @@ def install_query_tap() -> None:
     def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
         function = original(self, attn_implementation, default)
 
-        def attend(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+        ) -> Any:
             layer = module._modules.get(CHILD) or module.__dict__.get(CHILD)
             if layer is not None:
-                layer.rotary_query = query.transpose(1, 2)  # [B, H, T, D] -> [B, T, H, D]
-            return function(module, query, *args, **kwargs)
+                key, value, attention_mask = layer.on_attention(
+                    query, key, value, attention_mask, kwargs.get("is_causal"), attn_implementation
+                )
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
 
         return attend
 

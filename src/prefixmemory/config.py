@@ -20,6 +20,9 @@ from prefixmemory.peft_type import PREFIX_MEMORY
 
 Query = Literal["content", "rotary"]
 Normalize = Literal["none", "query_rms", "feature_l2"]
+Placement = Literal["outside", "inside"]
+Similarity = Literal["feature_map", "softmax"]
+MixingKind = Literal["none", "fixed", "layer", "head"]
 
 
 @dataclass
@@ -39,6 +42,17 @@ class PrefixMemoryConfig(PeftConfig):
             one), ``rotary`` reads the query that attention sees.
         rank: ``None`` for a full memory M, or r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``.
         share_heads: one memory per key/value group instead of one per query head.
+        placement: ``outside`` the softmax (a memory), or ``inside``, where the prefix's keys compete with the input's
+            (Prefix-Tuning, step 1).
+        prefix_length: ``None`` for a free memory M (step 4), or p for p trainable keys and values per key/value head
+            (steps 1 to 3).
+        similarity: how prefix vectors outside the softmax answer: ``softmax``, exactly, over the prefix (step 2), or
+            ``feature_map``, φ(q)ᵀB (step 3). ``None``: the only one, or else ``feature_map``.
+        normalizer: divide φ(q)ᵀB by φ(q)ᵀn (step 3).
+        mixing: ``none`` adds the answer to the head's output o; ``fixed`` gives λ·o + (1 − λ)·answer; ``layer`` and
+            ``head`` learn λ, one a layer or one a head.
+        mix: λ, or the start value of a learned one, in (0, 1).
+        reparameterize: width of the MLP through which prefix vectors are trained (Li and Liang, 2021); ``None``: none.
         scale: the dose: a factor on the memory's answer; :func:`prefixmemory.set_scale` changes it at run time.
         dropout: probability of dropping an entry of φ(q) in training.
         target_modules: names of attention modules (suffixes, or one regular expression over the full name), as in
@@ -59,6 +73,13 @@ class PrefixMemoryConfig(PeftConfig):
     query: Query = "content"
     rank: int | None = None
     share_heads: bool = False
+    placement: Placement = "outside"
+    prefix_length: int | None = None
+    similarity: Similarity | None = None
+    normalizer: bool = False
+    mixing: MixingKind = "none"
+    mix: float = 0.5
+    reparameterize: int | None = None
     scale: float = 1.0
     dropout: float = 0.0
     target_modules: list[str] | set[str] | str | None = None
@@ -90,9 +111,13 @@ class PrefixMemoryConfig(PeftConfig):
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         check_choice("normalize", self.normalize, get_args(Normalize))
         check_choice("query", self.query, get_args(Query))
+        check_choice("placement", self.placement, get_args(Placement))
+        check_choice("similarity", self.similarity, (None, *get_args(Similarity)))
+        check_choice("mixing", self.mixing, get_args(MixingKind))
+        check_number("mix", self.mix, 1e-6, 1.0, "a share in (0, 1)")
         check_number("scale", self.scale)
         check_number("dropout", self.dropout, 0.0, 1.0, "a probability in [0, 1)")
-        for name in ("rank", "feature_dim"):
+        for name in ("rank", "feature_dim", "prefix_length", "reparameterize"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value > 0):
                 raise PrefixMemoryError(f"{name}={value!r} is out of range: give a positive integer, or None.")
@@ -117,6 +142,43 @@ class PrefixMemoryConfig(PeftConfig):
                 f"layers_to_transform={self.layers_to_transform!r} does not work with the regular expression "
                 f"target_modules={self.target_modules!r}: give a list of names, or select the layers in the expression."
             )
+
+        self._check_combination()
+        if self.similarity is None:
+            self.similarity = "softmax" if self.placement == "inside" else "feature_map"
+
+    def _check_combination(self) -> None:
+        """Refuse choices that exclude each other, with the reason."""
+        free, inside = self.prefix_length is None, self.placement == "inside"
+        features = not inside and self.similarity != "softmax"
+
+        def refuse(field: str, needs: str, why: str) -> None:
+            raise PrefixMemoryError(f"{field}={getattr(self, field)!r} needs {needs}: {why}.")
+
+        if inside and free:
+            refuse("placement", "prefix_length", "a free memory has no keys that could compete inside the softmax")
+        if free and self.similarity == "softmax":
+            refuse("similarity", "prefix_length", "a free memory has no keys to compare the query with")
+        if free and self.reparameterize is not None:
+            refuse("reparameterize", "prefix_length", "it is a way to train prefix vectors")
+        if free and self.normalizer:
+            refuse("normalizer", "prefix_length", "a free memory absorbs the normaliser (step 4 of the paper)")
+        if self.normalizer and not features:
+            refuse("normalizer", "similarity='feature_map' outside the softmax", "a softmax is normalised already")
+        if inside and self.similarity == "feature_map":
+            refuse("similarity", "placement='outside'", "inside, prefix and input share one softmax")
+        if inside and self.mixing != "none":
+            refuse("mixing", "placement='outside'", "inside, the softmax itself sets the prefix's share")
+        if inside and self.scale < 0:
+            refuse("scale", "placement='outside'", "inside, the scale multiplies the prefix's weights in the softmax")
+        if not free and self.rank is not None:
+            refuse("rank", "prefix_length=None", "prefix vectors are p keys and values; p is their rank")
+        if not free and self.share_heads:
+            refuse("share_heads", "prefix_length=None", "prefix vectors are one set per key/value head anyhow")
+        if not free and self.normalize != "none":
+            refuse("normalize", "prefix_length=None", "only a free memory's features are normalised")
+        if not free and self.dropout:
+            refuse("dropout", "prefix_length=None", "it drops features of a free memory's queries")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json``, with the checksum of the weights file that lies beside it.

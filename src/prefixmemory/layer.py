@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from prefixmemory import attention
 from prefixmemory.attention import AttentionSite
 from prefixmemory.errors import PrefixMemoryError, check_number
+from prefixmemory.inside import Prefix, in_front
 from prefixmemory.memory import Memory
 from prefixmemory.parallel import HeadShare
+from prefixmemory.prefix import PrefixVectors
 
 BASE_MODEL = "__base__"  # PEFT's word for "no adapter" in ``adapter_names``
 
@@ -46,7 +49,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self.scale: dict[str, float] = {}
         self.content_query: Tensor | None = None
         self.rotary_query: Tensor | None = None
-        self.was_read = False  # in the pass that is going on
+        self.was_read = self.was_inside = False  # in the pass that is going on
         self.row_beams = 1
         self.row_adapters: list[str] | None = None  # one adapter name per row of the batch, during such a call only
         self._active_adapter: list[str] = []
@@ -70,9 +73,9 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         """Names of the active adapters."""
         return cast(list[str], self.active_adapters)
 
-    def memory(self, adapter_name: str) -> Memory:
-        """The memory of one adapter."""
-        return cast(Memory, self.prefix_memory_bank[adapter_name])
+    def memory(self, adapter_name: str) -> Memory | PrefixVectors:
+        """The memory, or the prefix vectors, of one adapter."""
+        return cast(Memory | PrefixVectors, self.prefix_memory_bank[adapter_name])
 
     # What happens in a forward pass
 
@@ -83,7 +86,39 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
                 "process a GPU with torchrun or accelerate launch, or use one GPU: CUDA_VISIBLE_DEVICES=0."
             )
         self.content_query = self.rotary_query = None  # a pass that was broken off may have left one
-        self.was_read = False
+        self.was_read = self.was_inside = False
+
+    def on_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, is_causal: bool | None, implementation: str
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Called before the attention function: keeps the rotated query; returns keys, values and mask, with the
+        prefix of the adapters inside the softmax in front of them."""
+        self.rotary_query = query.transpose(1, 2)  # [B, H, T, D] -> [B, T, H, D]
+        self.was_inside = True
+        prefix = None if self.disable_adapters else self._prefix(key.shape[0])
+        if prefix is None:
+            return key, value, mask
+        counts_from_end = "flash" in implementation
+        return in_front(prefix, self.site.core, query, key, value, mask, is_causal, counts_from_end)
+
+    def _prefix(self, batch: int) -> Prefix | None:
+        """The prefixes of the adapters inside the softmax, one behind the other; ``None`` if there are none."""
+        rows = self.row_adapters
+        names = self._answering(self.active_names() if rows is None else dict.fromkeys(rows))
+        inside = [name for name in names if self.memory(name).inside]
+        if not inside:
+            return None
+        keys, values = zip(*(cast(PrefixVectors, self.memory(name)).vectors() for name in inside), strict=True)
+        dose = None
+        if rows is not None or any(self.scale[name] != 1 for name in inside):
+            own = [torch.full((k.shape[1],), math.log(self.scale[n])) for n, k in zip(inside, keys, strict=True)]
+            dose = torch.cat(own).to(keys[0].device)[None]
+            if rows is not None:
+                beams = self._beams(batch, rows)
+                belongs = [[name == row for name in inside for _ in range(self.memory(name).sizes[1])] for row in rows]
+                here = torch.tensor(belongs, device=dose.device).repeat_interleave(beams, dim=0)
+                dose = dose.masked_fill(~here, -torch.inf)
+        return Prefix(torch.cat(keys, dim=1)[None], torch.cat(values, dim=1)[None], dose)
 
     def _take_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
         # the first alone: some project further vectors later on (DeBERTa v2: relative positions)
@@ -106,7 +141,12 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             if query is not None and kind in wanted:
                 queries[kind], left[kind] = self.live_site.take(query, heads)
         self.content_query, self.rotary_query = left.get("content"), left.get("rotary")
-        read = self._read(queries)
+        if not self.was_inside and any(self.memory(n).inside for n in self._answering(self.active_names())):
+            raise PrefixMemoryError(
+                f"{type(self.site.module).__name__} did not call its attention function through transformers' "
+                "interface, so its prefix inside the softmax was passed by. Exclude it with exclude_modules."
+            )
+        read = self._read(queries, heads)
         return args if read is None else (heads + read.reshape(heads.shape).to(heads.dtype), *rest)
 
     def _check_read(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -126,22 +166,30 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             )
         return queries[kind]
 
-    def _read(self, queries: Mapping[str, Tensor]) -> Float[Tensor, "*batch h v"] | None:
+    def _read(self, queries: Mapping[str, Tensor], heads: Tensor) -> Float[Tensor, "*batch h v"] | None:
         """Σ over adapters of scale·φ(q)ᵀM, or ``None`` when no adapter has anything to add."""
         if self.disable_adapters:
             return None
         if self.row_adapters is not None:
-            return self._read_by_row(self.row_adapters, queries)
+            return self._read_by_row(self.row_adapters, queries, heads)
         return self._sum(
-            self.scale[name] * self._answer(self.memory(name), self._query(self.memory(name).query, queries))
-            for name in self._answering(self.active_names())
+            self.scale[name] * self._answer(name, self._query(self.memory(name).query, queries), heads)
+            for name in self._outside(self.active_names())
         )
 
-    def _answer(self, memory: Memory, query: Tensor) -> Tensor:
-        return cast(Tensor, memory(query)) if self.share is None else self.share.read(memory, query)
+    def _answer(self, name: str, query: Tensor, heads: Tensor) -> Tensor:
+        """What one adapter adds to the heads' outputs ``heads``, ``[batch, tokens, heads, value_dim]``."""
+        memory = self.memory(name)
+        answer = memory(query) if self.share is None else self.share.read(cast(Memory, memory), query)
+        if memory.mixing is not None:
+            answer = memory.mixing(answer, heads.reshape(answer.shape))
+        return cast(Tensor, answer)
 
     def _answering(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.prefix_memory_bank and self.scale[name] != 0]
+
+    def _outside(self, names: Iterable[str]) -> list[str]:
+        return [name for name in self._answering(names) if not self.memory(name).inside]
 
     @staticmethod
     def _sum(reads: Iterable[Tensor]) -> Tensor | None:
@@ -150,19 +198,22 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             total = read if total is None else total + read
         return total
 
-    def _read_by_row(self, names: Sequence[str], queries: Mapping[str, Tensor]) -> Tensor | None:
+    def _beams(self, batch: int, names: Sequence[str]) -> int:
+        """Rows of the batch for each of ``names``: generate() repeats a row for its beams."""
+        if batch not in (len(names), len(names) * self.row_beams):
+            raise PrefixMemoryError(
+                f"adapter_names has {len(names)} entries for a batch of {batch} rows: give one a row."
+            )
+        return batch // len(names)
+
+    def _read_by_row(self, names: Sequence[str], queries: Mapping[str, Tensor], heads: Tensor) -> Tensor | None:
         """A different adapter for each row: ``names`` has one entry a row, or a row has several beams."""
         total: Tensor | None = None
-        for name in self._answering(dict.fromkeys(names)):
-            memory = self.memory(name)
-            query = self._query(memory.query, queries)
-            if query.shape[0] not in (len(names), len(names) * self.row_beams):
-                raise PrefixMemoryError(
-                    f"adapter_names has {len(names)} entries for a batch of {query.shape[0]} rows: give one a row."
-                )
-            beams = query.shape[0] // len(names)  # generate() repeats each row for its beams
+        for name in self._outside(dict.fromkeys(names)):
+            query = self._query(self.memory(name).query, queries)
+            beams = self._beams(query.shape[0], names)
             rows = torch.tensor([n == name for n in names], device=query.device).repeat_interleave(beams)
-            read = self.scale[name] * self._answer(memory, query[rows])
+            read = self.scale[name] * self._answer(name, query[rows], heads.reshape(*query.shape[:2], -1)[rows])
             if total is None:
                 total = read.new_zeros(*query.shape[:-1], read.shape[-1])
             total[rows] = read.to(total.dtype)
@@ -170,7 +221,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
 
     # PEFT's lifecycle
 
-    def update_layer(self, adapter_name: str, memory: Memory, scale: float) -> None:
+    def update_layer(self, adapter_name: str, memory: Memory | PrefixVectors, scale: float) -> None:
         """Add a memory under ``adapter_name``."""
         self.prefix_memory_bank[adapter_name] = memory
         self.scale[adapter_name] = scale
@@ -218,4 +269,6 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -
     for layer in layers:
         for name in layer.active_names() if adapter_name is None else [adapter_name]:
             if name in layer.scale:
+                if scale < 0 and layer.memory(name).inside:
+                    raise PrefixMemoryError(f"scale={scale} is out of range: inside the softmax, give 0 or more.")
                 layer.scale[name] = float(scale)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.feature_maps import build_feature_map
+from prefixmemory.mixing import build_mixing
 
 EPS = 1e-6
 
@@ -28,6 +29,8 @@ class Memory(nn.Module):
     def __init__(self, config: PrefixMemoryConfig, heads: int, kv_heads: int, head_dim: int, value_dim: int) -> None:
         super().__init__()
         self.query = config.query
+        self.inside = False
+        self.mixing = build_mixing(config.mixing, heads, config.mix)
         self.normalize = config.normalize
         self.heads = heads
         self.groups = kv_heads if config.share_heads else heads

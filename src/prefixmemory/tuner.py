@@ -26,6 +26,7 @@ from prefixmemory.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, me
 from prefixmemory.memory import Memory
 from prefixmemory.parallel import head_share
 from prefixmemory.peft_type import PREFIX_MEMORY
+from prefixmemory.prefix import PrefixVectors
 from prefixmemory.quantization import keep_trainable
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,11 @@ class PrefixMemoryModel(BaseTuner):
             for name, reason in attention.skipped_attention(self.model, chosen, others).items():
                 logger.warning("No memory in %s: %s.", name, reason)
         targeted = _check_targets(peft_config, sites, self.model)
-        if peft_config.query == "rotary":
+        inside = peft_config.placement == "inside"
+        if inside or peft_config.query == "rotary":
             for name, site in targeted.items():
-                attention.check_rotary(name, site)
-            attention.install_query_tap()
+                attention.check_interface(name, site, "placement='inside'" if inside else "query='rotary'")
+            attention.install_tap()
         keep_trainable(self.model, inference=bool(peft_config.inference_mode))
         return peft_config
 
@@ -95,8 +97,18 @@ class PrefixMemoryModel(BaseTuner):
             )
         # before anything is attached: a feature map may refuse the config, tensor parallelism the memory
         share = head_share(self.model, current_key, site) if layer is None else layer.share
-        memory = Memory(peft_config, site.heads, site.kv_heads, site.head_dim, site.value_dim)
+        sizes = (site.heads, site.kv_heads, site.head_dim, site.value_dim)
+        memory: Memory | PrefixVectors
+        if peft_config.prefix_length is None:
+            memory = Memory(peft_config, *sizes)
+        else:
+            memory = PrefixVectors(peft_config, *sizes, scaling=site.scaling)
         if share is not None:
+            if not isinstance(memory, Memory) or memory.mixing is not None:
+                raise PrefixMemoryError(
+                    "Tensor-parallel processes can divide a free memory only: leave prefix_length and mixing at their "
+                    "defaults, or load the model without tp_plan."
+                )
             share.check(memory)
         if layer is None:
             layer = PrefixMemoryLayer(site, share)
