@@ -174,18 +174,23 @@ FULL: dict[str, Any] = dict(
     share_heads=True, scale=0.5, dropout=0.25, target_modules={"self_attn", "attn"}, exclude_modules={"vision"},
     layers_to_transform=[0, 2], layers_pattern="layers", modules_to_save=["lm_head"],
     base_model_fingerprint=[0.5, -0.25], base_model_name_or_path="somewhere", revision="main", inference_mode=True,
+    mixing="layer", mix=0.25,
 )  # fmt: skip
+#: Those that exclude some of them, or each other.
+KERNEL: dict[str, Any] = dict(prefix_length=3, normalizer=True, reparameterize=4)
+INSIDE: dict[str, Any] = dict(placement="inside", prefix_length=3, similarity="softmax")
 WRITTEN_BY_US = {"weights_sha256", "peft_type", "peft_version", "auto_mapping"}
 
 
-def test_the_full_example_gives_every_field_another_value_than_its_default():
+def test_the_full_examples_give_every_field_another_value_than_its_default():
     default = PrefixMemoryConfig()
     names = {f.name for f in dataclasses.fields(PrefixMemoryConfig)} - WRITTEN_BY_US
-    assert names == set(FULL)
-    assert [name for name in FULL if getattr(default, name) == FULL[name]] == []
+    assert names == set(FULL) | set(KERNEL) | set(INSIDE)
+    for fields in (FULL, KERNEL, INSIDE):
+        assert [name for name in fields if getattr(default, name) == fields[name]] == []
 
 
-@pytest.mark.parametrize("fields", [{}, FULL], ids=["default", "full"])
+@pytest.mark.parametrize("fields", [{}, FULL, KERNEL, INSIDE], ids=["default", "full", "kernel", "inside"])
 def test_a_config_survives_dict_copy_and_file(fields, tmp_path):
     config = PrefixMemoryConfig(**fields)
     assert {name: getattr(config, name) for name in fields} == fields

@@ -32,6 +32,10 @@ from prefixmemory.families import QueryProjection
 #: Name of the child under which a memory layer hangs in an attention module.
 CHILD = "prefix_memory"
 
+#: Shown every call of an attention function behind the tap: what it really received, and its answer. Empty unless
+#: ``analysis.observe`` is at work.
+OBSERVERS: list[Callable[..., None]] = []
+
 
 @dataclass(frozen=True)
 class AttentionSite:
@@ -402,7 +406,9 @@ def _with_parents(names: Iterable[str]) -> set[str]:
 # Reading
 
 
-def check_interface(name: str, site: AttentionSite, what: str) -> None:
+def check_interface(
+    name: str, site: AttentionSite, what: str, advice: str = "Use query='content' and placement='outside'."
+) -> None:
     """Refuse ``what``, such as ``query='rotary'``, where a model's attention function cannot be reached."""
     forward = type(site.core).forward
     while hasattr(forward, "__wrapped__"):
@@ -410,7 +416,7 @@ def check_interface(name: str, site: AttentionSite, what: str) -> None:
     if "ALL_ATTENTION_FUNCTIONS" not in forward.__globals__:
         raise PrefixMemoryError(
             f"{what} cannot be had in {name} ({type(site.core).__name__}): this model does not use transformers' "
-            "attention interface. Use query='content' and placement='outside'."
+            f"attention interface. {advice}"
         )
 
 
@@ -432,12 +438,15 @@ def install_tap() -> None:
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
         ) -> Any:
-            layer = module._modules.get(CHILD) or module.__dict__.get(CHILD)
+            layer: Any = module._modules.get(CHILD) or module.__dict__.get(CHILD)
             if layer is not None:
                 key, value, attention_mask = layer.on_attention(
                     query, key, value, attention_mask, kwargs.get("is_causal"), attn_implementation
                 )
-            return function(module, query, key, value, attention_mask, *args, **kwargs)
+            output = function(module, query, key, value, attention_mask, *args, **kwargs)
+            for observer in OBSERVERS:
+                observer(module, query, key, value, attention_mask, kwargs, output, attn_implementation)
+            return output
 
         return attend
 

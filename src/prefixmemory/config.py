@@ -112,7 +112,8 @@ class PrefixMemoryConfig(PeftConfig):
         check_choice("normalize", self.normalize, get_args(Normalize))
         check_choice("query", self.query, get_args(Query))
         check_choice("placement", self.placement, get_args(Placement))
-        check_choice("similarity", self.similarity, (None, *get_args(Similarity)))
+        if self.similarity is not None:
+            check_choice("similarity", self.similarity, get_args(Similarity))
         check_choice("mixing", self.mixing, get_args(MixingKind))
         check_number("mix", self.mix, 1e-6, 1.0, "a share in (0, 1)")
         check_number("scale", self.scale)

@@ -118,13 +118,16 @@ def _block_mask(prefix: Prefix, mask: Any) -> Any:
 
     batch, heads = mask.shape[:2]
     queries, keys = mask.seq_lengths
-    present = None if prefix.dose is None else _present(prefix, batch, torch.bool)
-
-    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        in_prefix = k < prefix.length
-        if present is not None:
-            in_prefix = in_prefix & present[b, k.clamp(max=prefix.length - 1)]
-        in_input = mask.mask_mod(b, h, q, (k - prefix.length).clamp(min=0))
-        return torch.where(k < prefix.length, in_prefix, in_input)
-
-    return create_block_mask(allowed, batch, heads, queries, keys + prefix.length, device=prefix.keys.device)
+    length, present = prefix.length, _present(prefix, batch, torch.bool)
+    return create_block_mask(
+        lambda b, h, q, k: torch.where(  # torch looks at its signature, which the tests' type checks would hide
+            k < length,
+            present[b, k.clamp(max=length - 1)],
+            mask.mask_mod(b, h, q, (k - length).clamp(min=0)),
+        ),
+        batch,
+        heads,
+        queries,
+        keys + length,
+        device=prefix.keys.device,
+    )

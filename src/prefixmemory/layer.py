@@ -115,7 +115,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             dose = torch.cat(own).to(keys[0].device)[None]
             if rows is not None:
                 beams = self._beams(batch, rows)
-                belongs = [[name == row for name in inside for _ in range(self.memory(name).sizes[1])] for row in rows]
+                belongs = [[name == row for name, k in zip(inside, keys, strict=True) for _ in k[0]] for row in rows]
                 here = torch.tensor(belongs, device=dose.device).repeat_interleave(beams, dim=0)
                 dose = dose.masked_fill(~here, -torch.inf)
         return Prefix(torch.cat(keys, dim=1)[None], torch.cat(values, dim=1)[None], dose)

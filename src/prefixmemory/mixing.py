@@ -20,17 +20,17 @@ class Mixing(nn.Module):
 
     def __init__(self, kind: str, heads: int, share: float) -> None:
         super().__init__()
-        logit = torch.full((heads if kind == "head" else 1,), math.log(share / (1 - share)))
-        if kind == "fixed":
-            self.register_buffer("logit", logit, persistent=False)
-        else:
+        self.fixed = share if kind == "fixed" else None
+        if self.fixed is None:
+            logit = torch.full((heads if kind == "head" else 1,), math.log(share / (1 - share)))
             self.logit = nn.Parameter(logit)
 
     def forward(
         self, answer: Float[Tensor, "*batch h v"], outputs: Float[Tensor, "*batch h v"]
     ) -> Float[Tensor, "*batch h v"]:
         """What is added to the heads' ``outputs``: (1 − λ)·(answer − outputs)."""
-        return torch.sigmoid(-self.logit)[:, None] * (answer - outputs.to(answer.dtype))
+        rest = torch.sigmoid(-self.logit)[:, None] if self.fixed is None else 1 - self.fixed
+        return rest * (answer - outputs.to(answer.dtype))
 
 
 def build_mixing(kind: str, heads: int, share: float) -> Mixing | None:

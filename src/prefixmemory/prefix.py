@@ -14,6 +14,8 @@ from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.feature_maps import build_feature_map
 from prefixmemory.mixing import build_mixing
 
+EPS = 1e-6
+
 
 class PrefixVectors(nn.Module):
     """The prefix of one attention layer.
@@ -73,7 +75,9 @@ class PrefixVectors(nn.Module):
         features = self.feature_map(q)
         read = torch.einsum("...grf,gfv->...grv", features, bank)
         if self.normalizer:
-            read = read / torch.einsum("...grf,gf->...gr", features, normaliser).unsqueeze(-1)
+            total = torch.einsum("...grf,gf->...gr", features, normaliser).unsqueeze(-1)
+            # zero where ReLU leaves query and keys nothing in common: the answer is then zero too, not 0 / 0
+            read = read / torch.where(total.abs() < EPS, torch.full_like(total, EPS).copysign(total), total)
         return read.flatten(-3, -2)
 
     def kernel(self) -> tuple[Float[Tensor, "g f v"], Float[Tensor, "g f"]]:

@@ -224,6 +224,17 @@ class PrefixMemoryModel(BaseTuner):
 
     def _check_same_features(self, adapters: list[str], configs: list[PrefixMemoryConfig]) -> None:
         advice = "Activate both with base_model.set_adapter([...]) instead: their answers add."
+        for name, config in zip(adapters, configs, strict=True):
+            if config.prefix_length is not None:
+                raise PrefixMemoryError(
+                    f"Adapter {name!r} cannot be summed: a sum of prefix vectors is not the sum of their answers. "
+                    "Activate several with base_model.set_adapter([...]) instead."
+                )
+            if config.mixing != "none":
+                raise PrefixMemoryError(
+                    f"Adapter {name!r} cannot be summed: with mixing={config.mixing!r} its answer takes a share of the "
+                    "head's own output. Sum memories with mixing='none'."
+                )
         for name, config in zip(adapters[1:], configs[1:], strict=True):
             cannot = f"Adapters {adapters[0]!r} and {name!r} cannot be summed"
             for field in ("feature_map", "feature_dim", "normalize", "query", "share_heads"):
@@ -233,7 +244,7 @@ class PrefixMemoryModel(BaseTuner):
             if self._layers_of(adapters[0]) != self._layers_of(name):
                 raise PrefixMemoryError(f"{cannot}: they adapt different layers. {advice}")
             for layer in self._layers_of(name):
-                a, b = (layer.memory(n).feature_map.state_dict() for n in (adapters[0], name))
+                a, b = (cast(Memory, layer.memory(n)).feature_map.state_dict() for n in (adapters[0], name))
                 if any(not torch.equal(a[key], b[key]) for key in a):
                     raise PrefixMemoryError(f"{cannot}: their feature maps have different weights. {advice}")
 
@@ -357,8 +368,8 @@ def _shortest_names(names: list[str], model: nn.Module) -> set[str]:
 
 def _combine(layer: PrefixMemoryLayer, adapters: list[str], weights: list[float], into: str) -> float:
     """Fill the memory ``into`` of one layer with the weighted sum of others; returns its scale."""
-    target = layer.memory(into)
-    memories = [layer.memory(name) for name in adapters]
+    target = cast(Memory, layer.memory(into))
+    memories = [cast(Memory, layer.memory(name)) for name in adapters]
     scales = [layer.scale[name] for name in adapters]
     # One common scale stays a scale, so that the sum of one adapter with weight 1 is that adapter, bit for bit.
     common = scales[0] if len(set(scales)) == 1 else 1.0

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from prefixmemory.cli import quickstart, recipes, train, use
+from prefixmemory.cli import inspect, quickstart, recipes, train, use
 from prefixmemory.errors import PrefixMemoryError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(train.train)
 app.command()(use.evaluate)
 app.command()(use.generate)
 app.command()(use.chat)
+app.command()(inspect.inspect)
 app.command()(use.push)
 app.add_typer(recipes.app, name="recipes")
 app.command(hidden=True)(quickstart.remeasure)

@@ -1,0 +1,176 @@
+"""``prefixmemory inspect``: the instruments on saved adapters, written as JSON, figures and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prefixmemory.adapters import Adapter
+from prefixmemory.analysis import figures
+from prefixmemory.analysis.inputs import longest_input, token_ids
+from prefixmemory.analysis.page import page
+from prefixmemory.analysis.readout import ablate, readout, text_loss
+from prefixmemory.analysis.shift import shift
+from prefixmemory.analysis.spectrum import spectrum
+from prefixmemory.analysis.tradeoff import tradeoff
+from prefixmemory.errors import PrefixMemoryError, check_choice
+from prefixmemory.training.record import provenance, write_json
+
+INSTRUMENTS = ("tradeoff", "spectrum", "shift", "readout")
+#: Longest input of the trade-off, and tokens for the other instruments, where nothing else is asked for.
+LENGTH, TOKENS = 4096, 1024
+SHORTEST = 16
+
+FIGURES: dict[str, Callable[..., Any]] = {
+    "tradeoff": figures.tradeoff_figure,
+    "spectrum": figures.spectrum_figure,
+    "shift": figures.shift_figure,
+    "readout": figures.readout_figure,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        what: an instrument, or ``all``: those that the adapter has something for.
+        text: the input; ``None``: messages of the Northline data set.
+        length: longest input of the trade-off, in tokens; ``None``: 4,096, or what model and text allow.
+        tokens: length of the input of the others; ``None``: 1,024, or what model and text allow.
+        heads: number of heads to ablate, those with the largest memories.
+        loss: for ablations, makes the function that computes an adapter's loss; ``None``: that on the text.
+    """
+
+    what: str = "all"
+    text: str | None = None
+    length: int | None = None
+    tokens: int | None = None
+    heads: int = 16
+    loss: Callable[[Adapter], Callable[[], float]] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("what", self.what, (*INSTRUMENTS, "all"))
+        for name in ("length", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < SHORTEST:
+                raise PrefixMemoryError(f"{name}={value} is out of range: give {SHORTEST} tokens at least.")
+        if self.heads < 1:
+            raise PrefixMemoryError(f"heads={self.heads} is out of range: give a number above 0.")
+        if self.text is not None and not self.text.strip():
+            raise PrefixMemoryError("The text is empty, so there is nothing to look at. Give some sentences.")
+
+
+Say = Callable[[str], None]
+
+
+def inspect(adapter: Adapter, settings: Settings, say: Say) -> dict[str, Any]:
+    """What the instruments measure on one adapter, by instrument.
+
+    Args:
+        adapter: a loaded adapter.
+        settings: what to measure.
+        say: is told what is being done, and with ``all`` which instrument knows nothing of this adapter, and why.
+
+    Raises:
+        PrefixMemoryError: the instrument knows nothing of this adapter (with ``all``: none does), or the text is
+            empty or shorter than asked for.
+    """
+    short = _ids(adapter, settings.text, settings.tokens, TOKENS)
+    long = _ids(adapter, settings.text, settings.length, LENGTH)
+    found: dict[str, Any] = {}
+    refused: PrefixMemoryError | None = None
+    for name in INSTRUMENTS if settings.what == "all" else (settings.what,):
+        say(f"{adapter.name}: {name}")
+        try:
+            found[name] = _measure(adapter, name, short, long, settings)
+        except PrefixMemoryError as error:
+            if settings.what != "all":
+                raise
+            refused = error
+            say(f"{adapter.name}: no {name}. {error}")
+    if not found and refused is not None:
+        raise refused
+    return found
+
+
+def _ids(adapter: Adapter, text: str | None, asked: int | None, default: int) -> Tensor:
+    """``asked`` tokens of the text, or without a wish, as many as there are up to ``default``."""
+    limit = longest_input(adapter.model)
+    if asked is not None or text is None:
+        return token_ids(adapter.tokenizer, text, asked or min(default, limit))
+    ids = token_ids(adapter.tokenizer, text, None)[:, : min(default, limit)]
+    if ids.shape[1] < SHORTEST:
+        raise PrefixMemoryError(
+            f"The text has {ids.shape[1]} tokens where {SHORTEST} are needed at least. Give a longer text."
+        )
+    return ids
+
+
+def _measure(adapter: Adapter, name: str, short: Tensor, long: Tensor, settings: Settings) -> Any:
+    model = adapter.model
+    if name == "tradeoff":
+        longest = long.shape[1]
+        powers = [SHORTEST << n for n in range(32) if SHORTEST << n < longest]
+        return tradeoff(model, long, [*powers, longest])
+    if name == "spectrum":
+        return spectrum(model, short)
+    if name == "shift":
+        return shift(model, short)
+    read = readout(model, adapter.tokenizer)
+    by_layer = zip(read.layers, read.norms, strict=True)
+    ranked = sorted(((norm, layer, head) for layer, row in by_layer for head, norm in enumerate(row)), reverse=True)
+    loss = partial(text_loss, model, short) if settings.loss is None else settings.loss(adapter)
+    return read, ablate(model, loss, [(layer, head) for _, layer, head in ranked[: settings.heads]])
+
+
+def write(found: Mapping[str, Mapping[str, Any]], conditions: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write ``<instrument>.json`` and ``.png`` for every instrument, and ``index.html`` with all of them.
+
+    Args:
+        found: by adapter, what :func:`inspect` returned.
+        conditions: what the figures were measured on, for the JSON files and the page.
+        folder: new or empty.
+
+    Returns:
+        the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files, records, images = [], {}, {}
+    for name in INSTRUMENTS:
+        ours = {label: results[name] for label, results in found.items() if name in results}
+        if not ours:
+            continue
+        records[name] = {label: _plain(data) for label, data in ours.items()}
+        json_file, png_file = folder / f"{name}.json", folder / f"{name}.png"
+        write_json(json_file, {"conditions": dict(conditions), "adapters": records[name], **provenance()})
+        figures.save(FIGURES[name](ours), png_file)
+        images[name] = png_file.read_bytes()
+        files += [json_file, png_file]
+    html = folder / "index.html"
+    html.write_text(page(records, images, conditions), encoding="utf-8")
+    return [*files, html]
+
+
+def _plain(data: Any) -> dict[str, Any]:
+    """Dataclasses as dicts; a read-out goes with its ablation."""
+    if isinstance(data, tuple):
+        read, ablation = data
+        return {**asdict(read), "ablation": asdict(ablation)}
+    return asdict(data)
+
+
+def labels(adapters: list[str]) -> list[str]:
+    """A short name for each adapter: that of its folder, where this is unique."""
+    short = [Path(name.rstrip("/")).name or name for name in adapters]
+    return [name if short.count(name) == 1 else whole for name, whole in zip(short, adapters, strict=True)]
+
+
+def renamed(adapter: Adapter, label: str) -> Adapter:
+    """The adapter under a short name."""
+    return replace(adapter, name=label)

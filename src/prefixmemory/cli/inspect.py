@@ -1,0 +1,109 @@
+"""``prefixmemory inspect``: instruments that explain an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+
+from prefixmemory.cli.common import BaseOption, quiet
+from prefixmemory.errors import PrefixMemoryError, check_choice
+
+
+def inspect(
+    adapters: Annotated[
+        list[str], typer.Argument(help="Trained adapters: folders, or Hub ids; several are laid side by side.")
+    ],
+    output: Annotated[Path, typer.Option(help="New folder for the JSON files, the figures and the page.")],
+    what: Annotated[str, typer.Option(help="tradeoff, spectrum, shift, readout or all.")] = "all",
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to look at; default: messages of the Northline data set.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Longest input of the trade-off in tokens; default: up to 4,096.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of the text for the others; default: up to 1,024.")] = None,
+    heads: Annotated[int, typer.Option(help="Ablate so many heads, those with the largest memories.")] = 16,
+    data: Annotated[
+        str | None, typer.Option(help="Rows whose loss ablations measure; default: the text's tokens.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Use so many of these rows.")] = 64,
+    dtype: Annotated[
+        str, typer.Option(help="float32, auto or bfloat16; in bfloat16 rounding shows among small eigenvalues.")
+    ] = "float32",
+    model: BaseOption = None,
+) -> None:
+    """Explain trained adapters: JSON, figures for a paper, and a page to look at them.
+
+    tradeoff: the share of attention that a prefix takes, or what a memory adds, against the length of the input.
+    spectrum: in how many directions the adapter changes what attention answers (any PEFT method).
+    shift: how far it moves the attention maps. readout: the tokens that a memory speaks for, the heads that matter.
+
+    \b
+    Example: prefixmemory inspect tickets-memory --output tickets-inspected
+    Example: prefixmemory inspect prefix-1 prefix-16 prefix-256 --what tradeoff --output tradeoff
+    """
+    from functools import partial
+
+    from rich.console import Console
+
+    from prefixmemory.adapters import Adapter, load_adapter, read_record
+    from prefixmemory.analysis import figures
+    from prefixmemory.analysis import inspection as ins
+    from prefixmemory.base_models import Dtype
+    from prefixmemory.checkpoint import check_config_file
+    from prefixmemory.evaluate import completion_loss, rows_to_score
+    from prefixmemory.hub import adapter_folder
+    from prefixmemory.training.data import sample
+    from prefixmemory.training.rows import render
+
+    quiet()
+    check_choice("dtype", dtype, get_args(Dtype))
+    console = Console(stderr=True)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise PrefixMemoryError(f"{output} exists already. Give another name; nothing is overwritten.")
+    if limit < 1:
+        raise PrefixMemoryError(f"limit={limit} is out of range: give a number above 0.")
+    if len(set(adapters)) < len(adapters):
+        raise PrefixMemoryError("The same adapter is given twice. Give each once.")
+
+    rows = [] if data is None else [rows_to_score(read_record(adapter_folder(name)), data, "test") for name in adapters]
+    rows_of = dict(zip(ins.labels(adapters), rows, strict=False))
+
+    def loss_of(adapter: Adapter) -> Callable[[], float]:
+        examples = render(sample(rows_of[adapter.name], None, limit, seed=0), adapter.tokenizer)
+        return lambda: completion_loss(adapter, examples, 16, lambda count: None)
+
+    settings = ins.Settings(
+        what=what,
+        text=None if text is None else _read(text),
+        length=length,
+        tokens=tokens,
+        heads=heads,
+        loss=None if data is None else loss_of,
+    )
+    figures.check_matplotlib()
+    for name in adapters:  # before the first is measured
+        check_config_file(adapter_folder(name), any_method=True)
+    found = {}
+    say = partial(console.print, markup=False, highlight=False)
+    for name, label in zip(adapters, ins.labels(adapters), strict=True):
+        adapter = ins.renamed(load_adapter(name, model, cast(Dtype, dtype)), label)
+        found[label] = ins.inspect(adapter, settings, say)
+    conditions = {
+        "adapters": adapters,
+        "text": "Northline, test messages" if text is None else text.name,
+        "dtype": dtype,
+        "rows of ablations": "the text" if data is None else f"{Path(data).name}, {limit} at most",
+    }
+    for file in ins.write(found, conditions, output):
+        print(file)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise PrefixMemoryError(f"The text {file} cannot be read ({error}). Give a UTF-8 text file.") from error
