@@ -188,7 +188,9 @@ def evaluate_harness(
 
     if include_path is not None and not include_path.is_dir():
         raise PrefixMemoryError(f"include_path={include_path} is no folder. Give one that holds tasks of your own.")
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = TaskManager(include_path=include_path and str(include_path), include_defaults=include_path is None)
+    if include_path is not None and not set(tasks) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=str(include_path))  # reads thousands of files
     for task in tasks:
         if task not in manager.all_tasks:
             raise PrefixMemoryError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -197,6 +198,10 @@ def fit(
         PrefixMemoryError: nothing to resume.
     """
     last = last_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
+    args = trainer.args
+    rows_a_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if args.num_train_epochs * math.ceil(len(cast(Any, trainer.train_dataset)) / rows_a_step) <= 1:
+        args.warmup_steps = 0  # the learning rate begins at 0: the only step would change nothing
     trainer.remove_callback(PrinterCallback)  # progress is shown by the caller's callbacks, or not at all
     for callback in callbacks:
         trainer.add_callback(callback)

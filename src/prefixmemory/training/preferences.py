@@ -64,7 +64,7 @@ def preference_trainer(
 def _cut_prompts(dataset: Any, max_length: int) -> Any:
     """Tokenized rows whose prompts lose their beginning where prompt and answer are too long together."""
 
-    def cut(row: dict[str, Any]) -> dict[str, Any]:
+    def cut(row: Mapping[str, Any]) -> dict[str, Any]:
         longest = max(len(row[f"{name}_ids"]) for name in ANSWERS if f"{name}_ids" in row)
         return {"prompt_ids": row["prompt_ids"][-max(max_length - longest, 1) :]}
 
