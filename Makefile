@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: quickstart test lint format clean help
+.PHONY: quickstart test models lint format clean help
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -17,6 +17,9 @@ quickstart: $(VENV)/.demo ## train a memory for SmolLM2-135M on the shipped data
 
 test: $(VENV)/.dev lint ## lint, types and tests
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+models: $(VENV)/.dev ## measure every model family anew and write docs/models.md (about 10 minutes)
+	$(BIN)/python -m experiments.models $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

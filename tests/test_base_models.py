@@ -146,7 +146,7 @@ def test_a_gguf_file_is_unpacked_and_carries_a_memory(gguf_file, tmp_path):
 
 
 def test_gguf_blocks_that_stay_packed_carry_a_memory_that_was_trained_unpacked(gguf_file, tmp_path, monkeypatch):
-    """transformers 5.23 keeps the blocks of three families, where its Hub has a kernel; a stand-in unpacks them here."""
+    """transformers 5.23 keeps the blocks of three families where its Hub has a kernel; here a stand-in unpacks them."""
     trained = adapt(load_model(gguf_file))
     randomize(trained)
     trained.save_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib.util import find_spec
@@ -100,6 +101,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer  # type: ignore[no-any-return]
 
 
+def _is_spread() -> bool:
+    """Whether accelerate was told to split the model over processes: it moves the parts itself."""
+    return any(os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true" for engine in ("FSDP", "DEEPSPEED"))
+
+
 def load_model(
     model: str, dtype: Dtype = "auto", attention: str | None = None, quantization: Quantization | None = None
 ) -> PreTrainedModel:
@@ -132,8 +138,9 @@ def load_model(
         )
     if file:
         loaded.name_or_path = model  # the file, not only its folder
-    if torch.cuda.is_available() and loaded.device.type == "cpu":
-        loaded = loaded.to("cuda")  # bitsandbytes has put its weights there, and does not let them be moved
+    if torch.cuda.is_available() and loaded.device.type == "cpu" and not _is_spread():
+        # bitsandbytes has put its weights there, and does not let them be moved
+        loaded = loaded.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     keep_trainable(loaded, inference=False)
     return loaded.eval()  # type: ignore[no-any-return]
 

@@ -175,7 +175,7 @@ def evaluate_harness(
     """Scores on tasks of lm-evaluation-harness.
 
     Raises:
-        PrefixMemoryError: the harness is not installed, or does not know a task.
+        PrefixMemoryError: the harness is not installed, does not know a task, or cannot load its data.
     """
     try:
         from lm_eval import simple_evaluate
@@ -186,7 +186,11 @@ def evaluate_harness(
             "--tasks needs lm-evaluation-harness, which is not installed: pip install 'prefixmemory[eval]'."
         ) from error
 
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    if include_path is not None and not include_path.is_dir():
+        raise PrefixMemoryError(f"include_path={include_path} is no folder. Give one that holds tasks of your own.")
+    manager = TaskManager(include_path=include_path and str(include_path), include_defaults=include_path is None)
+    if include_path is not None and not set(tasks) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=str(include_path))  # reads thousands of files
     for task in tasks:
         if task not in manager.all_tasks:
             raise PrefixMemoryError(
@@ -195,11 +199,16 @@ def evaluate_harness(
             )
     model = HFLM(pretrained=adapter.model, tokenizer=adapter.tokenizer, batch_size=batch_size)
     results = []
+    how = {"tasks": list(tasks), "limit": limit, "task_manager": manager, "bootstrap_iters": 0}
     for with_adapter in (False, True):
         with _switched(adapter, with_adapter):
-            results.append(
-                simple_evaluate(model=model, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0)
-            )
+            try:
+                results.append(simple_evaluate(model=model, **how))
+            except OSError as error:  # datasets' errors, too
+                raise PrefixMemoryError(
+                    f"The data of {','.join(tasks)} cannot be loaded: {str(error).splitlines()[0].rstrip('.')}. Check "
+                    "the network, or data_files in the task's YAML file."
+                ) from error
     metrics = {}
     for task, figures in results[1]["results"].items():
         for name, value in figures.items():

@@ -9,7 +9,8 @@ parameters can hold one set per memory. Most maps are one line; register your ow
         return torch.cos(q)
 
 or, with parameters, as an ``nn.Module`` class built with ``(groups, head_dim, feature_dim)`` and carrying the
-resulting ``feature_dim`` as an attribute.
+resulting ``feature_dim`` as an attribute. Tensor-parallel processes can divide its parameters among them if the first
+axis of each counts ``groups``.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def adapter_folder(name: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise PrefixMemoryError(f"revision={revision!r} needs a Hub id, and {name} is a folder. Leave it out.")
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         problem = "is a file" if folder.exists() else "does not exist"
         raise PrefixMemoryError(
             f"{name} {problem}. Give the folder that `prefixmemory train` wrote, or the id of an adapter on the Hub, "

@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 #: checkpoint it is left out.
 BANK = f".{attention.CHILD}.prefix_memory_bank."
 
-
 #: What torch's activation checkpointing adds to the names of modules and parameters, not to those in a state dict.
 WRAPPER = "_checkpoint_wrapped_module."
 

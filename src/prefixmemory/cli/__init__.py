@@ -36,7 +36,7 @@ def main() -> None:
     # A user of the command line works offline or with the Hub; either way tokenizers need no thread pool here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        raise SystemExit(app(standalone_mode=False) or 0)
+        raise SystemExit(app(prog_name="prefixmemory", standalone_mode=False) or 0)
     except PrefixMemoryError as error:
         _stop(str(error), 1)
     except KeyboardInterrupt:

@@ -86,7 +86,7 @@ def train(
 
     from prefixmemory.training.plan import plan_of
     from prefixmemory.training.recipe import load_recipe, read_value
-    from prefixmemory.training.run import Output, run_recipe
+    from prefixmemory.training.run import Output, first_process, run_recipe
 
     quiet()
     overrides = {
@@ -106,7 +106,7 @@ def train(
         return
     with resumable(Path(checked.output)):
         record = run_recipe(checked, resume, overwrite, Console(stderr=True))
-    if record is not None:
+    if first_process():
         print(
             f"Trained {record['trainable_parameters']:,} parameters on {record['rows']:,} rows in "
             f"{record['train_seconds']:.0f} s, loss {record['train_loss']:.3f}. The adapter lies in "

@@ -17,7 +17,7 @@ from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.training.rows import EXPECTED, FORMATS, Row, check_row, check_same_format
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.training.checkpoints import last_complete_checkpoint
 from prefixmemory.training.collator import LeftPaddingCollator, tokenize
 from prefixmemory.training.rows import Example
+from prefixmemory.training.sampler import LengthGroupedTrainer
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory.training.speed import contiguous_logits_input
 
@@ -67,7 +69,11 @@ class StopOnInterrupt(TrainerCallback):
         print("\nStopping after this step; ctrl-C again stops at once.", file=sys.stderr)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop once asked to."""
+        """Stop once asked to, all processes at the same step: the checkpoint is written together."""
+        if args.world_size > 1:
+            asked = torch.tensor(int(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+            self.asked = bool(asked)
         if self.asked:
             control.should_save = True
             control.should_training_stop = True
@@ -131,9 +137,9 @@ def completion_trainer(
     arguments: dict[str, Any],
 ) -> Trainer:
     """A Trainer for the likelihood of completions (``objective="sft"``), on what :func:`tokenize` returns."""
-    return Trainer(
+    return LengthGroupedTrainer(
         model=model,
-        args=TrainingArguments(**arguments, remove_unused_columns=False, train_sampling_strategy="group_by_length"),
+        args=TrainingArguments(**arguments, remove_unused_columns=False),
         train_dataset=Dataset.from_list(features),
         eval_dataset=Dataset.from_list(validation) if validation else None,
         data_collator=LeftPaddingCollator(int(tokenizer.pad_token_id), can_crop_logits(model)),
@@ -192,6 +198,10 @@ def fit(
         PrefixMemoryError: nothing to resume.
     """
     last = last_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
+    args = trainer.args
+    rows_a_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if args.num_train_epochs * math.ceil(len(cast(Any, trainer.train_dataset)) / rows_a_step) <= 1:
+        args.warmup_steps = 0  # the learning rate begins at 0: the only step would change nothing
     trainer.remove_callback(PrinterCallback)  # progress is shown by the caller's callbacks, or not at all
     for callback in callbacks:
         trainer.add_callback(callback)

@@ -53,11 +53,14 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
             raise PrefixMemoryError(f"method.{field} is no field of {name}.{did_you_mean(str(field), known)}")
         _check_type(field, value, hints[field])
     try:
-        return kind(task_type="CAUSAL_LM", **values)
+        config = kind(task_type="CAUSAL_LM", **values)
     except PrefixMemoryError:
         raise
     except (TypeError, ValueError) as error:
         raise PrefixMemoryError(f"method: {name} refuses these values: {error}") from error
+    if getattr(config, "num_virtual_tokens", 1) is None:
+        raise PrefixMemoryError(f"method.num_virtual_tokens is missing: {name} needs it, such as 20.")
+    return config
 
 
 def _check_type(field: str, value: Any, hint: Any) -> None:

@@ -11,17 +11,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefixmemory.base_models import explain, full_name, load_tokenizer, location
-from prefixmemory.training.collator import tokenize
 from prefixmemory.training.methods import attach
 from prefixmemory.training.recipe import Recipe
-from prefixmemory.training.rows import render, row_format
-from prefixmemory.training.run import rows_of
+from prefixmemory.training.rows import row_format
+from prefixmemory.training.run import features_of, rows_of
 from prefixmemory.training.settings import TrainingSettings
 
 GIB = 2**30
-_ANSWERS = ("chosen", "rejected", "completion")
 #: Bytes of one packed weight, with its scales.
-PACKED_BYTES = {"bnb-4bit": 0.53, "bnb-8bit": 1.01, "torchao-int8": 1.01}
+PACKED_BYTES = {"bnb-4bit": 0.516, "bnb-8bit": 1.01, "torchao-int8": 1.01}
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,9 @@ def plan_of(recipe: Recipe) -> Plan:
     settings = recipe.training
     base_model = full_name(recipe.model)
     tokenizer = load_tokenizer(base_model)
-    if settings.objective == "sft":
-        examples = render([*rows, *validation], tokenizer)
-        lengths = [len(feature["input_ids"]) for feature in tokenize(examples, tokenizer, 10**9)]
-        tokenize(examples, tokenizer, settings.max_length)  # what does not fit is refused here, as in the run
-    else:
-        texts = [row["prompt"] + max((row.get(name, "") for name in _ANSWERS), key=len) for row in rows]
-        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    features = features_of([*rows, *validation], tokenizer, settings, 10**9)
+    features_of([*rows, *validation], tokenizer, settings)  # what does not fit is refused here, as in the run
+    lengths = [len(feature["input_ids"]) for feature in features]
     name, file = location(base_model)
     try:
         config: Any = AutoConfig.from_pretrained(name, **file)

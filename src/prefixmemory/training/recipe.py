@@ -220,7 +220,7 @@ def _check_names(content: Mapping[str, Any], source: Source) -> None:
 def _nearest(name: str, section: str, known: Mapping[str, list[str]]) -> str:
     for other, names in known.items():
         if name in names:  # it stands in the wrong section
-            return f" Did you mean {f'{other}.{name}' if other else name!r}?"
+            return f" Did you mean '{other}.{name}'?" if other else f" Did you mean {name!r} at the top?"
     listed = f" {'Here' if section else 'At the top'} there are: {', '.join(known[section])}."
     return did_you_mean(name, known[section]) or listed
 
@@ -287,6 +287,9 @@ def copy_recipe(name: str, to: Path) -> None:
     if name not in recipes:
         there_are = f"There are: {', '.join(recipes)}."
         raise PrefixMemoryError(f"There is no recipe {name!r}.{did_you_mean(name, recipes)} {there_are}")
+    for folder in to.parents:
+        if folder.is_file():
+            raise PrefixMemoryError(f"{folder} is a file. Give a new file in a folder.")
     if to.exists():
         raise PrefixMemoryError(f"{to} exists already. Give another name; nothing is overwritten.")
     to.parent.mkdir(parents=True, exist_ok=True)

@@ -140,6 +140,9 @@ def row_format(rows: Rows) -> str:
 def check_objective(objective: str, rows: Rows) -> None:
     """Refuse rows that ``objective`` cannot be trained on."""
     kind, possible = row_format(rows), OBJECTIVE_FORMATS[objective]
+    if objective == "kto" and kind == "prompt" and "label" in rows[0]:
+        where, label = _where(rows[0], "the data"), rows[0]["label"]
+        raise PrefixMemoryError(f"{where}: 'label' is {label!r}; for objective='kto' it must be true or false.")
     if kind not in possible:
         fitting = [name for name, kinds in OBJECTIVE_FORMATS.items() if kind in kinds]
         wanted = " or ".join(str(list(FORMATS[kind])) for kind in possible)

@@ -23,6 +23,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
 
@@ -41,7 +42,7 @@ from prefixmemory.training.loop import (
     training_arguments,
 )
 from prefixmemory.training.methods import attach, choices, method_name
-from prefixmemory.training.preferences import check_trl, preference_trainer
+from prefixmemory.training.preferences import check_trl, preference_trainer, with_one_answer
 from prefixmemory.training.progress import show_progress
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.record import RECORD, provenance, write_json
@@ -191,10 +192,8 @@ def run_training(
     if writes:
         output.check(overwrite, resume)
     check_objective(settings.objective, rows)
-    if settings.objective == "sft":  # what does not fit is refused before anything is written
-        features, held_out = (
-            tokenize(render(part, tokenizer), tokenizer, settings.max_length) for part in (rows, validation)
-        )
+    # what does not fit is refused before anything is written
+    features, held_out = (features_of(part, tokenizer, settings) for part in (rows, validation))
     plan = _plan(model, model_name, rows, settings, config)
     if resume:
         last_checkpoint(output.partial / "checkpoints")
@@ -224,10 +223,11 @@ def run_training(
             **({"validation_loss": metrics["eval_loss"]} if "eval_loss" in metrics else {}),
             "train_seconds": round(time.monotonic() - started, 1),
             "processes": trainer.args.world_size,
-            "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+            "trainable_parameters": _size(adapted),
             **provenance(),
         }
         _save(trainer, output.partial)
+        trainer.accelerator.wait_for_everyone()  # another process may still be writing into the last checkpoint
         if writes:
             write_json(output.partial / RECORD, record)
             write_model_card(output.partial, record)
@@ -249,6 +249,19 @@ def rows_of(recipe: Recipe) -> tuple[list[Row], list[Row]]:
     return rows, validation
 
 
+def features_of(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings, max_length: int | None = None
+) -> list[dict[str, list[int]]]:
+    """Rows as tokens; rows with several answers once for each.
+
+    Raises:
+        PrefixMemoryError: an answer does not fit into ``max_length`` (default: that of ``settings``).
+    """
+    if settings.objective != "sft":
+        rows = with_one_answer(rows)
+    return tokenize(render(rows, tokenizer), tokenizer, max_length or settings.max_length)
+
+
 def check_installed(recipe: Recipe) -> None:
     """Refuse a recipe that asks for a package which is not installed."""
     check_trackers(recipe.report_to)
@@ -267,9 +280,8 @@ def run_recipe(recipe: Recipe, resume: bool, overwrite: bool, console: Console) 
     rows, validation = rows_of(recipe)
     name = full_name(recipe.model)
     tokenizer = load_tokenizer(name)
-    if recipe.training.objective == "sft":
-        for part in (rows, validation):
-            tokenize(render(part, tokenizer), tokenizer, recipe.training.max_length)
+    for part in (rows, validation):
+        features_of(part, tokenizer, recipe.training)  # refuses what does not fit
     return run_training(
         load_model(name, recipe.dtype, recipe.attention, recipe.quantization),
         name,
@@ -315,10 +327,18 @@ def _plan(
     return cast(dict[str, Any], json.loads(as_read))
 
 
+def _size(model: nn.Module) -> int:
+    """Trainable parameters; ZeRO-3 leaves none where they were, and their number beside."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
 def _save(trainer: Trainer, folder: Path) -> None:
     """The adapter, gathered from all processes, into ``folder``: its config and its weights, nothing else."""
     scratch = folder / "saving"
     trainer.save_model(str(scratch))
+    if trainer.is_fsdp_enabled:  # save_model writes no adapter where checkpoints are sharded
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+        cast(Any, trainer.model).save_pretrained(scratch, state_dict=weights, is_main_process=trainer.args.should_save)
     if trainer.args.should_save:
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
             (scratch / name).replace(folder / name)

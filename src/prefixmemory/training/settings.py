@@ -25,7 +25,7 @@ class TrainingSettings:
         warmup: share of all steps in which the learning rate rises.
         weight_decay: of AdamW.
         max_grad_norm: length to which gradients are clipped.
-        max_length: longest row in tokens; prompts lose their beginning.
+        max_length: longest row in tokens, prompt and answer; prompts lose their beginning.
         mixed_precision: autocast of the forward pass; the memory itself stays in fp32.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         save_steps: optimizer steps between checkpoints, and between evaluations where there is validation data.
@@ -60,6 +60,8 @@ class TrainingSettings:
         for name in above_zero + ([] if self.patience is None else ["patience"]):
             if not 0 < getattr(self, name) < float("inf"):
                 raise PrefixMemoryError(f"{name}={getattr(self, name)} is out of range: give a number above 0.")
+        if self.objective == "kto" and self.batch_size < 2:
+            raise PrefixMemoryError(f"batch_size={self.batch_size} is out of range: kto needs 2 rows or more a step.")
         if not 0 <= self.weight_decay < float("inf"):
             raise PrefixMemoryError(f"weight_decay={self.weight_decay} is out of range: give a number from 0 on.")
         if not 0 <= self.seed < 2**32:

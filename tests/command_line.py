@@ -1,0 +1,87 @@
+"""The command line in this process, and small things to try it on."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+import tiny
+from prefixmemory.cli import main
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass
+class Answer:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def refusal(self) -> str:
+        """The one line of a command that was refused."""
+        assert self.code == 1 and self.out == "", (self.code, self.out, self.err)
+        assert self.err.startswith("error: ") and self.err.count("\n") == 1, self.err
+        return self.err.removeprefix("error: ").rstrip("\n")
+
+    @property
+    def success(self) -> str:
+        """What a command that did its work printed."""
+        assert self.code == 0, self.err
+        return self.out
+
+
+def call(*words: object, stdin: str = "") -> Answer:
+    """``prefixmemory WORDS``, with ``stdin`` piped into it."""
+    out, err = io.StringIO(), io.StringIO()
+    verbosity = logging.get_verbosity()
+    with (
+        mock.patch.object(sys, "argv", ["prefixmemory", *map(str, words)]),
+        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        finally:
+            logging.set_verbosity(verbosity)  # the command line silences libraries for its process
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+def jsonl(file: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` with its bytes."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS)
+
+
+def save_talker(folder: Path) -> Path:
+    """A tiny base model on disk that writes different texts for different prompts, and can be taught a little."""
+    model = tiny.build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+        model.lm_head.weight[len(tiny.tokenizer()) :] = 0  # no ids beyond the tokenizer's
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder

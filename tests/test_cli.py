@@ -1,0 +1,309 @@
+"""The commands: every example of every --help is run as it stands, wrong words end in one line, a dry run is true."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import prefixmemory.hub
+import tiny
+from command_line import Answer, call, files_of, jsonl
+from prefixmemory import quickstart
+from prefixmemory.cli import app
+from prefixmemory.training.data import northline
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # here a folder
+TICKETS = [{"text": f"line {i} is dead" + "!" * (i % 5), "label": "abc"[i % 3]} for i in range(24)]
+RECIPE = f"model: {MODEL}\noutput: tickets-memory-2\ndata:\n  train: tickets.jsonl\n"
+TASK = r"""
+task: tickets
+dataset_path: json
+dataset_kwargs:
+  data_files: {test: tickets-test.jsonl}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Text: {{text}}\nLabel:"
+doc_to_target: label
+doc_to_choice: [a, b, c]
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+metadata: {version: 1}
+"""
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every command that is not hidden, by the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        elif not command.hidden:
+            yield (*path, name)
+
+
+COMMANDS = sorted(commands(typer.main.get_command(app)))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples speak of: base model, data, recipe, a trained memory, a task of one's own."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tiny.save_tiny(folder / MODEL)
+        jsonl(folder / "tickets.jsonl", TICKETS)
+        jsonl(folder / "tickets-test.jsonl", TICKETS[:6])
+        (folder / "tickets.yaml").write_text(RECIPE)
+        (folder / "my-tasks").mkdir()
+        (folder / "my-tasks" / "tickets.yaml").write_text(TASK)
+        call("train", "--model", MODEL, "--data", "tickets.jsonl", "--output", "tickets-memory").success  # noqa: B018
+    return folder
+
+
+@pytest.fixture
+def place(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to work in."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Help
+
+
+def test_the_commands_are_found():
+    # Else the tests of every command could be tests of none.
+    assert {("train",), ("evaluate",), ("generate",), ("chat",), ("push",), ("quickstart",)} <= set(COMMANDS)
+    assert {("recipes", "ls"), ("recipes", "cp"), ("recipes", "validate")} <= set(COMMANDS)
+    assert ("remeasure",) not in COMMANDS
+
+
+def examples_of(command: tuple[str, ...]) -> list[str]:
+    return re.findall(r"^ *Example: (.*)$", call(*command, "--help").success, re.MULTILINE)
+
+
+@pytest.fixture
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is pushed, and the quickstart has a small model and few rows."""
+    pushed = lambda folder, to, private: f"https://huggingface.co/{to}/{len(list(Path(folder).iterdir()))}"  # noqa: E731
+    monkeypatch.setattr(prefixmemory.hub, "push_adapter", pushed)
+    monkeypatch.setattr(quickstart, "smollm2", lambda: MODEL)
+    monkeypatch.setattr(quickstart, "northline", lambda split: northline(split)[:14])
+    monkeypatch.setattr(quickstart, "fast_dtype", lambda: "float32")
+    monkeypatch.setattr(quickstart, "quickstart", partial(quickstart.quickstart, again=False))
+
+
+#: What an example must leave or say, by a part of it.
+EFFECTS: dict[str, Callable[[str], bool]] = {
+    "quickstart": lambda out: Path("my-first-memory/adapter_model.safetensors").is_file() and "everything" in out,
+    "--output tickets-memory": lambda out: Path("tickets-memory/run.json").is_file() and "tickets-memory" in out,
+    "--dry-run": lambda out: "trainable parameters" in out and not Path("tickets-memory-2").exists(),
+    "--data tickets-test.jsonl": lambda out: "rows 6" in out and "perplexity" in out,
+    "--tasks": lambda out: re.search(r"^tickets: acc +[\d.]+ +[\d.]+$", out, re.MULTILINE) is not None,
+    "generate": lambda out: out.startswith("base model: ") and "\nwith memory: " in out,
+    "chat": lambda out: len(out) > 1,
+    "push": lambda out: out == "Uploaded to https://huggingface.co/my-name/tickets-memory/4\n",
+    "recipes ls": lambda out: "classification" in out,
+    "recipes cp": lambda out: Path("my-tickets.yaml").is_file(),
+    "recipes validate": lambda out: "24 rows to train on" in out,
+}
+
+
+@pytest.mark.usefixtures("_no_network")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of lm-evaluation-harness's imports
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_an_example_that_runs(place, command):
+    examples = examples_of(command)
+    assert examples
+    for example in examples:
+        assert f"prefixmemory {' '.join(command)}" in example
+        if "--output tickets-memory" in example:
+            shutil.rmtree("tickets-memory")  # there was one for the other examples
+        answer = run(example)
+        assert answer.code == 0, answer.err
+        assert not re.search("Traceback|error:", answer.err)
+        (effect,) = [effect for part, effect in EFFECTS.items() if part in example]
+        assert effect(answer.out), answer.out
+
+
+def run(line: str) -> Answer:
+    """A command line; what stands before a pipe is run by a shell, ``prefixmemory`` in this process."""
+    before, _, ours = line.rpartition(" | ")
+    stdin = subprocess.run(["bash", "-c", before], capture_output=True, text=True, check=True).stdout
+    words = subprocess.run(["bash", "-c", f'printf "%s\\0" {ours}'], capture_output=True, text=True, check=True).stdout
+    program, *arguments = words.removesuffix("\0").split("\0")
+    assert program == "prefixmemory"
+    return call(*arguments, stdin=stdin)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_option_says_what_it_is_for(command):
+    lines = re.findall(r"^  (?=--)(?:\S+(?: <\S+>)?) *(.*)$", call(*command, "--help").success, re.MULTILINE)
+    assert lines and all(len(line) > 10 for line in lines)
+
+
+# Wrong words
+
+WRONG = {
+    "trian": "No such command 'trian'. Did you mean 'train'?",
+    "recipes lss": "Did you mean 'ls'?",
+    "recipes cp": "Missing argument 'name'",
+    "recipes cp a b c": "unexpected extra argument",
+    "train --lerning-rate 3": "--learning-rate",
+    "train --epochs": "requires an argument",
+    "train a.yaml b.yaml": "unexpected extra argument",
+    "evaluate": "Missing option '--adapter'",
+    "evaluate --adapter x --limit few": "--limit",
+    "generate --adapter x": "Missing option '--prompt'",
+    "generate --adapter x --prompt a --max-new-tokens lots": "--max-new-tokens",
+    "chat --adapter x --temperature warm": "--temperature",
+    "push --adapter x": "Missing option '--to'",
+    "quickstart --seed x": "--seed",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_word_is_one_line_and_exit_code_2(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = call(*words.split())
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error: ") and answer.err.count("\n") == 1 and WRONG[words] in answer.err
+    # what it points to exists
+    advised = re.search(r"`prefixmemory (.*--help)` lists what there is\.$", answer.err).group(1)
+    assert "Usage:" in call(*advised.split()).success
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [(), ("recipes",)])
+def test_a_group_without_a_command_shows_its_help(words):
+    answer = call(*words)
+    assert answer.code == 2 and answer.err.startswith("Usage: prefixmemory") and answer.err.count("\n") > 5
+    assert answer.err.rstrip() == call(*words, "--help").success.rstrip()
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        ("train nowhere.yaml", "nowhere.yaml does not exist"),
+        ("recipes validate nowhere.yaml", "nowhere.yaml does not exist"),
+        ("generate --adapter nowhere --prompt a", "nowhere does not exist"),
+        ("generate --adapter ./nowhere --prompt a", "./nowhere does not exist"),
+        ("chat --adapter nowhere", "nowhere does not exist"),
+        ("chat --adapter nowhere --temperature -1", "temperature=-1"),
+        ("chat --adapter nowhere --max-new-tokens 0", "max_new_tokens=0"),
+        ("evaluate --adapter nowhere --data x.jsonl", "nowhere does not exist"),
+        ("push --adapter nowhere --to a/b", "nowhere holds no adapter"),
+    ],
+)
+def test_what_is_not_there_is_one_line_and_exit_code_1(words, phrase, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert phrase in call(*words.split()).refusal
+    assert not list(tmp_path.iterdir())
+
+
+# Options whose value is a name
+
+
+@pytest.mark.parametrize("name", ["2024-01-01", "1e3", "exp #3", "a: b", "[draft]", "null"])
+def test_a_name_is_taken_as_it_is_written(place, name):
+    """Values of other options are read as YAML, which would make numbers, dates and comments of these."""
+    jsonl(place / f"{name}.jsonl", TICKETS[:8])
+    words = ("train", "--model", MODEL, "--data", f"{name}.jsonl", "--validation", f"{name}.jsonl", "--output", name)
+    assert shown(call(*words, "--dry-run").success)["rows"].startswith("8 to train on, 8 for validation")
+    call(*words, "--epochs", 1).success  # noqa: B018
+    assert (place / name / "adapter_model.safetensors").is_file()
+
+
+# A dry run
+
+
+class Steps(TrainerCallback):
+    """Counts the steps of a real run."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.count += 1
+
+
+def shown(out: str) -> dict[str, str]:
+    return {line[:12].strip(): line[12:] for line in out.splitlines()}
+
+
+def number(text: str, unit: str) -> int:
+    return int(re.search(rf"([\d,]+) {unit}", text).group(1).replace(",", ""))
+
+
+RUNS = {
+    "memory": (),
+    "memory of rank 2": ("--rank", 2, "--set", "method.layers_to_transform=[1]"),
+    "memory, mlp": ("--feature-map", "mlp", "--set", "method.share_heads=true"),
+    "lora": ("--method", "lora"),
+    "lora everywhere": ("--method", "lora", "--set", "method.target_modules=all-linear", "--set", "method.r=3"),
+    "prefix tuning": ("--method", "prefix_tuning", "--set", "method.num_virtual_tokens=5"),
+    "prompt tuning": ("--method", "prompt_tuning", "--set", "method.num_virtual_tokens=5"),
+    "ia3": ("--method", "ia3"),
+    "part of an epoch": ("--epochs", 1.3, "--batch-size", 5, "--set", "training.gradient_accumulation=2"),
+    "dpo": ("--objective", "dpo", "--data", "pairs.jsonl", "--batch-size", 4, "--epochs", 1),
+    "kto from pairs": ("--objective", "kto", "--data", "pairs.jsonl", "--batch-size", 4, "--epochs", 1),
+}
+
+
+@pytest.mark.filterwarnings(r"ignore:`gradient_checkpointing(_\w+)?` is deprecated:FutureWarning")  # TRL 1.16
+@pytest.mark.parametrize("name", RUNS)
+def test_a_dry_run_counts_what_the_run_trains_and_writes_nothing(place, monkeypatch, name):
+    if "pairs.jsonl" in RUNS[name]:
+        pytest.importorskip("trl")
+        jsonl(place / "pairs.jsonl", [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(9)])
+    words = ("train", "--model", MODEL, "--data", "tickets.jsonl", "--output", "new", *RUNS[name])
+    before = files_of(place)
+    plan = shown(call(*words, "--dry-run").success)
+    assert files_of(place) == before
+
+    steps = Steps()
+    monkeypatch.setattr("prefixmemory.training.run.show_progress", lambda console: steps)
+    out = call(*words).success
+    assert number(plan["method"], "trainable parameters") == number(out, "parameters") > 0
+    assert number(plan["rows"], "to train on") == number(out, "rows")
+    assert number(plan["steps"], "on one device") == steps.count
+
+
+def test_a_dry_run_tells_of_model_rows_and_modules(place):
+    words = ("train", "--model", MODEL, "--data", "tickets.jsonl", "--output", "new", "--dry-run")
+    plan = shown(call(*words, "--validation", "tickets-test.jsonl", "--max-length", 22).success)
+    base = AutoModelForCausalLM.from_pretrained(MODEL)
+    assert plan["base model"] == f"{MODEL}, {base.num_parameters():,} parameters, frozen"
+    assert plan["method"].startswith("prefix_memory, 512 trainable parameters (2.11 %)")
+    assert plan["modules"].startswith("2 (256 parameters each): model.layers.0.self_attn ... model.layers.1.self_attn")
+    # "Text: line 10 is dead\nLabel:" and " a<eos>"
+    lengths = [len(f"Text: {row['text']}\nLabel: {row['label']}") + 1 for row in [*TICKETS, *TICKETS[:6]]]
+    assert plan["rows"] == (
+        f"24 to train on, 6 for validation; longest 22 tokens, {sum(n > 22 for n in lengths)} rows lose the beginning "
+        "of their prompt"
+    )
+    assert f"longest {max(lengths)} tokens" in shown(call(*words).success)["rows"]
+    assert plan["memory"].startswith("0.00 GiB: weights ")
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(place):
+    words = ("train", "--model", MODEL, "--data", "tickets.jsonl", "--output", "new")
+    for wrong, phrase in (
+        (("--max-length", 3), "tickets.jsonl, line 1: the completion has 3 tokens"),
+        (("--method", "lora", "--set", "method.target_modules=[q_prj]"), "lora cannot be attached to LlamaForCausalLM"),
+        (("--method", "lora", "--set", "method.r=0"), "should be a positive integer"),
+        (("--set", "method.target_modules=[self_atn]"), "Did you mean 'self_attn'?"),
+        (("--model", "nowhere"), "'nowhere' cannot be loaded"),
+        (("--objective", "dpo"), "objective='dpo' needs rows"),
+    ):
+        assert phrase in call(*words, *wrong, "--dry-run").refusal
+        assert phrase in call(*words, *wrong).refusal
+    assert not list(place.glob("new*"))
