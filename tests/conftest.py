@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Before the hook below: what is imported while it compiles a module of ours would be compiled by it too.
-import peft  # noqa: E402, F401
+import peft  # noqa: F401
 
 if os.environ.get("PREFIXMEMORY_SHAPES", "1") == "1":
     from jaxtyping import install_import_hook

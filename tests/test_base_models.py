@@ -197,7 +197,9 @@ class Loaded(torch.nn.Module):
 
 
 @pytest.mark.usefixtures("untyped")
-@pytest.mark.parametrize(("gpu", "put_on", "moves"), [(True, "cpu", ["cuda"]), (True, "cuda", []), (False, "cpu", [])])
+@pytest.mark.parametrize(
+    ("gpu", "put_on", "moves"), [(True, "cpu", ["cuda:0"]), (True, "cuda", []), (False, "cpu", [])]
+)
 def test_only_a_model_that_is_not_yet_on_the_gpu_is_moved_there(folder, monkeypatch, gpu, put_on, moves):
     model = Loaded(put_on)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)

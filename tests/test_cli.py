@@ -252,7 +252,7 @@ RUNS = {
     "prefix tuning": ("--method", "prefix_tuning", "--set", "method.num_virtual_tokens=5"),
     "prompt tuning": ("--method", "prompt_tuning", "--set", "method.num_virtual_tokens=5"),
     "ia3": ("--method", "ia3"),
-    "part of an epoch": ("--epochs", 1.3, "--batch-size", 5, "--set", "training.gradient_accumulation=2"),
+    "part of an epoch": ("--epochs", 1.1, "--batch-size", 5, "--set", "training.gradient_accumulation=2"),
     "dpo": ("--objective", "dpo", "--data", "pairs.jsonl", "--batch-size", 4, "--epochs", 1),
     "kto from pairs": ("--objective", "kto", "--data", "pairs.jsonl", "--batch-size", 4, "--epochs", 1),
 }
@@ -281,7 +281,7 @@ def test_a_dry_run_tells_of_model_rows_and_modules(place):
     words = ("train", "--model", MODEL, "--data", "tickets.jsonl", "--output", "new", "--dry-run")
     plan = shown(call(*words, "--validation", "tickets-test.jsonl", "--max-length", 22).success)
     base = AutoModelForCausalLM.from_pretrained(MODEL)
-    assert plan["base model"] == f"{MODEL}, {base.num_parameters():,} parameters, frozen"
+    assert plan["base model"] == f"{(place / MODEL).resolve()}, {base.num_parameters():,} parameters, frozen"
     assert plan["method"].startswith("prefix_memory, 512 trainable parameters (2.11 %)")
     assert plan["modules"].startswith("2 (256 parameters each): model.layers.0.self_attn ... model.layers.1.self_attn")
     # "Text: line 10 is dead\nLabel:" and " a<eos>"

@@ -6,12 +6,14 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase
 
 import prefixmemory.tuner
+from prefixmemory import checkpoint
 from prefixmemory.base_models import Dtype, fast_dtype, full_name, load_model, load_tokenizer
 from prefixmemory.checkpoint import check_config_file
 from prefixmemory.errors import PrefixMemoryError
@@ -60,15 +62,21 @@ def load_adapter(
     Args:
         name: a folder, or a Hub id.
         base_model: the base model, when it is not where the adapter's config says.
-        dtype: of the base model; ``None``: the fastest for this machine.
-        quantization: as in :func:`~prefixmemory.base_models.load_model`.
+        dtype: of the base model; ``None``: as in training, or the fastest for this machine if that is unknown.
+        quantization: as in :func:`~prefixmemory.base_models.load_model`; ``None``: as in training.
 
     Raises:
         PrefixMemoryError: adapter or base model are missing, damaged, or do not belong together.
     """
     folder = adapter_folder(name)
     check_config_file(folder, any_method=True)
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    checkpoint.check_weights_file(folder, None)
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():  # PEFT would look for a pickle, then on the Hub
+        raise PrefixMemoryError(f"{folder / SAFETENSORS_WEIGHTS_NAME} is missing. Copy it from where it was saved.")
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PrefixMemoryError(f"{folder}/adapter_config.json is no config that PEFT knows: {error}") from error
     base_name = full_name(base_model or config.base_model_name_or_path or "")
     if not base_name:
         raise PrefixMemoryError(
@@ -76,7 +84,10 @@ def load_adapter(
             "base_model_name_or_path."
         )
     tokenizer = load_tokenizer(base_name)
-    base = load_model(base_name, dtype or fast_dtype(), quantization=quantization)
+    record = read_record(folder)
+    if dtype is None:
+        dtype = record["dtype"] if record.get("dtype") in get_args(Dtype) else fast_dtype()
+    base = load_model(base_name, dtype, quantization=quantization or record.get("quantization"))
     with warnings.catch_warnings():
         # PEFT warns, and goes on with start values; a memory's tensors are checked by ourselves.
         warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -87,12 +98,17 @@ def load_adapter(
                 f"The weights in {folder} are not those of its {config.peft_type.value} config for {base_name}: "
                 "tensors are missing. Copy the folder again from where the adapter was saved."
             ) from error
+        except PrefixMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise PrefixMemoryError(f"The adapter {name} does not fit {base_name}: {reason}") from error
     return Adapter(
         name=name,
         folder=folder,
         model=model,
         tokenizer=tokenizer,
-        record=read_record(folder),
+        record=record,
     )
 
 

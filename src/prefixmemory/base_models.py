@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.quantization import (
     Quantization,
     check_quantization,
@@ -46,8 +46,11 @@ def smollm2() -> str:
 
 
 def full_name(model: str) -> str:
-    """``model`` as others can load it: the short name ``smollm2`` stands for :func:`smollm2`."""
-    return smollm2() if model == "smollm2" else model
+    """``model`` as it can be loaded from anywhere: ``smollm2`` stands for :func:`smollm2`, a path becomes absolute."""
+    if model == "smollm2":
+        return smollm2()
+    path = Path(model).expanduser() if model else Path()
+    return str(path.resolve()) if model and path.exists() else model
 
 
 def fast_dtype() -> Dtype:
@@ -83,9 +86,12 @@ _LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, Saf
 def explain(model: str, error: Exception) -> PrefixMemoryError:
     """The one-line error for a model that cannot be loaded."""
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    hint = did_you_mean(model, ["smollm2"])
+    if model == SMOLLM2_HUB_ID and find_spec(SMOLLM2_WHEEL) is not None:
+        hint = " Its copy that is installed here is called smollm2."
     return PrefixMemoryError(
-        f"The base model {model!r} cannot be loaded: {first_line}. Give a folder that holds a transformers model, the "
-        "path of a .gguf file, or a model id of the Hugging Face Hub (and a network that reaches it)."
+        f"The base model {model!r} cannot be loaded: {first_line}.{hint} Give a folder that holds a transformers "
+        "model, the path of a .gguf file, or a model id of the Hugging Face Hub (and a network that reaches it)."
     )
 
 

@@ -13,6 +13,7 @@ from prefixmemory.adapters import Adapter
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.layer import set_scale
 from prefixmemory.training.collator import encode_prompt
+from prefixmemory.training.evaluation import end_tokens
 from prefixmemory.training.rows import render_prompt
 
 HELP = "/base switches the adapter off and on, /scale X sets a memory's dose, /reset forgets, /quit ends."
@@ -72,7 +73,7 @@ class Chat:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=end_tokens(self.adapter.model, tokenizer),
                 streamer=streamer,
                 **sampling,
             )

@@ -18,10 +18,10 @@ from torch.nn.functional import cross_entropy
 from prefixmemory.adapters import Adapter
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.training.card import write_model_card
-from prefixmemory.training.collator import IGNORED, LeftPaddingCollator, tokenize
+from prefixmemory.training.collator import IGNORED, tokenize
 from prefixmemory.training.data import read_rows
 from prefixmemory.training.evaluation import Progress, accuracy, answers
-from prefixmemory.training.loop import can_crop_logits
+from prefixmemory.training.loop import collator
 from prefixmemory.training.progress import progress_bar
 from prefixmemory.training.record import RECORD, provenance, write_json
 from prefixmemory.training.rows import FORMATS, OBJECTIVE_FORMATS, Example, Row, Rows, render, row_format
@@ -103,7 +103,13 @@ def refuse_untrained(adapter: Adapter) -> None:
     ids = ids.to(adapter.model.device)
     with adapter.model.disable_adapter():
         base = adapter.model(input_ids=ids).logits
-    if torch.equal(base, adapter.model(input_ids=ids).logits):
+    ours = adapter.model(input_ids=ids).logits
+    if not torch.isfinite(ours).all():
+        raise PrefixMemoryError(
+            f"The adapter {adapter.name} answers with infinities or NaN: its training diverged. Train it again with a "
+            "lower learning rate."
+        )
+    if torch.equal(base, ours):
         raise PrefixMemoryError(
             f"The adapter {adapter.name} changes nothing: its logits equal the base model's, bit for bit. Was it "
             "trained, and is its scale above 0? Its scores would be the base model's, so none are reported."
@@ -156,7 +162,7 @@ def completion_loss(adapter: Adapter, examples: list[Example], batch_size: int, 
     """Mean negative log-likelihood of the completions' tokens, in nats."""
     limit = getattr(adapter.model.config, "max_position_embeddings", None) or 10**9
     features = sorted(tokenize(examples, adapter.tokenizer, limit), key=lambda feature: len(feature["input_ids"]))
-    collate = LeftPaddingCollator(int(adapter.tokenizer.pad_token_id), can_crop_logits(adapter.model))
+    collate = collator(adapter.model, adapter.tokenizer)
     total, count = 0.0, 0
     for start in range(0, len(features), batch_size):
         batch = collate(features[start : start + batch_size])

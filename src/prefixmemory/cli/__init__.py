@@ -7,19 +7,39 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from prefixmemory.cli import inspect, quickstart, recipes, train, use
 from prefixmemory.errors import PrefixMemoryError
 
+
+def _version(wanted: bool | None) -> None:
+    if wanted:
+        from prefixmemory import __version__
+
+        print(f"prefixmemory {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
-    help="PrefixMemory-Tuning: a trainable memory outside the softmax of every attention head.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool | None, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = None,
+) -> None:
+    """PrefixMemory-Tuning: a trainable memory outside the softmax of every attention head."""
+
+
 app.command()(quickstart.quickstart)
 app.command()(train.train)
 app.command()(use.evaluate)
@@ -39,6 +59,9 @@ def main() -> None:
         raise SystemExit(app(prog_name="prefixmemory", standalone_mode=False) or 0)
     except PrefixMemoryError as error:
         _stop(str(error), 1)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        _stop(f"{where}{error.strerror or error}.", 1)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -38,7 +38,7 @@ def cp(
     from prefixmemory.training.recipe import copy_recipe
 
     copy_recipe(name, to)
-    print(f"Copied to {to}. Edit it, then: prefixmemory train {to}")
+    print(f"Copied to {to}. Edit it, check it with: prefixmemory recipes validate {to}, then: prefixmemory train {to}")
 
 
 @app.command()

@@ -51,19 +51,23 @@ class LeftPaddingCollator:
     """Pads on the left, so that completions end together and logits are needed for the last columns only.
 
     With ``crop_logits`` the batch asks the model for the logits of these columns (``logits_to_keep``), which saves
-    most of the cost of the vocabulary projection when prompts are long.
+    most of the cost of the vocabulary projection when prompts are long. With ``right`` it pads on the right instead:
+    for methods whose virtual tokens would stand before the padding, far from the text.
     """
 
-    def __init__(self, pad_token_id: int, crop_logits: bool) -> None:
+    def __init__(self, pad_token_id: int, crop_logits: bool, right: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.crop_logits = crop_logits
+        self.right = right
 
     def __call__(self, features: list[dict[str, list[int]]]) -> dict[str, Any]:
         """Batch with ``input_ids``, ``attention_mask``, ``position_ids`` ``[B, T]`` and ``labels`` ``[B, K]``."""
         length = max(len(f["input_ids"]) for f in features)
 
         def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-            return torch.tensor([[value] * (length - len(row)) + row for row in rows])
+            padding = [[value] * (length - len(row)) for row in rows]
+            pairs = zip(rows, padding, strict=True) if self.right else zip(padding, rows, strict=True)
+            return torch.tensor([first + second for first, second in pairs])
 
         mask = padded([[1] * len(f["input_ids"]) for f in features], 0)
         batch: dict[str, Any] = {

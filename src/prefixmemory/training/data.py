@@ -151,11 +151,16 @@ def _from_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:  # no JSON, no UTF-8, a number of thousands of digits
                 raise PrefixMemoryError(
-                    f"{where}: not complete JSON ({error}). Was the file cut off? {EXPECTED}"
+                    f"{where}: not complete JSON ({_json_problem(error)}). Was the file cut off? {EXPECTED}"
                 ) from error
             if not isinstance(row, dict):
                 raise PrefixMemoryError(f"{where}: holds {type(row).__name__}, not an object. {EXPECTED}")
             yield where, row
+
+
+def _json_problem(error: ValueError) -> str:
+    """What json says, without its own count of lines: there is one JSON document a line."""
+    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _from_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -22,6 +22,13 @@ def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
+def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and the model's own, such as Gemma's ``<end_of_turn>``."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({int(i) for i in ids if i is not None})
+
+
 @torch.inference_mode()
 def answers(
     model: PreTrainedModel | PeftModel,
@@ -56,9 +63,12 @@ def answers(
     else:
         ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
+    # Padding would stand between virtual tokens and text: no batch of unlike lengths for methods that have these.
+    prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     found: list[str] = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    while order:
+        chosen = [i for i in order[:batch_size] if not prepends or len(ids[i]) == len(ids[order[0]])]
+        order = order[len(chosen) :]
         batch = _left_padded([ids[i] for i in chosen], context_ids, tokenizer, device)
         cache: dict[str, Any] = {}
         if shared is not None:
@@ -72,7 +82,7 @@ def answers(
                 do_sample=False,
                 use_cache=True,  # the base model's config may say otherwise; a shared context needs it
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=end_tokens(model, tokenizer),
             )
         new = written[:, batch["input_ids"].shape[1] :]
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):

@@ -142,29 +142,17 @@ def completion_trainer(
         args=TrainingArguments(**arguments, remove_unused_columns=False),
         train_dataset=Dataset.from_list(features),
         eval_dataset=Dataset.from_list(validation) if validation else None,
-        data_collator=LeftPaddingCollator(int(tokenizer.pad_token_id), can_crop_logits(model)),
+        data_collator=collator(model, tokenizer),
     )
 
 
-def can_crop_logits(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether ``model`` can be asked for the logits of the last tokens only."""
-    # Methods that prepend virtual tokens prepend labels too, and count on logits for all of them.
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return False
+def collator(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> LeftPaddingCollator:
+    """The collator that suits ``model``."""
+    # Methods that prepend virtual tokens prepend labels too, count on logits for all of them, and ignore position ids.
+    prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
-
-
-class Patience(EarlyStoppingCallback):
-    """Early stopping that a resumed run goes on with: evaluations without a lower loss are counted from the record."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Count what lies before the checkpoint."""
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if losses:
-            self.early_stopping_patience_counter = len(losses) - 1 - losses.index(min(losses))
+    crop_logits = not prepends and "logits_to_keep" in inspect.signature(base.forward).parameters
+    return LeftPaddingCollator(int(tokenizer.pad_token_id), crop_logits, right=prepends)
 
 
 @contextmanager
@@ -206,7 +194,7 @@ def fit(
     for callback in callbacks:
         trainer.add_callback(callback)
     if settings.patience is not None and trainer.eval_dataset is not None:
-        trainer.add_callback(Patience(settings.patience))
+        trainer.add_callback(EarlyStoppingCallback(settings.patience))
     with StopOnInterrupt() as stop, contiguous_logits_input(cast(Any, trainer.model)):
         trainer.add_callback(stop)
         result = trainer.train(resume_from_checkpoint=last)

@@ -19,6 +19,15 @@ prefixmemory.tuner.register()
 DEFAULT = "prefix_memory"
 #: What every PEFT config has, or a library writes into it: no choices of the method.
 _COMMON = {field.name for field in fields(PeftConfig)} | {"base_model_fingerprint", "weights_sha256"}
+#: Methods that need more than rows and a Trainer.
+_NOT_HERE = {
+    "adalora": "a training loop that reallocates its ranks",
+    "multitask_prompt_tuning": "a task id with every row",
+    "poly": "a task id with every row",
+    "xlora": "LoRAs that were trained before",
+}
+#: Start values of LoRA that take a part out of the base weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def methods() -> list[str]:
@@ -46,6 +55,8 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
     """
     values = dict(section)
     name = values.pop("name", DEFAULT)
+    if name in _NOT_HERE:
+        raise PrefixMemoryError(f"method.name={name!r} cannot be trained by a recipe: it needs {_NOT_HERE[name]}.")
     kind, known = _config_class(name), method_fields(name)
     hints = get_type_hints(kind)
     for field, value in values.items():
@@ -58,6 +69,11 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
         raise
     except (TypeError, ValueError) as error:
         raise PrefixMemoryError(f"method: {name} refuses these values: {error}") from error
+    if str(getattr(config, "init_lora_weights", "")).startswith(_CHANGES_BASE):
+        raise PrefixMemoryError(
+            f"method.init_lora_weights={values['init_lora_weights']!r} changes the base model's weights, so that the "
+            "adapter would not fit the base model that others load. Leave it out, or use 'gaussian' or 'orthogonal'."
+        )
     if getattr(config, "num_virtual_tokens", 1) is None:
         raise PrefixMemoryError(f"method.num_virtual_tokens is missing: {name} needs it, such as 20.")
     return config

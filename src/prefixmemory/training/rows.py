@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
@@ -102,9 +103,20 @@ def check_row(where: str, fields: Mapping[str, Any]) -> Row:
             _check_messages(where, value)
         elif kind == "judged" and name == "label":
             row[name] = _JUDGEMENTS[value]
-        elif not isinstance(value, str) or not value.strip():
+        elif not isinstance(value, str) or not value.strip() or not _encodes(value):
             raise PrefixMemoryError(f"{where}: {name!r} is {value!r}; it must be a text that is not empty.")
+    if kind == "text":
+        row["label"] = row["label"].strip()  # answers are compared without blanks around them
     return row
+
+
+def _encodes(text: str) -> bool:
+    """Whether ``text`` is Unicode: JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_same_format(rows: list[Row]) -> None:
@@ -121,7 +133,10 @@ def _check_messages(where: str, messages: object) -> None:
     well_formed = (
         isinstance(messages, list)
         and len(messages) >= 2
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str)
+            for m in messages
+        )
     )
     if not well_formed or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():  # type: ignore[index]
         raise PrefixMemoryError(
@@ -202,8 +217,11 @@ def question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _chat_example(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Example:
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+    try:
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise PrefixMemoryError(f"{where}: the model's chat template refuses this conversation ({error}).") from error
     if not whole.startswith(prompt):
         raise PrefixMemoryError(
             "This model's chat template writes an answer differently from how it asks for one, so prompt and answer "

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from prefixmemory.base_models import full_name, load_model, load_tokenizer
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.quantization import check_quantization
-from prefixmemory.training.card import write_model_card
+from prefixmemory.training.card import CARD, write_model_card
 from prefixmemory.training.collator import tokenize
 from prefixmemory.training.loop import (
     check_trackers,
@@ -48,6 +48,9 @@ from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.record import RECORD, provenance, write_json
 from prefixmemory.training.rows import Row, Rows, check_objective, render, row_format
 from prefixmemory.training.settings import TrainingSettings
+
+#: What a finished run's folder holds; whatever else lies there is the user's.
+OWN = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RECORD, CARD, "runs", "checkpoints"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class Output:
             raise PrefixMemoryError("--overwrite and --resume exclude each other: start afresh, or go on.")
         if not self.folder.name:
             raise PrefixMemoryError(f"{self.folder} names no new folder. Give a folder that does not exist yet.")
+        if self.folder.is_symlink() or self.folder.is_mount():
+            raise PrefixMemoryError(
+                f"{self.folder} is a link or a mount, which no run can replace. Give a folder in it."
+            )
         for path in (self.folder, *self.folder.parents):
             if path.exists() and not path.is_dir():
                 raise PrefixMemoryError(f"{path} is a file. Give a folder that does not exist yet.")
@@ -85,34 +92,55 @@ class Output:
                 raise PrefixMemoryError(
                     f"{self.folder} holds files that are no run of prefixmemory. Give a folder that does not exist yet."
                 )
+            foreign = sorted(path.name for path in self.folder.iterdir() if path.name not in OWN)
+            if foreign:
+                raise PrefixMemoryError(
+                    f"{self.folder} holds {foreign[0]!r}, which no run wrote and which would be deleted with the "
+                    "earlier run. Move it away, or give another folder."
+                )
             if not (overwrite or resume):
                 raise PrefixMemoryError(
                     f"{self.folder} already holds a finished run. Give another folder, or --overwrite to replace it "
                     "once the new run is complete."
                 )
         for path in (self.partial, self.replaced):
-            if path.exists() and not (path / RECORD).is_file():
+            # the Trainer makes an empty folder for checkpoints before anything is written down
+            if not (path / RECORD).is_file() and any(not found.is_dir() for found in path.rglob("*")):
                 raise PrefixMemoryError(f"{path} holds files that are no run of prefixmemory. Give another folder.")
         if resume and not (self.partial / RECORD).is_file():
             raise PrefixMemoryError(f"There is no interrupted run at {self.partial}. Leave --resume out to start one.")
-        if self.partial.exists() and not (resume or overwrite):
+        if (self.partial / RECORD).exists() and not (resume or overwrite):
             raise PrefixMemoryError(
                 f"{self.partial} holds an interrupted run. Give --resume to go on with it, or --overwrite to start "
                 "afresh."
             )
 
-    def begin(self, plan: dict[str, Any], resume: bool) -> None:
+    def begin(self, plan: dict[str, Any], resume: bool, overwrite: bool = False) -> None:
         """Write down what is going to be run, or check that an interrupted run was the same.
 
         Raises:
             PrefixMemoryError: resuming with other settings than the interrupted run's.
         """
         if not resume:
-            if self.partial.exists():
+            if overwrite and self.partial.exists():
                 shutil.rmtree(self.partial)
+            try:
+                self.partial.mkdir(parents=True, exist_ok=True)
+                (self.partial / RECORD).open("x").close()  # of two runs that begin at once, one gets it
+            except FileExistsError as error:
+                raise PrefixMemoryError(
+                    f"Another run has just begun in {self.partial}. Give another folder."
+                ) from error
+            except OSError as error:
+                raise PrefixMemoryError(
+                    f"{self.partial} cannot be made: {error.strerror}. Give another folder."
+                ) from error
             write_json(self.partial / RECORD, plan)
             return
-        before = json.loads((self.partial / RECORD).read_text(encoding="utf-8"))
+        written = (self.partial / RECORD).read_bytes()
+        if not written:  # the machine died between making the file and writing it
+            raise PrefixMemoryError(f"The run at {self.partial} was stopped before it began. Use --overwrite.")
+        before = json.loads(written)
         for field, value in plan.items():
             if before.get(field) != value:
                 raise PrefixMemoryError(
@@ -164,6 +192,7 @@ def run_training(
     validation: Rows = (),
     data: Mapping[str, Any] | None = None,
     report_to: Sequence[str] = (),
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """Train an adapter for ``model`` on ``rows`` and leave it in ``output``; returns the record that lies beside it.
 
@@ -183,6 +212,7 @@ def run_training(
         validation: rows for the validation loss.
         data: names of the data, for the record.
         report_to: trackers that receive the metrics.
+        quantization: how ``model`` was quantised when it was loaded, for the record.
 
     Raises:
         Interrupted: ctrl-C; ``output.partial`` holds what is needed to resume.
@@ -194,7 +224,8 @@ def run_training(
     check_objective(settings.objective, rows)
     # what does not fit is refused before anything is written
     features, held_out = (features_of(part, tokenizer, settings) for part in (rows, validation))
-    plan = _plan(model, model_name, rows, settings, config)
+    check_context(model, (*features, *held_out))
+    plan = {**_plan(model, model_name, rows, validation, settings, config), "quantization": quantization}
     if resume:
         last_checkpoint(output.partial / "checkpoints")
     use_cache = getattr(model.config, "use_cache", None)
@@ -211,7 +242,7 @@ def run_training(
         check_trainable(adapted)
         adapted.peft_config["default"].base_model_name_or_path = model_name
         if writes:
-            output.begin(plan, resume)
+            output.begin(plan, resume, overwrite)
         started = time.monotonic()
         with tensorboard_in(output.partial / "runs", trainer):
             progress = [show_progress(console)] if console is not None and writes else []
@@ -219,7 +250,7 @@ def run_training(
         record = {
             **plan,
             "data": dict(data or {}),
-            "train_loss": metrics["train_loss"],
+            "train_loss": _train_loss(trainer, metrics, resume),
             **({"validation_loss": metrics["eval_loss"]} if "eval_loss" in metrics else {}),
             "train_seconds": round(time.monotonic() - started, 1),
             "processes": trainer.args.world_size,
@@ -262,6 +293,16 @@ def features_of(
     return tokenize(render(rows, tokenizer), tokenizer, max_length or settings.max_length)
 
 
+def check_context(model: PreTrainedModel, features: Sequence[Mapping[str, Sequence[int]]]) -> None:
+    """Refuse rows that are longer than the base model can read."""
+    longest = max((len(feature["input_ids"]) for feature in features), default=0)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    if longest > limit:
+        raise PrefixMemoryError(
+            f"The longest row has {longest} tokens, and the base model reads {limit} at most. Set max_length={limit}."
+        )
+
+
 def check_installed(recipe: Recipe) -> None:
     """Refuse a recipe that asks for a package which is not installed."""
     check_trackers(recipe.report_to)
@@ -296,6 +337,7 @@ def run_recipe(recipe: Recipe, resume: bool, overwrite: bool, console: Console) 
         validation,
         {name: value for name, value in asdict(recipe.data).items() if value is not None},
         recipe.report_to,
+        recipe.quantization,
     )
 
 
@@ -308,6 +350,7 @@ def _plan(
     model: PreTrainedModel,
     model_name: str,
     rows: Rows,
+    validation: Rows,
     settings: TrainingSettings,
     config: PeftConfig,
 ) -> dict[str, Any]:
@@ -319,12 +362,25 @@ def _plan(
         "settings": asdict(settings),
         "rows": len(rows),
         "row_format": row_format(rows),
-        "rows_sha256": hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest(),
+        "rows_sha256": _checksum(rows),
+        "validation_sha256": _checksum(validation) if validation else None,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": getattr(model.config, "_attn_implementation", None),
     }
     # As it will be read back: sets become lists.
     as_read = json.dumps(plan, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     return cast(dict[str, Any], json.loads(as_read))
+
+
+def _checksum(rows: Rows) -> str:
+    """Of rows as they were read; Parquet holds dates and bytes beside texts."""
+    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _train_loss(trainer: Trainer, metrics: Mapping[str, float], resumed: bool) -> float:
+    """Mean loss of the run; the Trainer's own figure forgets what was before a resume."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return sum(losses) / len(losses) if resumed and losses else metrics["train_loss"]
 
 
 def _size(model: nn.Module) -> int:

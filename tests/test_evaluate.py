@@ -1,0 +1,360 @@
+"""``prefixmemory evaluate``: figures equal an independent computation, and an adapter that does nothing gets none."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.nn.functional import log_softmax
+from transformers import AutoModelForCausalLM
+
+import tiny
+from command_line import call, files_of, jsonl, save_talker
+from prefixmemory import PrefixMemoryConfig
+from prefixmemory.layer import set_scale
+from prefixmemory.training.card import is_ours
+
+TOKENIZER = tiny.tokenizer()
+#: Texts of unlike lengths, so that batches are padded.
+TICKETS = [{"text": f"line {i} is dead" + " again" * (i % 5), "label": "abc"[i % 3]} for i in range(24)]
+TEST = [{"text": f"phone {i}" + " rings" * (i % 4), "label": "abca"[i % 4]} for i in range(10)]
+QUESTIONS = [{"prompt": "why" + "?" * i, "completion": "so" + "!" * (i % 3)} for i in range(7)]
+MESSAGES = [
+    {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+    for row in QUESTIONS
+]
+METHODS = {
+    "memory": (),
+    "lora": ("--method", "lora", "--set", "method.target_modules=all-linear"),
+    "prompt_tuning": ("--method", "prompt_tuning", "--set", "method.num_virtual_tokens=4"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, an adapter of each method, and test rows of each kind."""
+    folder = tmp_path_factory.mktemp("made")
+    save_talker(folder / "base")
+    for name, rows in (("tickets", TICKETS), ("test", TEST), ("questions", QUESTIONS), ("messages", MESSAGES)):
+        jsonl(folder / f"{name}.jsonl", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, words in METHODS.items():
+            common = ("--data", "tickets.jsonl", "--output", name, "--learning-rate", 0.03, "--epochs", 6)
+            call("train", "--model", "base", "--dtype", "float32", *common, *words).success  # noqa: B018
+    return folder
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    # bfloat16 where it is fast would make the comparisons coarse
+    monkeypatch.setattr("prefixmemory.adapters.fast_dtype", lambda: "float32")
+    return tmp_path
+
+
+def models(folder: str) -> tuple[nn.Module, nn.Module]:
+    base = AutoModelForCausalLM.from_pretrained("base")
+    return base, PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), folder).eval()
+
+
+def rendered(row: dict[str, str]) -> tuple[str, str]:
+    """Prompt and completion, written out."""
+    if "text" in row:
+        return f"Text: {row['text']}\nLabel:", f" {row['label']}<eos>"
+    return f"<|user|>{row['prompt']}<eos><|assistant|>", f"{row['completion']}<eos>"
+
+
+def log_likelihood(model: nn.Module, prompt: str, completion: str) -> float:
+    """Of the tokens of ``completion``, one row alone, without padding."""
+    ids, answer = TOKENIZER(prompt + completion)["input_ids"], TOKENIZER(completion)["input_ids"]
+    with torch.no_grad():
+        scores = log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -len(answer) - 1 : -1], -1)
+    return float(scores[range(len(answer)), answer].sum())
+
+
+def loss_of(model: nn.Module, rows: list[dict[str, str]]) -> float:
+    """Mean negative log-likelihood of the completions' tokens."""
+    total = sum(log_likelihood(model, *rendered(row)) for row in rows)
+    return -total / sum(len(TOKENIZER(rendered(row)[1])["input_ids"]) for row in rows)
+
+
+def answer_of(model: nn.Module, row: dict[str, str]) -> str:
+    """First line of the likeliest text, one token at a time."""
+    ids = TOKENIZER(rendered(row)[0])["input_ids"]
+    length = len(ids)
+    while len(ids) < length + 8 and ids[-1] != TOKENIZER.eos_token_id:
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    lines = TOKENIZER.decode(ids[length:], skip_special_tokens=True).splitlines()
+    return next((line.strip() for line in lines if line.strip()), "")
+
+
+def evaluate(adapter: str, data: str, *words: object) -> dict[str, object]:
+    """What the command wrote with ``--output``."""
+    file = Path("figures.json")
+    file.unlink(missing_ok=True)
+    call("evaluate", "--adapter", adapter, "--data", data, "--output", file, "--max-new-tokens", 8, *words).success  # noqa: B018
+    return json.loads(file.read_text())
+
+
+# Figures
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_figures_are_those_of_an_independent_computation(place, name):
+    found = evaluate(name, "test.jsonl", "--batch-size", 4)
+    both = models(name)
+    metrics = found["metrics"]
+    for side, model in zip(("base model", "adapter"), both, strict=True):
+        loss = loss_of(model, TEST)
+        assert metrics["loss (nats a token)"][side] == pytest.approx(loss, rel=1e-5)
+        assert metrics["perplexity"][side] == pytest.approx(math.exp(loss), rel=1e-4)
+        said = [answer_of(model, row) for row in TEST]
+        assert [detail[side] for detail in found["details"]] == said
+        right = sum(a == row["label"] for a, row in zip(said, TEST, strict=True))
+        assert metrics["accuracy (%)"][side] == pytest.approx(100 * right / len(TEST))
+    assert [(detail["text"], detail["label"]) for detail in found["details"]] == [(r["text"], r["label"]) for r in TEST]
+    losses = metrics["loss (nats a token)"]
+    assert abs(losses["base model"] - losses["adapter"]) > 0.02  # the two columns are not one
+    assert found["data"] == "test.jsonl" and found["rows"] == 10 and found["versions"]["torch"] == torch.__version__
+
+
+def test_the_memory_answers_better_than_its_base_model(place):
+    metrics = evaluate("memory", "tickets.jsonl")["metrics"]
+    assert metrics["accuracy (%)"]["adapter"] > metrics["accuracy (%)"]["base model"] + 20
+
+
+@pytest.mark.parametrize("data", ["questions.jsonl", "messages.jsonl"])
+def test_questions_are_rendered_by_the_chat_template(place, data):
+    found = evaluate("memory", data)
+    for side, model in zip(("base model", "adapter"), models("memory"), strict=True):
+        assert found["metrics"]["loss (nats a token)"][side] == pytest.approx(loss_of(model, QUESTIONS), rel=1e-5)
+    assert set(found["metrics"]) == {"loss (nats a token)", "perplexity"} and found["details"] == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_figures_do_not_depend_on_the_batch_size(place, batch_size):
+    one, other = evaluate("memory", "test.jsonl", "--batch-size", batch_size), evaluate("memory", "test.jsonl")
+    assert one["details"] == other["details"]
+    for name, sides in one["metrics"].items():
+        assert sides == pytest.approx(other["metrics"][name], rel=1e-5)
+
+
+def test_the_table_shows_what_the_file_holds(place):
+    words = ("evaluate", "--adapter", "memory", "--data", "test.jsonl", "--limit", 4)
+    lines = call(*words, "--output", "figures.json").success.splitlines()
+    assert lines[0] == "data test.jsonl, rows 4" and lines[1].split() == ["base", "model", "adapter"]
+    metrics = json.loads(Path("figures.json").read_text())["metrics"]
+    assert len(lines) == 2 + len(metrics)
+    for line, (name, sides) in zip(lines[2:], metrics.items(), strict=True):
+        assert line.startswith(f"{name} ") and line.split()[-2:] == [
+            f"{sides[s]:.4g}" for s in ("base model", "adapter")
+        ]
+
+
+def test_a_limit_draws_the_same_rows_each_time(place):
+    drawn = [[detail["text"] for detail in evaluate("memory", "test.jsonl", "--limit", 4)["details"]] for _ in range(2)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 4
+
+
+# Rows as in training
+
+
+def test_columns_of_the_training_data_are_known_again(place):
+    theirs = [{"question": row["text"], "topic": row["label"]} for row in TICKETS]
+    jsonl(place / "theirs.jsonl", theirs)
+    columns = "data.columns={text: question, label: topic}"
+    call("train", "--model", "base", "--data", "theirs.jsonl", "--output", "mapped", "--set", columns).success  # noqa: B018
+    found, ours = evaluate("mapped", "theirs.jsonl"), evaluate("mapped", "tickets.jsonl")  # our names work as well
+    assert found["metrics"] == ours["metrics"] and found["details"] == ours["details"]
+    theirs[5]["topic"] = ""
+    jsonl(place / "theirs.jsonl", theirs)
+    refusal = call("evaluate", "--adapter", "mapped", "--data", "theirs.jsonl").refusal
+    assert "theirs.jsonl, line 6: 'label' is ''" in refusal  # not: has no column 'text'
+
+
+# An adapter that does nothing
+
+
+def untrained(folder: Path, config: PrefixMemoryConfig | LoraConfig) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), config)
+    model.peft_config["default"].base_model_name_or_path = "base"
+    model.save_pretrained(folder)
+
+
+def change_scale(folder: Path, scale: float) -> None:
+    shutil.copytree("memory", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "scale": scale}))
+
+
+NOTHING: dict[str, Callable[[Path], None]] = {
+    "a memory of zeros": lambda folder: untrained(folder, PrefixMemoryConfig(task_type="CAUSAL_LM")),
+    "a memory of rank 2, B zero": lambda folder: untrained(folder, PrefixMemoryConfig(task_type="CAUSAL_LM", rank=2)),
+    "lora, B zero": lambda folder: untrained(folder, LoraConfig(task_type="CAUSAL_LM")),
+    "a scale of 0": lambda folder: change_scale(folder, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("words", [("--data", "test.jsonl", "--save"), ("--tasks", "tickets")], ids=["rows", "harness"])
+def test_an_adapter_that_changes_nothing_is_refused(place, name, words):
+    NOTHING[name](place / "nothing")
+    before = files_of(place)
+    message = call("evaluate", "--adapter", "nothing", *words, "--output", "figures.json").refusal
+    assert "The adapter nothing changes nothing: its logits equal the base model's, bit for bit" in message
+    assert files_of(place) == before
+
+
+def test_a_small_scale_is_not_nothing(place):
+    # The control of the refusals above.
+    change_scale(place / "little", 0.1)
+    losses = evaluate("little", "test.jsonl")["metrics"]["loss (nats a token)"]
+    assert losses["base model"] != losses["adapter"]
+    adapted = models("memory")[1]
+    set_scale(adapted, 0.1)
+    assert losses["adapter"] == pytest.approx(loss_of(adapted, TEST), rel=1e-5)
+
+
+# What is written
+
+
+def test_save_adds_the_figures_to_record_and_card(place):
+    figures, before = evaluate("memory", "test.jsonl"), json.loads(Path("memory/run.json").read_text())
+    weights = Path("memory/adapter_model.safetensors").read_bytes()
+    words = ("evaluate", "--adapter", "memory", "--max-new-tokens", 8, "--save")
+    call(*words, "--data", "test.jsonl").success  # noqa: B018
+    call(*words, "--data", "questions.jsonl").success  # noqa: B018
+    after = json.loads(Path("memory/run.json").read_text())
+    saved = after.pop("metrics")
+    assert after == before
+    for name, sides in figures["metrics"].items():
+        entry = saved[f"{name}, data: test.jsonl, rows: 10"]
+        assert entry == pytest.approx({"value": sides["adapter"], "base model": sides["base model"]})
+    assert len(saved) == 3 + 2  # both data sets
+    card = Path("memory/README.md").read_text()
+    assert is_ours(card)
+    for name, entry in saved.items():
+        assert f"| {name} | {entry['value']:.4g} | base model: {entry['base model']:.4g} |" in card
+    assert Path("memory/adapter_model.safetensors").read_bytes() == weights
+    call("generate", "--adapter", "memory", "--prompt", "x", "--max-new-tokens", 1).success  # noqa: B018
+
+
+def test_without_save_the_adapter_stays_as_it_is(place):
+    before = files_of(place / "memory")
+    call("evaluate", "--adapter", "memory", "--data", "test.jsonl").success  # noqa: B018
+    assert files_of(place / "memory") == before
+
+
+def test_a_card_that_was_edited_is_left_alone(place):
+    (place / "memory" / "README.md").write_text("My own words.")
+    call("evaluate", "--adapter", "memory", "--data", "test.jsonl", "--save").success  # noqa: B018
+    assert (place / "memory" / "README.md").read_text() == "My own words."
+    assert "metrics" in json.loads((place / "memory" / "run.json").read_text())
+
+
+def test_output_never_overwrites(place):
+    (place / "figures.json").write_text("mine")
+    words = ("evaluate", "--adapter", "memory", "--data", "test.jsonl", "--output", "figures.json")
+    assert "figures.json exists already" in call(*words).refusal
+    assert (place / "figures.json").read_text() == "mine"
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        ((), "Give either --data FILE, or --tasks"),
+        (("--data", "test.jsonl", "--tasks", "tickets"), "Give either --data FILE, or --tasks"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        (("--data", "pairs.jsonl"), "pairs.jsonl, line 1: has ['prompt', 'chosen', 'rejected'], which name no one"),
+        (("--data", "test.jsonl", "--limit", 0), "limit=0"),
+        (("--data", "test.jsonl", "--batch-size", 0), "batch_size=0"),
+        (("--data", "test.jsonl", "--max-new-tokens", 0), "max_new_tokens=0"),
+        (("--tasks", "tickets", "--include-path", "nowhere"), "include_path=nowhere is no folder"),
+    ],
+)
+def test_bad_input_is_one_line(place, words, phrase):
+    jsonl(place / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    assert phrase in call("evaluate", "--adapter", "memory", *words).refusal
+
+
+def test_a_damaged_record_is_one_line(place):
+    (place / "memory" / "run.json").write_text('{"data": {"tr')
+    assert "run.json is truncated or damaged" in call("evaluate", "--adapter", "memory", "--data", "test.jsonl").refusal
+    assert "run.json is truncated or damaged" in call("generate", "--adapter", "memory", "--prompt", "x").refusal
+
+
+def test_figures_of_an_adapter_on_the_hub_are_not_saved_into_its_cache(place, monkeypatch):
+    monkeypatch.setattr("prefixmemory.hub.adapter_folder", lambda name: place / "memory")
+    before = files_of(place)
+    words = ("evaluate", "--adapter", "user/memory", "--data", "test.jsonl", "--save")
+    assert "this one is on the Hub" in call(*words).refusal
+    assert files_of(place) == before
+
+
+# lm-evaluation-harness
+
+
+TASK = r"""
+task: tickets
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {file}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Text: {{{{text}}}}\nLabel:"
+doc_to_target: label
+doc_to_choice: [a, b, c, i, r, s]
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1}}
+"""
+
+
+@pytest.fixture
+def task(place: Path) -> Path:
+    pytest.importorskip("lm_eval")
+    (place / "my-tasks").mkdir()
+    file = place / "my-tasks" / "tickets.yaml"
+    file.write_text(TASK.format(file="test.jsonl"))
+    return file
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of lm-evaluation-harness's imports
+
+
+def test_a_task_of_ones_own_is_scored_without_a_network(place, task):
+    words = ("evaluate", "--adapter", "memory", "--tasks", "tickets", "--include-path", "my-tasks")
+    table = call(*words, "--output", "figures.json", "--save").success
+    found = json.loads((place / "figures.json").read_text())
+    expected = []
+    for model in models("memory"):
+        prompts = [f"Text: {row['text']}\nLabel:" for row in TEST]
+        likeliest = [max("abcirs", key=lambda label, p=p: log_likelihood(model, p, f" {label}")) for p in prompts]
+        expected.append(sum(a == row["label"] for a, row in zip(likeliest, TEST, strict=True)) / len(TEST))
+    assert found["metrics"] == {"tickets: acc": {"base model": expected[0], "adapter": expected[1]}}
+    assert expected[0] != expected[1]  # the two columns are not one
+    assert f"{expected[0]:.4g}" in table and f"{expected[1]:.4g}" in table
+    saved = json.loads((place / "memory" / "run.json").read_text())["metrics"]
+    assert saved["tickets: acc, tasks: tickets, limit: none"] == {"value": expected[1], "base model": expected[0]}
+
+
+def test_a_task_without_its_data_is_one_line(place, task):
+    task.write_text(TASK.format(file="nowhere.jsonl"))
+    words = ("evaluate", "--adapter", "memory", "--tasks", "tickets", "--include-path", "my-tasks")
+    answer = call(*words)
+    assert answer.code == 1 and answer.out == ""
+    message = answer.err.splitlines()[-1]  # the harness has its own lines before
+    assert message.startswith("error: The data of tickets cannot be loaded: Unable to find") and "data_files" in message
