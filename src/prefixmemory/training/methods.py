@@ -22,8 +22,10 @@ _COMMON = {field.name for field in fields(PeftConfig)} | {"base_model_fingerprin
 #: Methods that need more than rows and a Trainer.
 _NOT_HERE = {
     "adalora": "a training loop that reallocates its ranks",
+    "cpt": "examples that are part of its config",
     "multitask_prompt_tuning": "a task id with every row",
     "poly": "a task id with every row",
+    "trainable_tokens": "tokens that were added to the vocabulary",
     "xlora": "LoRAs that were trained before",
 }
 #: Start values of LoRA that take a part out of the base weights.
