@@ -9,6 +9,8 @@ import os
 # Tests must not reach for a network; transformers and PEFT then answer from files at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread a process: pytest-xdist has one process a core. accelerate warns where this is left open.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before the hook below: what is imported while it compiles a module of ours would be compiled by it too.
 import peft  # noqa: F401
