@@ -111,6 +111,8 @@ EFFECTS: dict[str, Callable[[str], bool]] = {
     "generate": lambda out: out.startswith("base model: ") and "\nwith memory: " in out,
     "chat": lambda out: len(out) > 1,
     "push": lambda out: out == "Uploaded to https://huggingface.co/my-name/tickets-memory/4\n",
+    "tickets-inspected": lambda out: any(Path("tickets-inspected").glob("*.html")),
+    "tickets-tradeoff": lambda out: Path("tickets-tradeoff/tradeoff.png").stat().st_size > 10_000,
     "recipes ls": lambda out: "classification" in out,
     "recipes cp": lambda out: Path("my-tickets.yaml").is_file(),
     "recipes validate": lambda out: "24 rows to train on" in out,

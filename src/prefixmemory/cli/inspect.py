@@ -43,7 +43,7 @@ def inspect(
 
     \b
     Example: prefixmemory inspect tickets-memory --output tickets-inspected
-    Example: prefixmemory inspect prefix-1 prefix-16 prefix-256 --what tradeoff --output tradeoff
+    Example: prefixmemory inspect tickets-memory --what tradeoff --output tickets-tradeoff
     """
     from functools import partial
 
