@@ -38,7 +38,7 @@ LOW_RANK = {"rank": 3, "feature_map": "mlp"}
 TENSOR_PARALLEL_FAMILIES = ("llama_gqa", "qwen3", "gemma2", "gpt_neox", "phi3")
 TENSOR_PARALLEL_CONFIGS = (
     {},
-    {"rank": None},
+    {"rank": None, "answer_limit": None},
     LOW_RANK,
     {"share_heads": True, **LOW_RANK},
     {"query": "rotary", "normalize": "query_rms"},

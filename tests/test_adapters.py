@@ -37,8 +37,8 @@ def logits(model: nn.Module, ids: Tensor | None = None, **kwargs: Any) -> Tensor
 
 
 def config(**fields: Any) -> PrefixMemoryConfig:
-    """Of a full memory unless ``rank`` is given, as that of ``tiny.with_memory``."""
-    return PrefixMemoryConfig(task_type="CAUSAL_LM", **{"rank": None, **fields})
+    """Of a memory in the paper's form but for ``fields``, as that of ``tiny.with_memory``."""
+    return PrefixMemoryConfig(task_type="CAUSAL_LM", **{"rank": None, "answer_limit": None, **fields})
 
 
 def add(model: PeftModel, name: str, seed: int, **fields: Any) -> None:
@@ -138,6 +138,7 @@ def test_only_the_active_adapter_trains():
         {"rank": 2},
         {"share_heads": True},
         {"normalize": "query_rms"},
+        {"answer_limit": 0.3, "query": "rotary"},
     ],
     ids=str,
 )
@@ -237,6 +238,7 @@ SUMMABLE: dict[str, dict[str, Any]] = {
     "mlp": {"feature_map": "mlp"},
     "rotary": {"query": "rotary"},
     "scaled": {"scale": 0.37},
+    "limited": {"answer_limit": 0.3, "scale": 0.37},
 }
 
 
@@ -285,8 +287,6 @@ def test_an_adapter_less_itself_is_the_base_model(variant):
     [
         ({}, {}),
         ({"scale": 0.5}, {"scale": 2.0}),
-        (tiny.DEFAULT, tiny.DEFAULT),
-        (tiny.DEFAULT, {}),
         ({"rank": 2}, {"rank": 3}),
         ({"rank": 2}, {}),
         ({"rank": 2, "scale": 0.5}, {"rank": 2}),
@@ -361,6 +361,8 @@ def test_summing_does_not_change_which_parameters_train(tmp_path):
         ({}, {"query": "rotary"}, "query is 'content' and 'rotary'"),
         ({}, {"share_heads": True}, "share_heads is False and True"),
         ({}, {"layers_to_transform": [0]}, "they adapt different layers"),
+        ({}, {"answer_limit": 0.3}, "answer_limit is None and 0.3"),
+        ({"answer_limit": 0.7, "rank": 2}, {"answer_limit": 0.3, "rank": 2}, "answer_limit is 0.7 and 0.3"),
     ],
     ids=str,
 )
@@ -506,6 +508,7 @@ ROW_VARIANTS: list[dict[str, Any]] = [
     {"scale": 0.5},
     tiny.DEFAULT,
     {"layers_to_transform": [1]},
+    {"answer_limit": 0.3, "query": "rotary"},
 ]
 
 
@@ -729,9 +732,9 @@ def test_unload_with_several_adapters_gives_the_base_model():
     assert list(unloaded.state_dict()) == list(base.state_dict())
 
 
-@pytest.mark.parametrize("query", ["content", "rotary"])
-def test_a_deep_copy_is_independent_of_the_original(query):
-    model = tiny.with_memory(tiny.build(), query=query)
+@pytest.mark.parametrize("fields", [{}, {"query": "rotary"}, tiny.DEFAULT], ids=str)
+def test_a_deep_copy_is_independent_of_the_original(fields):
+    model = tiny.with_memory(tiny.build(), **fields)
     before = logits(model)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), before)
@@ -781,8 +784,9 @@ def test_peft_reports_layers_adapters_and_trainable_parameters(capsys):
 # Scale
 
 
-def test_set_scale_is_a_factor_on_the_memory():
-    model = two_adapters()
+@pytest.mark.parametrize("fields", [{}, tiny.DEFAULT], ids=str)
+def test_set_scale_is_a_factor_on_the_answer(fields):
+    model = two_adapters(fields, fields)
     with model.disable_adapter():
         base = bias(model)
     full = bias(model, base)

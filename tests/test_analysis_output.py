@@ -41,9 +41,9 @@ def test_effective_rank() -> None:
     assert effective_rank(torch.zeros(3)) == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_bias_of_a_memory_is_its_answer_behind_the_output_projection(family: str) -> None:
-    model, ids = tiny.with_memory(tiny.build(family)), tiny.tokens(2, 9)
+@pytest.mark.parametrize(("family", "limit"), [*((family, None) for family in FAMILIES), ("llama_gqa", 0.3)])
+def test_the_bias_of_a_memory_is_its_answer_behind_the_output_projection(family: str, limit: float | None) -> None:
+    model, ids = tiny.with_memory(tiny.build(family), answer_limit=limit), tiny.tokens(2, 9)
     found = biases(model, ids)
     answers: dict[str, torch.Tensor] = {}
     handles = []
@@ -53,7 +53,8 @@ def test_the_bias_of_a_memory_is_its_answer_behind_the_output_projection(family:
         def keep(module: object, args: tuple[torch.Tensor, ...], output: torch.Tensor, name: str = name) -> None:
             answers[name] = output.reshape(2, 9, -1)
 
-        handles.append(layer.memory("default").register_forward_hook(keep))
+        memory = layer.memory("default")
+        handles.append((memory if limit is None else memory.mixing).register_forward_hook(keep))
     with torch.no_grad():
         model(ids)
     for handle in handles:
@@ -253,8 +254,9 @@ def test_without_a_memory_there_is_no_readout(kind: str) -> None:
 # Ablations
 
 
-def test_ablation_is_the_loss_without_the_heads_memory() -> None:
-    model, ids = tiny.with_memory(tiny.build()), tiny.tokens(2, 12)
+@pytest.mark.parametrize("limit", [None, 0.3])
+def test_ablation_is_the_loss_without_the_heads_memory(limit: float | None) -> None:
+    model, ids = tiny.with_memory(tiny.build(), answer_limit=limit), tiny.tokens(2, 12)
     found = ablate(model, lambda: text_loss(model, ids))
     assert found.loss == pytest.approx(float(model(ids, labels=ids).loss.detach()), abs=1e-6)
     bank = layer_of(model, 1).prefix_memory.memory("default").M

@@ -272,13 +272,40 @@ def test_the_key_stands_for_everything_that_decides_a_run(tmp_path, monkeypatch)
     ],
     ids=str,
 )
-def test_records_from_before_the_default_rank_and_rate_changed_are_found_again(tmp_path, adapter, rate, name):
-    """The names are those that records had when a memory was full and trained at 3e-4 by default."""
+def test_records_from_before_defaults_changed_are_found_again(tmp_path, adapter, rate, name):
+    """The names are those that records had when a memory was full, without a limit, and trained at 3e-4 by default."""
     method = "prefixmemory" if adapter.get("rank", 8) else "full"
+    assert key_of(tmp_path, method, rate, **adapter, answer_limit=None) == name
+
+
+def key_of(folder: Path, method: str, rate: float, **adapter: Any) -> str:
     own = {"use": "prefixmemory", "name": method, "adapter": {"name": "prefix_memory", **adapter}}
-    loaded = load_suite(write(tmp_path, methods=[own]))
+    loaded = load_suite(write(folder, methods=[own]))
     loaded = dataclasses.replace(loaded, suite=dataclasses.replace(loaded.suite, model="base"))
-    assert key(loaded, Run("letters", method, "final", rate, 3), {"letters": "rows"}) == name
+    return key(loaded, Run("letters", method, "final", rate, 3), {"letters": "rows"})
+
+
+def test_the_keys_of_memories_with_a_limit_are_new(tmp_path):
+    def named(**adapter: Any) -> str:
+        return key_of(tmp_path, "prefixmemory", 2e-3, **adapter)
+
+    assert named() == named(**tiny.DEFAULT) == named(rank=tiny.DEFAULT["rank"])
+    assert len({named(), named(answer_limit=0.37), named(rank=None), named(answer_limit=None)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("prefixmemory-published", "7e0371fa55"),
+        ("prefix-inside", "16d4824976"),
+        ("prefix-outside", "8898d37ed5"),
+        ("prefix-kernel", "4c0975aa58"),
+    ],
+)
+def test_shipped_methods_that_have_no_limit_keep_their_records(tmp_path, method, name):
+    loaded = load_suite(write(tmp_path, methods=[method]))
+    loaded = dataclasses.replace(loaded, suite=dataclasses.replace(loaded.suite, model="base"))
+    assert key(loaded, Run("letters", method, "final", 2e-3, 3), {"letters": "rows"}) == name
 
 
 def test_a_failed_run_is_kept_and_tried_again_only_when_asked(tmp_path):

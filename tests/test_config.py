@@ -49,6 +49,18 @@ MAPS = "elu, gelu, relu, silu, identity, softmax, mlp"
         ({"rank": -3}, "rank=-3 is out of range: give a positive integer, or None."),
         ({"rank": 2.0}, "rank=2.0 is out of range: give a positive integer, or None."),
         ({"rank": "8"}, "rank='8' is out of range: give a positive integer, or None."),
+        *(
+            ({"answer_limit": value}, f"answer_limit={value!r} is out of range: give a number above 0, or None.")
+            for value in (0, 0.0, -1, float("nan"), float("inf"), "0.5")
+        ),
+        (
+            {"mixing": "layer", "answer_limit": 0.3},
+            "answer_limit=0.3 needs mixing='none': where λ mixes, λ sets the memory's share.",
+        ),
+        (
+            {"prefix_length": 3, "answer_limit": 0.3},
+            "answer_limit=0.3 needs prefix_length=None: it is made for a free memory.",
+        ),
         ({"feature_dim": 0}, "feature_dim=0 is out of range: give a positive integer, or None."),
         ({"target_modules": "("}, "target_modules='(' is not a valid regular expression"),
         ({"exclude_modules": "*a"}, "exclude_modules='*a' is not a valid regular expression"),
@@ -82,6 +94,9 @@ def test_a_wrong_field_is_refused_by_name_value_and_fix(fields, message):
         {"scale": 0.0},
         {"scale": -2},
         {"rank": 1},
+        {"answer_limit": 0.001},
+        {"answer_limit": 7},
+        {"answer_limit": None},
         {"feature_dim": 3, "feature_map": "mlp"},
         {"target_modules": r".*\.self_attn"},
         {"layers_to_transform": [0], "layers_pattern": "h"},
@@ -105,13 +120,14 @@ def test_the_defaults_are_the_documented_ones():
     assert chosen["share_heads"] is False
 
 
-@pytest.mark.parametrize("fields", [{}, {"rank": 8}, {"rank": None}], ids=str)
+@pytest.mark.parametrize("fields", [{}, tiny.DEFAULT, {"rank": None, "answer_limit": None}], ids=str)
 @pytest.mark.parametrize("placement", ["inside", "outside"])
-def test_prefix_vectors_have_no_rank_in_the_config_and_its_file(placement, fields, tmp_path):
+def test_prefix_vectors_have_no_rank_and_no_limit_in_the_config_and_its_file(placement, fields, tmp_path):
     config = PrefixMemoryConfig(placement=placement, prefix_length=3, **fields)
-    assert config.rank is None
+    assert (config.rank, config.answer_limit) == (None, None)
     config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank"] is None
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["rank"], written["answer_limit"]) == (None, None)
     assert PrefixMemoryConfig.from_pretrained(tmp_path) == config
 
 
@@ -122,9 +138,19 @@ def test_prefix_vectors_refuse_a_rank_that_was_asked_for():
             PrefixMemoryConfig(prefix_length=3, rank=rank)
 
 
-def test_a_full_memory_stays_full_in_its_file(tmp_path):
-    PrefixMemoryConfig(rank=None).save_pretrained(tmp_path)
-    assert PrefixMemoryConfig.from_pretrained(tmp_path).rank is None
+def test_a_memory_that_mixes_has_no_limit_in_the_config_and_its_file(tmp_path):
+    for mixing in ("fixed", "layer", "head"):
+        config = PrefixMemoryConfig(mixing=mixing)
+        assert config.answer_limit is None and config.rank is not None
+        config.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["answer_limit"] is None
+        assert PrefixMemoryConfig.from_pretrained(tmp_path) == config
+
+
+def test_a_full_memory_without_a_limit_stays_so_in_its_file(tmp_path):
+    PrefixMemoryConfig(rank=None, answer_limit=None).save_pretrained(tmp_path)
+    loaded = PrefixMemoryConfig.from_pretrained(tmp_path)
+    assert (loaded.rank, loaded.answer_limit) == (None, None)
 
 
 # Feature maps
@@ -191,6 +217,7 @@ FULL: dict[str, Any] = dict(
 #: Those that exclude some of them, or each other.
 KERNEL: dict[str, Any] = dict(prefix_length=3, normalizer=True, reparameterize=4)
 INSIDE: dict[str, Any] = dict(placement="inside", prefix_length=3, similarity="softmax")
+LIMITED: dict[str, Any] = dict(answer_limit=0.37)
 OWN_MEMORY = {"memory", "memory_options"}  # need a registered one: test_own_memory.py
 WRITTEN_BY_US = {"weights_sha256", "peft_type", "peft_version", "auto_mapping"}
 
@@ -198,12 +225,12 @@ WRITTEN_BY_US = {"weights_sha256", "peft_type", "peft_version", "auto_mapping"}
 def test_the_full_examples_give_every_field_another_value_than_its_default():
     default = PrefixMemoryConfig()
     names = {f.name for f in dataclasses.fields(PrefixMemoryConfig)} - WRITTEN_BY_US
-    assert names == set(FULL) | set(KERNEL) | set(INSIDE) | OWN_MEMORY
-    for fields in (FULL, KERNEL, INSIDE):
+    assert names == set(FULL) | set(KERNEL) | set(INSIDE) | set(LIMITED) | OWN_MEMORY
+    for fields in (FULL, KERNEL, INSIDE, LIMITED):
         assert [name for name in fields if getattr(default, name) == fields[name]] == []
 
 
-@pytest.mark.parametrize("fields", [{}, FULL, KERNEL, INSIDE], ids=["default", "full", "kernel", "inside"])
+@pytest.mark.parametrize("fields", [{}, FULL, KERNEL, INSIDE, LIMITED], ids=str)
 def test_a_config_survives_dict_copy_and_file(fields, tmp_path):
     config = PrefixMemoryConfig(**fields)
     assert {name: getattr(config, name) for name in fields} == fields

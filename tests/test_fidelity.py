@@ -8,6 +8,7 @@ the query before rotation is caught where the family's modeling file rotates it,
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ class Oracle:
         if m is None:
             a, b = self.leaf(layer, "A"), self.leaf(layer, "B")
             m = torch.matmul(a, b)
-        return self.config.scale * self.per_head(m, heads)
+        return self.per_head(m, heads)
 
     def phi(self, layer: int, heads: int) -> Callable[[Tensor], Tensor]:
         if self.config.feature_map == "mlp":
@@ -116,18 +117,15 @@ _current: Oracle | None = None
 def oracle_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
     oracle = _current
     oracle.layers_called.append(module.layer_idx)
-    heads = query.shape[1]
-    out = reference.prefix_memory(
-        query,
-        key,
-        value,
-        memory=oracle.memory(module.layer_idx, heads),
-        phi=oracle.phi(module.layer_idx, heads),
-        allowed=attention_mask == 0,
-        memory_query=oracle.content_query if oracle.config.query == "content" else None,
-        scaling=scaling,
-        softcap=softcap,
-    )
+    heads, scale, limit = query.shape[1], oracle.config.scale, oracle.config.answer_limit
+    memory, phi = oracle.memory(module.layer_idx, heads), oracle.phi(module.layer_idx, heads)
+    asked = oracle.content_query if oracle.config.query == "content" and oracle.content_query is not None else query
+    attended = {"allowed": attention_mask == 0, "scaling": scaling, "softcap": softcap}
+    if limit is None:
+        out = reference.prefix_memory(query, key, value, scale * memory, phi, memory_query=asked, **attended)
+    else:
+        o = reference.attention(query, key, value, **attended)
+        out = o + scale * reference.limited(reference.read_memory(asked, memory, phi), o, limit)
     oracle.content_query = None
     return out.transpose(1, 2).contiguous(), None
 
@@ -236,6 +234,14 @@ def test_family_equals_the_oracle_in_logits_and_gradients(family, attention, que
     compare(family, attention, query=query)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_limited_answers_equal_the_oracle_in_logits_and_gradients(family, attention):
+    if (family, attention) == ("gemma2", "sdpa"):
+        pytest.skip("transformers has no sdpa for Gemma 2: it cannot cap the scores")
+    compare(family, attention, **DEFAULT)
+
+
 @pytest.mark.parametrize("normalize", ["none", "query_rms", "feature_l2"])
 @pytest.mark.parametrize("feature_map", [*PLAIN_MAPS, "mlp"])
 def test_feature_map_and_normalisation_equal_the_oracle(feature_map, normalize):
@@ -252,6 +258,9 @@ def test_feature_map_and_normalisation_equal_the_oracle(feature_map, normalize):
         dict(feature_map="mlp", feature_dim=5),
         dict(feature_map="mlp", feature_dim=5, rank=2, share_heads=True),
         dict(scale=-0.6),
+        dict(answer_limit=0.3),
+        dict(answer_limit=2.0, rank=3, share_heads=True, scale=-0.6),
+        dict(answer_limit=0.3, feature_map="mlp", feature_dim=5, normalize="query_rms"),
     ],
     ids=str,
 )
@@ -272,9 +281,9 @@ flex_warning = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @flex_warning
-@pytest.mark.parametrize("query", ["content", "rotary"])
-def test_flex_attention_equals_the_oracle_in_logits(query):
-    compare("llama_gqa", "flex_attention", backward=False, query=query)
+@pytest.mark.parametrize("config", [dict(query="content"), dict(query="rotary"), DEFAULT], ids=str)
+def test_flex_attention_equals_the_oracle_in_logits(config):
+    compare("llama_gqa", "flex_attention", backward=False, **config)
 
 
 @flex_warning
@@ -283,12 +292,12 @@ def test_flex_attention_equals_the_oracle_in_logits(query):
     not torch.cuda.is_available(),
     reason="gradients need a GPU: torch says 'FlexAttention does not support backward on CPU'",
 )
-@pytest.mark.parametrize("query", ["content", "rotary"])
-def test_flex_attention_equals_the_oracle_in_gradients(query, monkeypatch):
+@pytest.mark.parametrize("config", [dict(query="content"), dict(query="rotary"), DEFAULT], ids=str)
+def test_flex_attention_equals_the_oracle_in_gradients(config, monkeypatch):
     wider = copy.deepcopy(CONFIGS["llama_gqa"])
     wider.head_dim = 16  # flex attention on a GPU takes no smaller heads
     monkeypatch.setitem(CONFIGS, "llama_gqa", wider)
-    compare("llama_gqa", "flex_attention", device="cuda", query=query)
+    compare("llama_gqa", "flex_attention", device="cuda", **config)
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gemma3", "gpt_neox"])
@@ -304,6 +313,7 @@ def test_negative_control_another_memory_or_another_query_is_far_away(family):
         run_oracle(family, config, one_entry, ids, mask),
         run_oracle(family, config, parameters, ids, mask, query="rotary"),
         run_oracle(family, config, {n: p.roll(1, 0) for n, p in parameters.items()}, ids, mask),  # the next head's M
+        run_oracle(family, dataclasses.replace(config, answer_limit=2.0), parameters, ids, mask),  # a wide limit
     ):
         assert (ours.logits - theirs.logits).abs().max() > 1e3 * TOLERANCE
 

@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mlp": {"feature_map": "mlp", "feature_dim": 5},
     "rotary": {"query": "rotary", "normalize": "none", "scale": 0.5},
     "one_layer": {"layers_to_transform": [1]},
+    "limited": {"answer_limit": 0.3},
 }
 
 
@@ -85,7 +86,7 @@ def test_a_saved_adapter_comes_back_bit_equal(variant, tmp_path):
         assert getattr(loaded.peft_config["default"], name) == VARIANTS[variant][name]
 
 
-#: ``adapter_config.json`` as it was written when a memory was full by default; its fingerprint and checksum left out.
+#: ``adapter_config.json`` as it was written when a memory was full and had no limit; its fingerprint and checksum left out.
 FROM_BEFORE = """{
   "auto_mapping": null, "base_model_fingerprint": null, "base_model_name_or_path": null, "dropout": 0.0,
   "exclude_modules": null, "feature_dim": null, "feature_map": "elu", "inference_mode": true, "layers_pattern": null,
@@ -97,7 +98,7 @@ FROM_BEFORE = """{
 }"""
 
 
-def test_an_adapter_from_before_the_default_rank_loads_as_the_full_memory_that_it_is(tmp_path):
+def test_an_adapter_from_before_rank_and_limit_loads_as_the_full_memory_that_it_is(tmp_path):
     full = tiny.with_memory(tiny.build(), fill=False)
     tensors = {}
     for number, layer in enumerate(memory_layers(full)):
@@ -108,11 +109,12 @@ def test_an_adapter_from_before_the_default_rank_loads_as_the_full_memory_that_i
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
 
     loaded = PeftModel.from_pretrained(tiny.build(), tmp_path)
-    assert loaded.peft_config["default"].rank is None
+    assert loaded.peft_config["default"].rank is None and loaded.peft_config["default"].answer_limit is None
     assert torch.equal(logits(loaded), logits(full))
     assert different(logits(loaded), logits(tiny.build()))
     loaded.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / CONFIG).read_text())["rank"] is None
+    again = json.loads((tmp_path / "again" / CONFIG).read_text())
+    assert again["rank"] is None and again["answer_limit"] is None
     assert load_file(tmp_path / "again" / WEIGHTS).keys() == tensors.keys()
 
 

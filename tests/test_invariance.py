@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tiny import build, tokens, with_memory
+from tiny import DEFAULT, build, tokens, with_memory
 
 TOLERANCE = 1e-4
 CHANGED = 1e-3
@@ -127,8 +127,8 @@ def test_memory_moves_the_logits_far(family):
     """A control on what follows: there is an effect that the layouts could have disturbed."""
     ids = tokens()
     base = sharp(family)(ids).logits
-    for query in ("content", "rotary"):
-        assert (with_memory(sharp(family), query=query)(ids).logits - base).abs().max() > 100 * CHANGED
+    for config in ({"query": "content"}, {"query": "rotary"}, DEFAULT):
+        assert (with_memory(sharp(family), **config)(ids).logits - base).abs().max() > 100 * CHANGED
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -143,6 +143,12 @@ def test_content_query_gives_the_same_logits_in_every_layout(family, layout):
 def test_rotary_query_changes_exactly_where_tokens_move(family, layout):
     changed = change(with_memory(sharp(family), query="rotary"), layout)
     assert changed > CHANGED if layout in MOVED else changed < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama_gqa", "gemma3"])
+def test_a_limited_answer_is_the_same_in_every_layout(family, layout):
+    assert change(with_memory(sharp(family), **DEFAULT), layout) < TOLERANCE
 
 
 @pytest.mark.parametrize("config", [dict(normalize="none"), dict(feature_map="mlp"), dict(rank=2, share_heads=True)])
@@ -167,11 +173,14 @@ def generate(model: Model, ids: Tensor, mask: Tensor, **kwargs: object) -> Tenso
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("query", ["content", "rotary"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generate_gives_the_same_tokens_in_every_layout(family, query, beams):
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [*((f, {"query": q}) for f in FAMILIES for q in ("content", "rotary")), ("llama_gqa", DEFAULT)],
+    ids=str,
+)
+def test_generate_gives_the_same_tokens_in_every_layout(family, config, beams):
     """Holds for ``rotary`` too: generate() makes position ids that leave padding out."""
-    model = with_memory(sharp(family), query=query)
+    model = with_memory(sharp(family), **config)
     rows = questions()
     single = torch.cat([generate(model, r[None], torch.ones_like(r)[None], num_beams=beams) for r in rows])
     left_padded = pad(rows, "left")

@@ -29,7 +29,8 @@ _ITS_OWN = "a registered memory brings its own way to answer; give it what it ne
 _NO_KEYS = "a registered memory answers queries outside the softmax and has no prefix vectors"
 #: Fields that mean nothing to a registered memory, and why.
 OF_THE_PACKAGE = {
-    **dict.fromkeys(("feature_map", "feature_dim", "normalize", "rank", "share_heads", "dropout"), _ITS_OWN),
+    **dict.fromkeys(("feature_map", "feature_dim", "normalize", "rank", "share_heads"), _ITS_OWN),
+    **dict.fromkeys(("answer_limit", "dropout"), _ITS_OWN),
     **dict.fromkeys(("placement", "prefix_length", "similarity", "normalizer", "reparameterize"), _NO_KEYS),
 }
 
@@ -54,6 +55,10 @@ class PrefixMemoryConfig(PeftConfig):
             and lost little at three times its learning rate of 2e-3, where the full one collapsed, with a quarter of
             the parameters at a head dimension of 64 (``docs/LOG.md``). Prefix vectors and registered memories
             have none: there it is ``None``.
+        answer_limit: c, the length that no answer of a free memory reaches, in lengths of the head's own output o.
+            Short answers pass as they are, longer ones are shortened smoothly: answer / √(1 + |answer|² / (c·|o|)²).
+            So no step of training drowns what the model says by itself (``docs/LOG.md``). ``None``: no limit, the
+            paper's form. It is ``None`` where λ mixes, for prefix vectors, and for registered memories.
         share_heads: one memory per key/value group instead of one per query head.
         placement: ``outside`` the softmax (a memory), or ``inside``, where the prefix's keys compete with the input's
             (Prefix-Tuning, step 1).
@@ -88,6 +93,7 @@ class PrefixMemoryConfig(PeftConfig):
     normalize: Normalize = "none"
     query: Query = "content"
     rank: int | None = 8
+    answer_limit: float | None = 0.5
     share_heads: bool = False
     placement: Placement = "outside"
     prefix_length: int | None = None
@@ -119,7 +125,10 @@ class PrefixMemoryConfig(PeftConfig):
                     f"PrefixMemoryConfig has no field {name!r}.{did_you_mean(name, known)} "
                     "If a newer prefixmemory wrote it, upgrade with `pip install -U prefixmemory`."
                 )
-        return cast(PrefixMemoryConfig, super().__new__(cls))
+        config = cast(PrefixMemoryConfig, super().__new__(cls))
+        if "peft_type" in kwargs and "answer_limit" not in kwargs:  # a file from before there was a limit
+            config.__dict__["_never_limited"] = True
+        return config
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,8 +145,15 @@ class PrefixMemoryConfig(PeftConfig):
         check_number("mix", self.mix, 1e-6, 1.0, "a share in (0, 1)")
         check_number("scale", self.scale)
         check_number("dropout", self.dropout, 0.0, 1.0, "a probability in [0, 1)")
-        if self.rank == type(self).rank and (self.prefix_length is not None or self.memory is not None):
-            self.rank = None  # the default is that of a free memory, and the saved config is to be true
+        # Defaults of a free memory that is added; they go, so that the saved config of another is true.
+        is_free = self.prefix_length is None and self.memory is None
+        if not is_free and self.rank == type(self).rank:
+            self.rank = None
+        never_limited = self.__dict__.pop("_never_limited", False) or not is_free or self.mixing != "none"
+        if never_limited and self.answer_limit == type(self).answer_limit:
+            self.answer_limit = None
+        if self.answer_limit is not None:
+            check_number("answer_limit", self.answer_limit, 1e-6, 1e6, "a number above 0, or None")
         for name in ("rank", "feature_dim", "prefix_length", "reparameterize"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value > 0):
@@ -202,6 +218,10 @@ class PrefixMemoryConfig(PeftConfig):
             refuse("scale", "placement='outside'", "inside, the scale multiplies the prefix's weights in the softmax")
         if not free and self.rank is not None:
             refuse("rank", "prefix_length=None", "prefix vectors are p keys and values; p is their rank")
+        if not free and self.answer_limit is not None:
+            refuse("answer_limit", "prefix_length=None", "it is made for a free memory")
+        if self.mixing != "none" and self.answer_limit is not None:
+            refuse("answer_limit", "mixing='none'", "where λ mixes, λ sets the memory's share")
         if not free and self.share_heads:
             refuse("share_heads", "prefix_length=None", "prefix vectors are one set per key/value head anyhow")
         if not free and self.normalize != "none":

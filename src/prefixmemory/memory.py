@@ -30,7 +30,7 @@ class Memory(nn.Module):
         super().__init__()
         self.query = config.query
         self.inside = False
-        self.mixing = build_mixing(config.mixing, heads, config.mix)
+        self.mixing = build_mixing(config.mixing, heads, config.mix, config.answer_limit)
         self.normalize = config.normalize
         self.heads = heads
         self.groups = kv_heads if config.share_heads else heads

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.mixing import Mixing
+from prefixmemory.mixing import AnswerLimit, Mixing
 
 
 @runtime_checkable
@@ -53,8 +53,8 @@ class ContextMemory(Protocol):
         ...
 
     @property
-    def mixing(self) -> Mixing | None:
-        """How its answer is mixed with the heads' outputs; ``None``: added."""
+    def mixing(self) -> Mixing | AnswerLimit | None:
+        """How its answer joins the heads' outputs; ``None``: added as it is."""
         ...
 
     def __call__(self, query: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class OwnMemory(nn.Module):
     """
 
     def __init__(
-        self, name: str, options: Mapping[str, Any], site: MemorySite, query: str, mixing: Mixing | None
+        self, name: str, options: Mapping[str, Any], site: MemorySite, query: str, mixing: Mixing | AnswerLimit | None
     ) -> None:
         super().__init__()
         self.name, self.site, self.query, self.mixing = name, site, query, mixing

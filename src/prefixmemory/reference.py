@@ -131,6 +131,17 @@ def prefix_memory(
     return attention(q, k, v, allowed, scaling, softcap) + read_memory(memory_query, memory, phi)
 
 
+def limited(
+    answer: Float[Tensor, "b h i v"], o: Float[Tensor, "b h i v"], limit: float, tiny: float = 1e-12
+) -> Float[Tensor, "b h i v"]:
+    """answer / √(1 + |answer|² / (c·|o|)²): our limit on step 4, no answer is as long as c = ``limit`` times o.
+
+    ``tiny`` stands in for the mean square of an o that is zero.
+    """
+    longest = limit**2 * o.pow(2).mean(dim=-1, keepdim=True) + tiny
+    return answer * torch.sqrt(longest / (longest + answer.pow(2).mean(dim=-1, keepdim=True)))
+
+
 def query_rms(phi: FeatureMapFn, eps: float = 1e-6) -> FeatureMapFn:
     """φ(q / rms(q)): each head's query is brought to unit root-mean-square first."""
     return lambda q: phi(q * torch.rsqrt(q.pow(2).mean(dim=-1, keepdim=True) + eps))

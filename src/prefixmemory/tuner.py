@@ -107,7 +107,7 @@ class PrefixMemoryModel(BaseTuner):
         else:
             memory = PrefixVectors(peft_config, *sizes, scaling=site.scaling)
         if share is not None:
-            if not isinstance(memory, Memory) or memory.mixing is not None:
+            if not isinstance(memory, Memory) or peft_config.mixing != "none":
                 raise PrefixMemoryError(
                     "Tensor-parallel processes can divide a free memory only: leave memory, prefix_length and mixing "
                     "at their defaults, or load the model without tp_plan."
@@ -205,13 +205,19 @@ class PrefixMemoryModel(BaseTuner):
     # Combining
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-        """Add the adapter Σ wₙ·scaleₙ·Mₙ; exact, since the read is linear in M. Weights may be negative.
+        """Add the adapter with the memory Σ wₙ·scaleₙ·Mₙ. Weights may be negative.
+
+        Without an ``answer_limit`` its answer is exactly the weighted sum of theirs, since the read is linear in M.
+        With one, which must be the same for all, the answer of the summed memory is limited as one: it is not the
+        sum of the limited answers (``set_adapter([...])`` gives that). A scale that all share stays a scale, after
+        the limit; scales that differ are multiplied into the memories, before it.
 
         Low-rank memories keep their factors: their ranks add up.
 
         Raises:
-            PrefixMemoryError: an adapter is not loaded, the name is taken, or the adapters read different features
-                (then their memories have no common sum; activate them together with ``set_adapter([...])`` instead).
+            PrefixMemoryError: an adapter is not loaded, the name is taken, or the adapters read different features or
+                have different limits (then they have no common sum; activate them together with
+                ``set_adapter([...])`` instead).
         """
         for name in adapters:
             if name not in self.peft_config:
@@ -264,7 +270,7 @@ class PrefixMemoryModel(BaseTuner):
                 )
         for name, config in zip(adapters[1:], configs[1:], strict=True):
             cannot = f"Adapters {adapters[0]!r} and {name!r} cannot be summed"
-            for field in ("feature_map", "feature_dim", "normalize", "query", "share_heads"):
+            for field in ("feature_map", "feature_dim", "normalize", "query", "share_heads", "answer_limit"):
                 ours, theirs = getattr(configs[0], field), getattr(config, field)
                 if ours != theirs:
                     raise PrefixMemoryError(f"{cannot}: {field} is {ours!r} and {theirs!r}. {advice}")

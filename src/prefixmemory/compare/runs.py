@@ -80,20 +80,28 @@ def key(loaded: Loaded, run: Run, data: Mapping[str, str]) -> str:
             "transfer_rows": suite.transfer_rows,
             "transfers_to": task.transfers_to,
         }
+        if writes_answers(loaded, task):  # not always: older records have no such entry
+            parts |= {"written_answers": suite.written_answers}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def writes_answers(loaded: Loaded, task: Task) -> bool:
+    """Whether final runs of ``task`` leave answers for a judge: where answers are free, and the suite asks for some."""
+    return loaded.suite.written_answers > 0 and task.scoring in ("loss", "preference")
 
 
 _DECIDING = ("name", "version", "scoring", "per_label", "limit", "max_new_tokens")  # the rest decides the rows
 #: Defaults of settings that have changed since records began, as they were: the key of an old record stays what it is.
-_FIRST_DEFAULTS = {"learning_rate": 3e-4}
+_FIRST_DEFAULTS = {"learning_rate": 3e-4, "warmup": 0.1}
 
 
 def _adapter(method: Method) -> dict[str, Any]:
-    """The adapter's fields, with the rank of a memory whether it is given or not: the default was none, and is 8."""
+    """The adapter's fields, with a memory's rank and limit whether they are given or not: by default it had neither."""
     if method.kind != "adapter" or not isinstance(config := method.config(), PrefixMemoryConfig):
         return method.adapter
-    rank = {} if config.rank is None else {"rank": config.rank}
-    return {name: value for name, value in method.adapter.items() if name != "rank"} | rank
+    since = {"rank": config.rank, "answer_limit": config.answer_limit}
+    given = {name: value for name, value in method.adapter.items() if name not in since}
+    return given | {name: value for name, value in since.items() if value is not None}
 
 
 def _chosen(settings: Any) -> dict[str, Any]:

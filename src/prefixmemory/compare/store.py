@@ -20,7 +20,7 @@ class Store:
     """The folder of a suite's records.
 
     Args:
-        folder: ``records/`` holds them, ``work/`` locks and adapters.
+        folder: ``records/`` holds them, ``outputs/`` answers for a judge, ``work/`` locks and adapters.
         loaded: the suite.
         data: task -> checksum of its rows.
     """
@@ -38,6 +38,10 @@ class Store:
         rate = "" if run.learning_rate is None else f"-{run.learning_rate:g}"
         stem = f"{run.task}-{run.method}-{run.stage}{rate}-{run.seed}-{key(self.loaded, run, self.data)}"
         return self.folder / "records" / f"{stem}.json"
+
+    def outputs(self, run: Run) -> Path:
+        """Where the answers of ``run`` lie that are meant for a judge."""
+        return self.folder / "outputs" / self.file(run).name
 
     def adapter(self, run: Run) -> Path:
         """Where the trained weights of ``run`` lie; the runs of both stages share them."""

@@ -36,6 +36,8 @@ class Suite:
         long_input: tokens of unrelated text in front of the test rows.
         long_input_rows: test rows that are scored behind long inputs.
         transfer_rows: rows of each task of ``transfers_to`` on which adapters are scored; 0: none.
+        written_answers: test rows of each task with free answers (``loss``, ``preference``) that every final
+            run answers for a judge, in AlpacaEval's format, below ``outputs``; 0: none.
         training: settings of all runs, over the defaults; tasks and methods may have their own over these.
         dtype: of the base model.
         attention: as transformers' ``attn_implementation``, in training; ``None``: the model's default.
@@ -55,6 +57,7 @@ class Suite:
     long_input: list[int] = field(default_factory=list)
     long_input_rows: int = 50
     transfer_rows: int = 0
+    written_answers: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     dtype: Dtype = "auto"
     attention: str | None = None

@@ -23,20 +23,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.base_models import full_name, load_model, load_tokenizer
 from prefixmemory.compare.method import Method
-from prefixmemory.compare.runs import Run
+from prefixmemory.compare.runs import Run, writes_answers
 from prefixmemory.compare.store import Store
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.tasks import Task, load_task
+from prefixmemory.tasks.outputs import alpaca_eval, prompts
 from prefixmemory.tasks.scoring import Scored, longest_label, score
 from prefixmemory.tasks.task import Split, sample_rows
 from prefixmemory.training.context import unrelated_text
+from prefixmemory.training.evaluation import answers
 from prefixmemory.training.loop import Interrupted, train
 from prefixmemory.training.preferences import with_one_answer
-from prefixmemory.training.record import RECORD, provenance
+from prefixmemory.training.record import RECORD, provenance, write_json
 from prefixmemory.training.rows import Row, render
 from prefixmemory.training.run import Output, run_training
 from prefixmemory.training.settings import TrainingSettings
 
+LONGEST_ANSWER = 256  # tokens of a free answer, where the task does not say
 NEUTRAL_TOKENS = 1024  # of the shipped essay: what an adapter forgets is read off its likelihood
 
 
@@ -99,6 +102,8 @@ class Worker:
                     record["long_input"]["0"] = self._score(model, task, behind, shots, settings)
                 for other in task.transfers_to if self.suite.transfer_rows else ():
                     record.setdefault("transfer", {})[other] = self._transfer(model, self.task(other))
+                if writes_answers(self.loaded, task):
+                    self._write_answers(run, model, task, split.test, shots)
                 record["neutral_text"] = self._neutral(model)
                 record["decoding"] = self._decoding(model)
             return record
@@ -230,6 +235,16 @@ class Worker:
         """Another task's test rows, with one of its examples a label in the prompt: what is left of the base model."""
         split = other.split(self.data, self.suite.validation_rows, self.suite.transfer_rows, self.suite.seeds[0])
         return self._score(model, other, split.test, self.examples(other, split.train, 1))
+
+    def _write_answers(
+        self, run: Run, model: PreTrainedModel | PeftModel, task: Task, rows: list[Row], context: str
+    ) -> None:
+        """Leave answers to some test rows as AlpacaEval reads them, for users who have a judge."""
+        rows = sample_rows(rows, self.suite.written_answers, "answers")
+        length = task.max_new_tokens or LONGEST_ANSWER
+        asked = prompts(rows, self.tokenizer)
+        said = answers(model, self.tokenizer, asked, length, context=context, one_line=False)
+        write_json(self.store.outputs(run), alpaca_eval(rows, said, f"{run.method}, seed {run.seed}", task.name))
 
     @torch.inference_mode()
     def _neutral(self, model: PreTrainedModel | PeftModel) -> dict[str, float]:
