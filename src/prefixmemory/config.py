@@ -50,11 +50,10 @@ class PrefixMemoryConfig(PeftConfig):
             φ(q) by its Euclidean norm and wants a ten times higher learning rate.
         query: ``content`` reads the query before rotary position embedding (after the q-norm where the model has
             one), ``rotary`` reads the query that attention sees.
-        rank: r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``, or ``None`` for a full M, the paper's form, which
-            wants a learning rate of about 3e-4. The default is 8: a memory of that rank scored higher than the full one
-            and lost little at three times its learning rate of 2e-3, where the full one collapsed, with a quarter of
-            the parameters at a head dimension of 64 (``docs/LOG.md``). Prefix vectors and registered memories
-            have none: there it is ``None``.
+        rank: r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``, or ``None`` for a full M, which without a limit is the
+            paper's form and wants a learning rate of about 3e-4. The default is 8, a quarter of the parameters at a
+            head dimension of 64: such a memory scored higher than the full one and bore higher rates
+            (``docs/LOG.md``). Prefix vectors and registered memories have none: there it is ``None``.
         answer_limit: c, the length that no answer of a free memory reaches, in lengths of the head's own output o.
             Short answers pass as they are, longer ones are shortened smoothly: answer / √(1 + |answer|² / (c·|o|)²).
             So no step of training drowns what the model says by itself (``docs/LOG.md``). ``None``: no limit, the

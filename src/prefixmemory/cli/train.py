@@ -60,7 +60,7 @@ def train(
     normalize: Annotated[str | None, typer.Option(help="none, query_rms or feature_l2.")] = None,
     query: Annotated[str | None, typer.Option(help="content (before rotation) or rotary.")] = None,
     rank: Annotated[
-        str | None, typer.Option(help="M = A·B of this rank, by default 8; null: a full M, at --learning-rate 3e-4.")
+        str | None, typer.Option(help="M = A·B of this rank, by default 8; null: a full M.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32 or bfloat16.")] = None,
     quantization: Annotated[str | None, typer.Option(help="bnb-4bit, bnb-8bit or torchao-int8.")] = None,
