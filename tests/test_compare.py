@@ -140,7 +140,7 @@ def test_test_scores_play_no_part_in_the_choice(tmp_path):
         return Run("letters", "lora", "final", rate, 3), {"test": {"score": score}}
 
     low, middle, high = plan.rates(loaded, method)
-    assert (low, middle, high) == (0.001, 0.003, 0.009)
+    assert (low, middle, high) == pytest.approx([factor * method.learning_rate for factor in (1, 3, 9)])
     found = dict([tried(low, validation={"score": 5.0}), tried(middle, validation={"score": 4.0}), final(middle, 99.0)])
     assert chosen_rate(loaded, task, method, found) == low
     equal = dict(tried(rate, validation={"score": 5.0}) for rate in (low, middle, high))
@@ -165,7 +165,7 @@ def test_every_rate_scores_all_candidates_on_test_rows_and_marks_the_chosen_one(
     tries = {run: {"validation": {"score": float(run.learning_rate or 0)}} for run in planned(loaded, {})}
     finals = [run for run in planned(loaded, tries) if run.stage == "final" and run.method == "lora"]
     assert len(finals) == 2 * 2 and sum(run.chosen for run in finals) == 2
-    assert {run.learning_rate for run in finals if run.chosen} == {0.01}
+    assert {run.learning_rate for run in finals if run.chosen} == {max(plan.rates(loaded, loaded.methods["lora"]))}
     assert total(loaded) == 1 + 2 + (2 + 4) + (2 + 2)
 
 
@@ -273,15 +273,20 @@ def test_the_key_stands_for_everything_that_decides_a_run(tmp_path, monkeypatch)
     ids=str,
 )
 def test_records_from_before_defaults_changed_are_found_again(tmp_path, adapter, rate, name):
-    """The names are those that records had when a memory was full, without a limit, and trained at 3e-4 by default."""
+    """The names are those that records had when a memory was full and had no limit, and warm-up was a tenth."""
     method = "prefixmemory" if adapter.get("rank", 8) else "full"
     assert key_of(tmp_path, method, rate, **adapter, answer_limit=None) == name
 
 
 def key_of(folder: Path, method: str, rate: float, **adapter: Any) -> str:
     own = {"use": "prefixmemory", "name": method, "adapter": {"name": "prefix_memory", **adapter}}
-    loaded = load_suite(write(folder, methods=[own]))
+    return key_of_method(folder, own, rate)
+
+
+def key_of_method(folder: Path, own: dict[str, Any], rate: float) -> str:
+    loaded = load_suite(write(folder, methods=[{**own, "training": {"warmup": 0.1}}]))
     loaded = dataclasses.replace(loaded, suite=dataclasses.replace(loaded.suite, model="base"))
+    (method,) = loaded.methods
     return key(loaded, Run("letters", method, "final", rate, 3), {"letters": "rows"})
 
 
@@ -296,6 +301,7 @@ def test_the_keys_of_memories_with_a_limit_are_new(tmp_path):
 @pytest.mark.parametrize(
     ("method", "name"),
     [
+        ("prefixmemory-full", "d675945483"),
         ("prefixmemory-published", "7e0371fa55"),
         ("prefix-inside", "16d4824976"),
         ("prefix-outside", "8898d37ed5"),
@@ -303,9 +309,7 @@ def test_the_keys_of_memories_with_a_limit_are_new(tmp_path):
     ],
 )
 def test_shipped_methods_that_have_no_limit_keep_their_records(tmp_path, method, name):
-    loaded = load_suite(write(tmp_path, methods=[method]))
-    loaded = dataclasses.replace(loaded, suite=dataclasses.replace(loaded.suite, model="base"))
-    assert key(loaded, Run("letters", method, "final", 2e-3, 3), {"letters": "rows"}) == name
+    assert key_of_method(tmp_path, {"use": method}, 2e-3) == name
 
 
 def test_a_failed_run_is_kept_and_tried_again_only_when_asked(tmp_path):

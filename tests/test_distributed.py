@@ -208,7 +208,7 @@ def test_tensor_parallel_processes_read_their_heads(results):
     compared = results("tensor_parallel")["compared"]
     assert len(compared) == len(TENSOR_PARALLEL_FAMILIES) * len(TENSOR_PARALLEL_CONFIGS)
     for case in compared:
-        assert case["logits"] < 1e-5 < 0.1 < case["effect"], case
+        assert case["logits"] < 1e-5 < 0.02 < case["effect"], case  # limited answers move these models least
         assert case["gradients"] < 1e-5 < 1e-4 < case["smallest_gradient"], case
         assert case["generated"] and case["zero_is_base"] and case["fingerprint"] and case["same_start"], case
 

@@ -86,7 +86,7 @@ def test_a_saved_adapter_comes_back_bit_equal(variant, tmp_path):
         assert getattr(loaded.peft_config["default"], name) == VARIANTS[variant][name]
 
 
-#: ``adapter_config.json`` as it was written when a memory was full and had no limit; its fingerprint and checksum left out.
+#: ``adapter_config.json`` of when a memory was full and had no limit; its fingerprint and checksum left out.
 FROM_BEFORE = """{
   "auto_mapping": null, "base_model_fingerprint": null, "base_model_name_or_path": null, "dropout": 0.0,
   "exclude_modules": null, "feature_dim": null, "feature_map": "elu", "inference_mode": true, "layers_pattern": null,

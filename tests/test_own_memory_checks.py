@@ -52,7 +52,12 @@ def test_a_name_is_never_overwritten():
             ({**GATED, **field}, f"{name}={value!r} needs memory=None, not 'gated': a registered memory {why}")
             for why, choices in {
                 "brings its own way to answer": dict(
-                    feature_map="gelu", feature_dim=4, normalize="query_rms", rank=2, share_heads=True, dropout=0.1,
+                    feature_map="gelu",
+                    feature_dim=4,
+                    normalize="query_rms",
+                    rank=2,
+                    share_heads=True,
+                    dropout=0.1,
                     answer_limit=0.37,
                 ),
                 "answers queries outside the softmax and has no prefix vectors": dict(

@@ -405,7 +405,7 @@ def test_sections_without_figures_say_why(chromium: Browser, tmp_path: Path) -> 
     loaded = made_suite(tmp_path, tasks=["north"], methods=["lora-attention"], rate_factors=[1.0])
     records = {
         run: final(run, [100.0, 0.0])
-        for run in (Run("north", "lora-attention", "final", 0.001, seed) for seed in (0, 1, 2))
+        for run in (Run("north", "lora-attention", "final", 0.003, seed) for seed in (0, 1, 2))
     }
     with opened(chromium, write_report(tmp_path, loaded, records)[-1]) as view:
         assert "No two methods have a task and seed in common yet." in said(view, "differences")
@@ -423,7 +423,7 @@ def test_a_comparison_with_rates_alone(chromium: Browser, tmp_path: Path) -> Non
     ) as view:
         for section in ("scores", "transfer", "lengths", "cost"):
             assert "No run has been scored yet." in said(view, section)
-        assert points(view, "rates", "rate") == {("0.000333",): 50, ("0.001",): 80, ("0.003",): 60}
+        assert points(view, "rates", "rate") == {("0.001",): 50, ("0.003",): 80, ("0.009",): 60}
         assert "9 of 12 runs are missing" in said(view, "gaps-note")
         rows = [row.inner_text().split("\t") for row in view.page.locator("#missing-table tbody tr").all()]
         assert rows == [
@@ -448,7 +448,7 @@ def test_failed_runs_are_told_and_not_drawn(chromium: Browser, tmp_path: Path) -
         records |= tries(loaded, task, "lora-attention", [50, 80, 60])
         records |= finals(loaded, task, "base", [[100.0, 0.0]], records)
         records |= finals(loaded, task, "lora-attention", [[100.0, 0.0]] * 3, records)
-    broken = Run("north", "lora-attention", "final", 0.001, 1)
+    broken = Run("north", "lora-attention", "final", 0.003, 1)
     records[broken] = failed(broken, message)
     with opened(chromium, write_report(tmp_path, loaded, records)[-1]) as view:
         assert (
@@ -463,4 +463,4 @@ def test_failed_runs_are_told_and_not_drawn(chromium: Browser, tmp_path: Path) -
         assert ("", "lora-attention") not in points(view, "scores", "task", "method")
         assert methods_of_table(view, "scores") == ["base", "lora-attention"]  # what has no average stands last,
         assert sort_by(view, "scores", "average") == ["base", "lora-attention"]  # whichever way one sorts
-        assert "Runs that failed, not drawn: lora-attention on north at 0.001 (1)" in said(view, "rates")
+        assert "Runs that failed, not drawn: lora-attention on north at 0.003 (1)" in said(view, "rates")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,10 +32,10 @@ EXAMPLES = [
 ]
 
 
-def adapted(fill: bool = False) -> nn.Module:
+def adapted(fill: bool = False, **config: Any) -> nn.Module:
     if fill:
-        return tiny.with_memory(tiny.build())
-    return get_peft_model(tiny.build(), PrefixMemoryConfig(task_type="CAUSAL_LM"))
+        return tiny.with_memory(tiny.build(), **config)
+    return get_peft_model(tiny.build(), PrefixMemoryConfig(task_type="CAUSAL_LM", **config))
 
 
 def completion_loss(model: nn.Module, examples: list[Example]) -> float:
@@ -179,7 +180,7 @@ def test_the_loss_is_that_of_the_completions_alone(crop_logits):
 
 
 def test_training_lowers_the_loss_of_the_completions(tmp_path):
-    model = adapted()
+    model = adapted(answer_limit=None)
     base = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     before = completion_loss(model.eval(), EXAMPLES)
     settings = TrainingSettings(learning_rate=0.3, epochs=15.0, batch_size=4)
