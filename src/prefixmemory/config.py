@@ -20,7 +20,7 @@ from prefixmemory.own_memory import check_memory
 from prefixmemory.peft_type import PREFIX_MEMORY
 
 Query = Literal["content", "rotary"]
-Normalize = Literal["none", "query_rms", "feature_l2"]
+Normalize = Literal["none", "query_rms", "feature_l2", "feature_mean"]
 Placement = Literal["outside", "inside"]
 Similarity = Literal["feature_map", "softmax"]
 MixingKind = Literal["none", "fixed", "layer", "head"]
@@ -45,9 +45,11 @@ class PrefixMemoryConfig(PeftConfig):
         feature_map: φ: ``elu``, ``gelu``, ``relu``, ``silu``, ``identity``, ``softmax``, ``mlp`` (trainable), or a
             name registered with :func:`prefixmemory.register_feature_map`.
         feature_dim: D_φ, for maps that let it be chosen (``mlp``); ``None`` means the head dimension.
-        normalize: whether the scale of a head's queries may set the size of its steps. ``none`` (the paper's form)
-            leaves φ(q) as it is, ``query_rms`` brings q to unit root-mean-square before φ, ``feature_l2`` divides
-            φ(q) by its Euclidean norm and wants a ten times higher learning rate.
+        normalize: what is done to φ(q). ``feature_mean`` subtracts its mean over the first batch that is trained on,
+            a fixed vector that is saved with the memory: two thirds of φ(q) are the same for every token, and a memory
+            that learns from them says the same to all texts (``docs/LOG.md``). ``none`` (the paper's form) leaves φ(q)
+            as it is, ``query_rms`` brings q to unit root-mean-square before φ, ``feature_l2`` divides φ(q) by its
+            Euclidean norm and wants a ten times higher learning rate.
         query: ``content`` reads the query before rotary position embedding (after the q-norm where the model has
             one), ``rotary`` reads the query that attention sees.
         rank: r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``, or ``None`` for a full M, which without a limit is the
@@ -89,7 +91,7 @@ class PrefixMemoryConfig(PeftConfig):
 
     feature_map: str = "elu"
     feature_dim: int | None = None
-    normalize: Normalize = "none"
+    normalize: Normalize = "feature_mean"
     query: Query = "content"
     rank: int | None = 8
     answer_limit: float | None = 0.5
@@ -148,6 +150,8 @@ class PrefixMemoryConfig(PeftConfig):
         is_free = self.prefix_length is None and self.memory is None
         if not is_free and self.rank == type(self).rank:
             self.rank = None
+        if not is_free and self.normalize == type(self).normalize:
+            self.normalize = "none"
         never_limited = self.__dict__.pop("_never_limited", False) or not is_free or self.mixing != "none"
         if never_limited and self.answer_limit == type(self).answer_limit:
             self.answer_limit = None
@@ -194,7 +198,7 @@ class PrefixMemoryConfig(PeftConfig):
         if self.memory is not None:
             check_memory(self.memory, self.memory_options)
             for name, why in OF_THE_PACKAGE.items():
-                if getattr(self, name) not in (None, getattr(type(self), name)):
+                if getattr(self, name) not in (None, "none", getattr(type(self), name)):
                     refuse(name, f"memory=None, not {self.memory!r}", why)
             return
         if self.memory_options is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -21,10 +22,13 @@ class Memory(nn.Module):
     - full: ``M [groups, feature_dim, value_dim]``, starts at zero;
     - ``rank=r``: ``A [groups, feature_dim, r]``, starts as N(0, 1/feature_dim), and ``B [groups, r, value_dim]``,
       starts at zero, M = A·B;
-    - ``feature_map``: the map's own parameters, if it has any.
+    - ``feature_map``: the map's own parameters, if it has any;
+    - ``normalize="feature_mean"``: a buffer ``mean [groups, feature_dim]``, zero until training begins.
 
     Zero start means that an untrained memory leaves the base model as it is.
     """
+
+    mean: Tensor
 
     def __init__(self, config: PrefixMemoryConfig, heads: int, kv_heads: int, head_dim: int, value_dim: int) -> None:
         super().__init__()
@@ -38,6 +42,10 @@ class Memory(nn.Module):
         feature_dim = int(self.feature_map.feature_dim)  # type: ignore[arg-type]
         self.dropout = nn.Dropout(config.dropout)
         self.rank = config.rank
+        self.takes_mean = self.has_mean = config.normalize == "feature_mean"
+        self.is_divided = False  # among tensor-parallel processes, each of which answers for some of the groups
+        if self.has_mean:
+            self.register_buffer("mean", torch.zeros(self.groups, feature_dim))
         if config.rank is None:
             self.M = nn.Parameter(torch.zeros(self.groups, feature_dim, value_dim))
         else:
@@ -56,7 +64,28 @@ class Memory(nn.Module):
         if self.normalize == "feature_l2":
             length = torch.rsqrt(features.float().pow(2).sum(dim=-1, keepdim=True) + EPS)
             features = features * length.to(features.dtype)
+        if self.has_mean:
+            if self.takes_mean and self.training and torch.is_grad_enabled():
+                self._take_mean(features.detach())
+            features = features - self.mean[:, None].to(features.dtype)
         return features
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _take_mean(self, features: Tensor) -> None:
+        """Keep the mean of φ(q) over the first batch that is trained on, padding included, unless it has been loaded.
+
+        Nothing has been learned by then (M is zero), so that no answer changes. Processes that train together, each on
+        its part of the batch, take the mean of all parts.
+        """
+        if not self.mean.any():
+            features = features.float().flatten(end_dim=-4)
+            sums = features.sum(dim=(0, 2))
+            count = sums.new_tensor(features.shape[0] * features.shape[2])
+            if dist.is_available() and dist.is_initialized() and not self.is_divided:
+                dist.all_reduce(sums)
+                dist.all_reduce(count)
+            self.mean.copy_(sums / count)
+        self.takes_mean = False
 
     def forward(self, query: Float[Tensor, "*batch h d"]) -> Float[Tensor, "*batch h v"]:
         """φ(q)ᵀM for every token and head, computed in the dtype of the memory (autocast applies)."""

@@ -57,7 +57,14 @@ class HeadShare:
     def read(self, memory: Memory, query: Tensor) -> Tensor:
         """φ(q)ᵀM for the heads of this process; ``query`` is ``[batch.., heads / ranks, head_dim]``."""
         own = {name: _OwnPart.apply(p, self) for name, p in memory.named_parameters()}  # type: ignore[no-untyped-call]
-        return cast(Tensor, functional_call(memory, own, (query,)))
+        own |= {name: buffer.chunk(self.ranks)[self.rank] for name, buffer in memory.named_buffers()}  # views
+        may_take, memory.is_divided = memory.takes_mean, True
+        answer = cast(Tensor, functional_call(memory, own, (query,)))
+        if may_take and not memory.takes_mean:
+            parts = [torch.empty_like(own["mean"]) for _ in range(self.ranks)]
+            dist.all_gather(parts, own["mean"].contiguous(), group=self.group)
+            memory.mean.copy_(torch.cat(parts))
+        return answer
 
 
 class _OwnPart(torch.autograd.Function):

@@ -147,6 +147,11 @@ def query_rms(phi: FeatureMapFn, eps: float = 1e-6) -> FeatureMapFn:
     return lambda q: phi(q * torch.rsqrt(q.pow(2).mean(dim=-1, keepdim=True) + eps))
 
 
+def feature_mean(phi: FeatureMapFn, mean: Float[Tensor, "h f"]) -> FeatureMapFn:
+    """φ(q) − μ_h: what is the same for every query of a head is left out; μ_h is a constant, ``mean`` for each head."""
+    return lambda q: phi(q) - mean[:, None]
+
+
 def feature_l2(phi: FeatureMapFn, eps: float = 1e-6) -> FeatureMapFn:
     """φ(q) / ‖φ(q)‖₂: each head's features are brought to unit Euclidean length."""
     return lambda q: phi(q) * torch.rsqrt(phi(q).pow(2).sum(dim=-1, keepdim=True) + eps)

@@ -243,9 +243,13 @@ class PrefixMemoryModel(BaseTuner):
         config.rank = None if None in ranks else sum(cast(list[int], ranks))
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
-        with torch.no_grad():
-            for layer in self._layers_of(adapter_name):
-                config.scale = _combine(layer, adapters, weights, adapter_name)
+        try:
+            with torch.no_grad():
+                for layer in self._layers_of(adapter_name):
+                    config.scale = _combine(layer, adapters, weights, adapter_name)
+        except PrefixMemoryError:
+            _discard(self.model, adapter_name)
+            raise
 
     def _layers_of(self, adapter_name: str) -> list[PrefixMemoryLayer]:
         return [layer for layer in memory_layers(self.model) if adapter_name in layer.prefix_memory_bank]
@@ -426,7 +430,35 @@ def _combine(layer: PrefixMemoryLayer, adapters: list[str], weights: list[float]
     else:
         target.A.copy_(torch.cat([memory.A for memory in memories], dim=2))
         target.B.copy_(torch.cat([f * memory.B for f, memory in zip(factors, memories, strict=True)], dim=1))
+    if target.has_mean:
+        target.mean.copy_(_common_mean(target, memories, factors))
     return common
+
+
+def _common_mean(target: Memory, memories: list[Memory], factors: list[float]) -> Tensor:
+    """The μ with which the sum of memories answers (φ − μ)ᵀΣM as all of them together: μᵀΣM = Σ μ_iᵀM_i.
+
+    Raises:
+        PrefixMemoryError: there is none.
+    """
+    means = [memory.mean for memory in memories]
+    if all(torch.equal(mean, means[0]) for mean in means):
+        return means[0]
+    if target.rank is None:
+        whole = target.M.double()
+        parts = [f * (m.mean.double()[:, None] @ m.matrix().double()) for f, m in zip(factors, memories, strict=True)]
+        said = torch.stack(parts).sum(dim=0)
+    else:  # factor by factor: μᵀA_i = μ_iᵀA_i
+        whole = target.A.double()
+        said = torch.cat([m.mean.double()[:, None] @ m.A.double() for m in memories], dim=-1)
+    whole, said = whole.transpose(1, 2).cpu(), said.transpose(1, 2).cpu()
+    mean = torch.linalg.pinv(whole) @ said
+    if not torch.allclose(whole @ mean, said, rtol=1e-4, atol=1e-6):
+        raise PrefixMemoryError(
+            "These adapters cannot be summed: they subtract different means from their features, and no one mean "
+            "stands for all of them. Activate several with base_model.set_adapter([...]) instead: their answers add."
+        )
+    return cast(Tensor, mean)[..., 0].to(target.mean)
 
 
 def _discard(model: nn.Module, adapter_name: str) -> None:

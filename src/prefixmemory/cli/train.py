@@ -57,11 +57,9 @@ def train(
     save_steps: Annotated[str | None, typer.Option(help="Steps between checkpoints.")] = None,
     seed: Annotated[str | None, typer.Option(help="Seed of order and start values.")] = None,
     feature_map: Annotated[str | None, typer.Option(help="φ: elu, gelu, relu, silu, identity, softmax, mlp.")] = None,
-    normalize: Annotated[str | None, typer.Option(help="none, query_rms or feature_l2.")] = None,
+    normalize: Annotated[str | None, typer.Option(help="feature_mean, none, query_rms or feature_l2.")] = None,
     query: Annotated[str | None, typer.Option(help="content (before rotation) or rotary.")] = None,
-    rank: Annotated[
-        str | None, typer.Option(help="M = A·B of this rank, by default 8; null: a full M.")
-    ] = None,
+    rank: Annotated[str | None, typer.Option(help="M = A·B of this rank, by default 8; null: a full M.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32 or bfloat16.")] = None,
     quantization: Annotated[str | None, typer.Option(help="bnb-4bit, bnb-8bit or torchao-int8.")] = None,
     report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, trackio or wandb; may be repeated.")] = None,

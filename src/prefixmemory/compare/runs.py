@@ -96,12 +96,12 @@ _FIRST_DEFAULTS = {"learning_rate": 3e-4, "warmup": 0.1}
 
 
 def _adapter(method: Method) -> dict[str, Any]:
-    """The adapter's fields, with a memory's rank and limit whether they are given or not: by default it had neither."""
+    """The adapter's fields, with those of a memory whose defaults have changed, whether they are given or not."""
     if method.kind != "adapter" or not isinstance(config := method.config(), PrefixMemoryConfig):
         return method.adapter
-    since = {"rank": config.rank, "answer_limit": config.answer_limit}
-    given = {name: value for name, value in method.adapter.items() if name not in since}
-    return given | {name: value for name, value in since.items() if value is not None}
+    once = {"rank": None, "answer_limit": None, "normalize": "none"}  # the defaults of the first records
+    given = {name: value for name, value in method.adapter.items() if once.get(name, "") is not None}
+    return given | {name: getattr(config, name) for name, old in once.items() if getattr(config, name) != old}
 
 
 def _chosen(settings: Any) -> dict[str, Any]:
