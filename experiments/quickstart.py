@@ -3,8 +3,8 @@
     python experiments/quickstart.py            # run what is missing
     python experiments/quickstart.py --table
 
-Memories of rank 8, the default, and full ones, the default before; each at a third, once and three times its rate. One
-record a run in results/quickstart/; those of full memories have no prefix to their names. Each run trains as
+The default memory and those that were it before, of rank 8 and full, in the paper's form; each at a third, once and
+three times its rate. One record a run in results/quickstart/; those of full memories have no prefix to their names. Each run trains as
 ``prefixmemory quickstart`` does, saves, loads from disk and answers all test sentences. Two processes may share the
 work with ``--part 0/2`` and ``--part 1/2``.
 """
@@ -31,7 +31,12 @@ from prefixmemory.training.run import Output, quiet_libraries, run_training
 from prefixmemory.training.settings import TrainingSettings
 
 RESULTS = Path(__file__).parent.parent / "results" / "quickstart"
-MEMORIES = {"full": (None, 3e-4), "rank-8": (8, 2e-3)}  # rank and learning rate
+PLAIN = {"normalize": "none", "answer_limit": None}
+MEMORIES = {  # fields of the memory, settings of the training
+    "full": ({"rank": None, **PLAIN}, {"learning_rate": 3e-4, "warmup": 0.1}),
+    "rank-8": (PLAIN, {"learning_rate": 2e-3, "warmup": 0.1}),
+    "default": ({}, {"learning_rate": TrainingSettings.learning_rate}),
+}
 FACTORS = {"1/3": 1 / 3, "1": 1.0, "3": 3.0}
 SEEDS = range(5)
 
@@ -59,7 +64,7 @@ def table() -> str:
     lines += ["|---" * (len(SEEDS) + 2) + "|"]
     for (memory, factor), accuracies in found.items():
         cells = " | ".join(f"{accuracies[s]:.1f}" if s in accuracies else "" for s in SEEDS)
-        lines.append(f"| {memory} | {factor} × {MEMORIES[memory][1]:g} | {cells} |")
+        lines.append(f"| {memory} | {factor} × {MEMORIES[memory][1]['learning_rate']:g} | {cells} |")
     return "\n".join(lines)
 
 
@@ -85,12 +90,12 @@ def main() -> None:
         file = record_file(memory, seed, factor)
         if file.exists():
             continue
-        rank, middle = MEMORIES[memory]
-        rate = float(f"{middle * FACTORS[factor]:.3g}")
-        settings = TrainingSettings(seed=seed, learning_rate=rate)
+        fields, training = MEMORIES[memory]
+        rate = float(f"{training['learning_rate'] * FACTORS[factor]:.3g}")
+        settings = TrainingSettings(seed=seed, **{**training, "learning_rate": rate})
         with tempfile.TemporaryDirectory() as folder:
             output = Output(Path(folder) / "memory")
-            config = PrefixMemoryConfig(task_type="CAUSAL_LM", rank=rank)
+            config = PrefixMemoryConfig(task_type="CAUSAL_LM", **fields)
             record = run_training(model, name, tokenizer, train_rows, output, settings, config)
             adapted = PeftModel.from_pretrained(model, str(output.folder))
         answers = measure(adapted, tokenizer, test_rows, console, "adapted")

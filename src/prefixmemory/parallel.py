@@ -57,7 +57,8 @@ class HeadShare:
     def read(self, memory: Memory, query: Tensor) -> Tensor:
         """φ(q)ᵀM for the heads of this process; ``query`` is ``[batch.., heads / ranks, head_dim]``."""
         own = {name: _OwnPart.apply(p, self) for name, p in memory.named_parameters()}  # type: ignore[no-untyped-call]
-        own |= {name: buffer.chunk(self.ranks)[self.rank] for name, buffer in memory.named_buffers()}  # views
+        if memory.has_mean:
+            own["mean"] = memory.mean.chunk(self.ranks)[self.rank]  # a view
         may_take, memory.is_divided = memory.takes_mean, True
         answer = cast(Tensor, functional_call(memory, own, (query,)))
         if may_take and not memory.takes_mean:

@@ -150,6 +150,14 @@ class PrefixMemoryModel(BaseTuner):
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         same_start(self.model, (layer.prefix_memory_bank[adapter_name] for layer in self._layers_of(adapter_name)))
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As in PEFT, which leaves buffers out: a memory's mean goes with its parameters."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self._layers_of(adapter_name):
+            if getattr(memory := layer.memory(adapter_name), "has_mean", False):
+                memory = cast(Memory, memory)
+                memory.mean = memory.mean.to(next(memory.parameters()).dtype)
+
     # Running
 
     @contextmanager

@@ -45,7 +45,7 @@ class TrainingSettings:
     epochs: int | float = 3
     batch_size: int = 8
     gradient_accumulation: int = 1
-    warmup: float = 0.2
+    warmup: float = 0.3
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_length: int = 1024
