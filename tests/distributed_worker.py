@@ -34,13 +34,13 @@ from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, register_feature
 STEPS, SAVED_AT, GLOBAL_BATCH = 6, 3, 4
 IDS = tiny.tokens(rows=STEPS * GLOBAL_BATCH, length=12)
 #: Every kind of parameter that a memory can have.
-LOW_RANK = {"rank": 3, "feature_map": "mlp"}
+LOW_RANK = {"rank": 3, "feature_map": "mlp", "normalize": "none"}
 TENSOR_PARALLEL_FAMILIES = ("llama_gqa", "qwen3", "gemma2", "gpt_neox", "phi3")
 TENSOR_PARALLEL_CONFIGS = (
     {},
-    {"rank": None, "answer_limit": None},
+    {"rank": None, "answer_limit": None, "normalize": "none"},
     LOW_RANK,
-    {"share_heads": True, **LOW_RANK},
+    {"share_heads": True, **LOW_RANK, "normalize": "feature_mean"},
     {"query": "rotary", "normalize": "query_rms"},
 )
 
@@ -56,6 +56,17 @@ def held_here(model: nn.Module) -> dict[str, int]:
     memory = [p for n, p in model.named_parameters() if ".prefix_memory_bank." in n]
     here = [getattr(p, "ds_tensor", getattr(p.data, "_local_tensor", p)) for p in memory]
     return {"here": sum(p.numel() for p in here), "all": sum(getattr(p, "ds_numel", p.numel()) for p in memory)}
+
+
+def means_apart(model: nn.Module) -> float:
+    """Largest difference between the means that two processes subtract."""
+    means = [mean.flatten() for name, mean in model.named_buffers() if name.endswith(".mean")]
+    if not means or not dist.is_initialized():
+        return 0.0
+    least, most = torch.cat(means), torch.cat(means)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return float((most - least).max())
 
 
 # An ordinary accelerate loop
@@ -93,11 +104,14 @@ def loop(model: PeftModel, folder: Path, resume: bool = False, apart: bool = Fal
 # transformers' Trainer
 
 
-def examples() -> Dataset:
-    """Rows of different lengths with prompts of different lengths, so that processes count different numbers."""
+def examples(even: bool) -> Dataset:
+    """Rows of different lengths with prompts of different lengths, so that processes count different numbers.
+
+    ``even``: of one length. A mean over a batch counts its padding, of which processes may have different amounts.
+    """
     rows = []
     for index, row in enumerate(IDS.tolist()):
-        ids, prompt = row[: 7 + index % 6], index % 5
+        ids, prompt = row[: 12 if even else 7 + index % 6], index % 5
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return Dataset.from_list(rows)
 
@@ -116,6 +130,7 @@ def trainer(
     folder: Path,
     resume: bool = False,
     alike: bool = False,
+    even: bool = False,
     change: Callable[[TrainingArguments], None] = lambda args: None,
     **arguments: Any,
 ) -> Any:
@@ -129,7 +144,7 @@ def trainer(
     args.per_device_train_batch_size = GLOBAL_BATCH // (1 if alike else args.world_size)
     change(args)
     model = make()  # after the arguments: DeepSpeed's say how from_pretrained loads
-    made = Trainer(model=model, args=args, train_dataset=examples(), data_collator=collate)
+    made = Trainer(model=model, args=args, train_dataset=examples(even), data_collator=collate)
     made.remove_callback(PrinterCallback)
     made.train(resume_from_checkpoint=str(folder / "checkpoints" / f"checkpoint-{SAVED_AT}") if resume else None)
     end = folder / ("resumed" if resume else "adapter")
@@ -139,7 +154,8 @@ def trainer(
         made.model.save_pretrained(end, state_dict=weights, is_main_process=args.should_save)
     made.accelerator.wait_for_everyone()
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
-    return {"losses": losses[SAVED_AT:] if resume else losses, **held_here(made.model)}
+    losses = losses[SAVED_AT:] if resume else losses
+    return {"losses": losses, "means_apart": means_apart(made.model), **held_here(made.model)}
 
 
 def twice(run: Callable[..., Any], folder: Path) -> Any:
@@ -156,6 +172,7 @@ def single(where: Path, out: Path) -> dict[str, Any]:
         "uneven": loop(adapted(where / "uneven", share_heads=True, **LOW_RANK), out / "uneven"),
         "bf16": loop(adapted(where / "base", **LOW_RANK), out / "bf16", mixed_precision="bf16"),
         "trainer": twice(lambda f, r: trainer(lambda: adapted(where / "base", **LOW_RANK), f, r), out / "trainer"),
+        "default": trainer(lambda: adapted(where / "base"), out / "default", even=True),
     }
 
 
@@ -165,6 +182,7 @@ def ddp(where: Path, out: Path) -> dict[str, Any]:
         "loop": twice(lambda f, r: loop(adapted(where / "base", seed, **LOW_RANK), f, r), out / "loop"),
         "apart": loop(adapted(where / "base", **LOW_RANK), out / "apart", apart=True),
         "trainer": twice(lambda f, r: trainer(lambda: adapted(where / "base", **LOW_RANK), f, r), out / "trainer"),
+        "default": trainer(lambda: adapted(where / "base", seed), out / "default", even=True),
         "guide": _guide(where, out / "guide"),
     }
 
@@ -198,6 +216,7 @@ def fsdp2(where: Path, out: Path) -> dict[str, Any]:
         "bf16": loop(adapted(base, **LOW_RANK), out / "bf16", mixed_precision="bf16"),
         "trainer": twice(lambda f, r: trainer(lambda: adapted(base, **LOW_RANK), f, r), out / "trainer"),
         "checkpointing": trainer(lambda: adapted(base, **LOW_RANK), out / "checkpointing", gradient_checkpointing=True),
+        "default": trainer(lambda: adapted(base), out / "default", even=True),
     }
     os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
     os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
@@ -217,11 +236,13 @@ def zero3(where: Path, out: Path) -> dict[str, Any]:
     def split_small_parameters_too(args: TrainingArguments) -> None:
         args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
+    options: dict[str, Any] = {"use_cpu": False, "change": split_small_parameters_too}
+
     def run(folder: Path, resume: bool) -> Any:
-        options = {"use_cpu": False, "change": split_small_parameters_too}
         return trainer(lambda: adapted(where / "base", **LOW_RANK), folder, resume, **options)
 
-    return {"trainer": twice(run, out / "trainer")}
+    default = trainer(lambda: adapted(where / "base"), out / "default", even=True, **options)
+    return {"trainer": twice(run, out / "trainer"), "default": default}
 
 
 def tensor_parallel(where: Path, out: Path) -> dict[str, Any]:
@@ -244,6 +265,7 @@ def tensor_parallel(where: Path, out: Path) -> dict[str, Any]:
         "checkpointing": trainer(
             load(LOW_RANK, **split), out / "checkpointing", gradient_checkpointing=True, **arguments
         ),
+        "default": trainer(load({}, **split), out / "default", even=True, **arguments),
         "fsdp_at_loading": trainer(load(LOW_RANK, **sharded), out / "fsdp_at_loading", save_strategy="no"),
         "refused": _refused(where, split),
     }
@@ -253,6 +275,12 @@ def _compared(base: Path, config: dict[str, Any], split: dict[str, Any]) -> dict
     """Logits, gradients and generated tokens of a split model against those of the whole one in this process."""
     whole, parts = adapted(base, **config), adapted(base, int(os.environ["RANK"]), split, **config)
     starts = [torch.cat([p.detach().flatten() for p in tiny.memory_parameters(m).values()]) for m in (whole, parts)]
+    for model in (whole, parts):
+        model.train()(input_ids=IDS[:4])  # takes the mean, if the config asks for it
+    means = [[mean for n, mean in m.named_buffers() if n.endswith(".mean")] for m in (whole, parts)]
+    apart = max((float((a - b).abs().max()) for a, b in zip(*means, strict=True)), default=0.0)
+    means_found = torch.tensor([apart, -float(all(bool(mean.any()) for mean in means[1]))])
+    dist.all_reduce(means_found, dist.ReduceOp.MAX)
     same_start = torch.tensor(float(torch.equal(*starts)))
     dist.all_reduce(same_start, dist.ReduceOp.MIN)
     with torch.no_grad():
@@ -270,6 +298,8 @@ def _compared(base: Path, config: dict[str, Any], split: dict[str, Any]) -> dict
     return {
         "case": f"{base.name} {config}",
         "same_start": bool(same_start),  # on every process
+        "means_apart": float(means_found[0]),  # from those of the whole model, on any process
+        "has_means": bool(means[1]) and float(means_found[1]) == -1,
         "logits": float((logits[0] - logits[1]).abs().max()),
         "effect": float((logits[0] - plain).abs().max()),
         "gradients": max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True)),

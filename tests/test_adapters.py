@@ -38,7 +38,9 @@ def logits(model: nn.Module, ids: Tensor | None = None, **kwargs: Any) -> Tensor
 
 def config(**fields: Any) -> PrefixMemoryConfig:
     """Of a memory in the paper's form but for ``fields``, as that of ``tiny.with_memory``."""
-    return PrefixMemoryConfig(task_type="CAUSAL_LM", **{"rank": None, "answer_limit": None, **fields})
+    return PrefixMemoryConfig(
+        task_type="CAUSAL_LM", **{"rank": None, "answer_limit": None, "normalize": "none", **fields}
+    )
 
 
 def add(model: PeftModel, name: str, seed: int, **fields: Any) -> None:
@@ -239,6 +241,7 @@ SUMMABLE: dict[str, dict[str, Any]] = {
     "rotary": {"query": "rotary"},
     "scaled": {"scale": 0.37},
     "limited": {"answer_limit": 0.3, "scale": 0.37},
+    "mean": {"normalize": "feature_mean"},
 }
 
 
@@ -405,17 +408,19 @@ def test_modules_saved_in_full_are_not_dropped_silently_from_a_sum():
 # Injection into a model that PEFT does not wrap
 
 
-def test_inject_adapter_in_model_round_trips_through_a_state_dict():
+@pytest.mark.parametrize(("fields", "tensors"), [({}, "M"), (tiny.DEFAULT, ("A", "B", "mean"))], ids=str)
+def test_inject_adapter_in_model_round_trips_through_a_state_dict(fields, tensors):
     base = logits(tiny.build())
-    model = inject_adapter_in_model(config(), tiny.build())
+    model = inject_adapter_in_model(config(**fields), tiny.build())
     assert torch.equal(logits(model), base)
     tiny.randomize(model)
     expected = logits(model)
     assert different(expected, base)
     state = get_peft_model_state_dict(model)
-    assert sorted(state) == [f"model.layers.{i}.self_attn.prefix_memory.prefix_memory_bank.M" for i in (0, 1)]
+    bank = "model.layers.{}.self_attn.prefix_memory.prefix_memory_bank.{}"
+    assert sorted(state) == [bank.format(i, tensor) for i in (0, 1) for tensor in tensors]
 
-    twin = inject_adapter_in_model(config(), tiny.build(), adapter_name="twin")
+    twin = inject_adapter_in_model(config(**fields), tiny.build(), adapter_name="twin")
     result = set_peft_model_state_dict(twin, state, adapter_name="twin")
     assert result.unexpected_keys == []
     assert torch.equal(logits(twin), expected)
@@ -626,9 +631,10 @@ def test_modules_saved_in_full_follow_the_adapter_of_the_row():
 # dtype, device, memory
 
 
-def test_low_cpu_mem_usage_makes_the_memory_on_the_meta_device_and_loading_fills_it(tmp_path):
-    source = tiny.with_memory(tiny.build(), feature_map="mlp", rank=2)
-    model = get_peft_model(tiny.build(), config(feature_map="mlp", rank=2), low_cpu_mem_usage=True)
+@pytest.mark.parametrize("fields", [{"feature_map": "mlp", "rank": 2}, tiny.DEFAULT], ids=str)
+def test_low_cpu_mem_usage_makes_the_memory_on_the_meta_device_and_loading_fills_it(fields, tmp_path):
+    source = tiny.with_memory(tiny.build(), **fields)
+    model = get_peft_model(tiny.build(), config(**fields), low_cpu_mem_usage=True)
     assert {p.device.type for p in tiny.memory_parameters(model).values()} == {"meta"}
     assert {p.device.type for p in tiny.build().parameters()} == {"cpu"}
     set_peft_model_state_dict(model, get_peft_model_state_dict(source), low_cpu_mem_usage=True)
@@ -643,14 +649,20 @@ def test_low_cpu_mem_usage_makes_the_memory_on_the_meta_device_and_loading_fills
     assert torch.equal(run_as(loaded, "second"), logits(source))
 
 
+@pytest.mark.parametrize("normalize", ["none", "feature_mean"])
 @pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
-def test_autocast_adapter_dtype_decides_the_dtype_of_the_memory_on_a_bfloat16_base(autocast, dtype, tmp_path):
+def test_autocast_adapter_dtype_decides_the_dtype_of_the_memory_on_a_bfloat16_base(
+    autocast, dtype, normalize, tmp_path
+):
     def base() -> nn.Module:
         return tiny.build().to(torch.bfloat16)
 
-    model = get_peft_model(base(), config(feature_map="mlp"), autocast_adapter_dtype=autocast).eval()
+    fields = config(feature_map="mlp", normalize=normalize)
+    model = get_peft_model(base(), fields, autocast_adapter_dtype=autocast).eval()
     tiny.randomize(model)
-    assert {p.dtype for p in tiny.memory_parameters(model).values()} == {dtype}
+    saved = get_peft_model_state_dict(model)
+    assert len(saved) == (6 if normalize == "none" else 8)
+    assert {tensor.dtype for tensor in saved.values()} == {dtype}
     assert logits(model).dtype == torch.bfloat16
     assert different(logits(model), logits(base()))
 
@@ -659,7 +671,7 @@ def test_autocast_adapter_dtype_decides_the_dtype_of_the_memory_on_a_bfloat16_ba
 
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base(), tmp_path, autocast_adapter_dtype=autocast)
-    assert {p.dtype for p in tiny.memory_parameters(loaded).values()} == {dtype}
+    assert {tensor.dtype for tensor in get_peft_model_state_dict(loaded).values()} == {dtype}
     assert torch.equal(logits(loaded), logits(model))
 
 
@@ -692,8 +704,9 @@ def test_modules_to_save_train_and_are_saved(tmp_path):
 # Swap, unload, merge, copy
 
 
-def test_weights_can_be_swapped_into_a_loaded_adapter():
-    model = two_adapters()
+@pytest.mark.parametrize("fields", [{}, tiny.DEFAULT], ids=str)
+def test_weights_can_be_swapped_into_a_loaded_adapter(fields):
+    model = two_adapters(fields, fields)
     swapped_in = get_peft_model_state_dict(model, adapter_name="other")
     expected = run_as(model, "other")
     model.set_adapter("default")

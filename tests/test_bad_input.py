@@ -550,7 +550,7 @@ BAD_ADAPTERS: dict[str, tuple[Change, list[str]]] = {
         lambda folder: edit_config(folder, base_model_name_or_path=None),
         ["base_model_name_or_path"],
     ),
-    "tensor_missing": (drop_a_tensor, ["lacks 1 of its 4 memory tensors", FIRST_KEY, "Load it onto the model"]),
+    "tensor_missing": (drop_a_tensor, ["lacks 1 of its 6 memory tensors", FIRST_KEY, "Load it onto the model"]),
     "tensor_unknown": (add_a_tensor, ["has unknown 1", "frobnicate.weight", "Load it onto the model"]),
     "tensor_misshapen": (cut_a_tensor, [FIRST_KEY, "has shape [4, 7, 8]", "needs [4, 8, 8]"]),
     "config_of_another_shape": (lambda folder: edit_config(folder, rank=2), ["The checkpoint", FIRST_KEY]),

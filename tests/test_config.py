@@ -33,7 +33,7 @@ MAPS = "elu, gelu, relu, silu, identity, softmax, mlp"
         (
             {"normalize": "feature_l1"},
             "normalize='feature_l1' is not known. Did you mean 'feature_l2'? "
-            "Choose one of: none, query_rms, feature_l2.",
+            "Choose one of: none, query_rms, feature_l2, feature_mean.",
         ),
         ({"query": "rotray"}, "query='rotray' is not known. Did you mean 'rotary'? Choose one of: content, rotary."),
         ({"dropout": 1.0}, "dropout=1.0 is out of range: give a probability in [0, 1)."),
@@ -113,21 +113,21 @@ def test_the_defaults_are_the_documented_ones():
     config = PrefixMemoryConfig()
     assert config.peft_type is PeftType.PREFIX_MEMORY
     chosen = {f.name: getattr(config, f.name) for f in dataclasses.fields(PrefixMemoryConfig)}
-    expected = dict(feature_map="elu", normalize="none", query="content", rank=8, scale=1.0, dropout=0.0)
+    expected = dict(feature_map="elu", normalize="feature_mean", query="content", rank=8, scale=1.0, dropout=0.0)
     assert {name: chosen[name] for name in expected} == expected
     for name in ("feature_dim", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
         assert chosen[name] is None
     assert chosen["share_heads"] is False
 
 
-@pytest.mark.parametrize("fields", [{}, tiny.DEFAULT, {"rank": None, "answer_limit": None}], ids=str)
+@pytest.mark.parametrize("fields", [{}, tiny.DEFAULT, dict.fromkeys(tiny.DEFAULT) | {"normalize": "none"}], ids=str)
 @pytest.mark.parametrize("placement", ["inside", "outside"])
-def test_prefix_vectors_have_no_rank_and_no_limit_in_the_config_and_its_file(placement, fields, tmp_path):
+def test_prefix_vectors_have_no_rank_limit_or_mean_in_the_config_and_its_file(placement, fields, tmp_path):
     config = PrefixMemoryConfig(placement=placement, prefix_length=3, **fields)
-    assert (config.rank, config.answer_limit) == (None, None)
+    assert (config.rank, config.answer_limit, config.normalize) == (None, None, "none")
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (written["rank"], written["answer_limit"]) == (None, None)
+    assert (written["rank"], written["answer_limit"], written["normalize"]) == (None, None, "none")
     assert PrefixMemoryConfig.from_pretrained(tmp_path) == config
 
 
@@ -147,10 +147,10 @@ def test_a_memory_that_mixes_has_no_limit_in_the_config_and_its_file(tmp_path):
         assert PrefixMemoryConfig.from_pretrained(tmp_path) == config
 
 
-def test_a_full_memory_without_a_limit_stays_so_in_its_file(tmp_path):
-    PrefixMemoryConfig(rank=None, answer_limit=None).save_pretrained(tmp_path)
+def test_the_papers_memory_stays_so_in_its_file(tmp_path):
+    PrefixMemoryConfig(rank=None, answer_limit=None, normalize="none").save_pretrained(tmp_path)
     loaded = PrefixMemoryConfig.from_pretrained(tmp_path)
-    assert (loaded.rank, loaded.answer_limit) == (None, None)
+    assert (loaded.rank, loaded.answer_limit, loaded.normalize) == (None, None, "none")
 
 
 # Feature maps

@@ -124,6 +124,10 @@ RUNS = pytest.mark.parametrize(
         ("tensor_parallel", "checkpointing"),
         ("tensor_parallel", "fsdp_at_loading"),
         pytest.param("zero3", "trainer", marks=needs_deepspeed),
+        ("ddp", "default"),
+        ("fsdp2", "default"),
+        ("tensor_parallel", "default"),
+        pytest.param("zero3", "default", marks=needs_deepspeed),
     ],
 )
 
@@ -138,6 +142,12 @@ def test_two_processes_train_as_one(results, adapter, engine, run):
     assert weights.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(weights[name], expected[name], **CLOSE)
+    if run == "default":
+        means = [name for name in expected if name.endswith(".mean")]
+        assert len(means) == 2 and found["means_apart"] < 1e-6
+        for name in means:
+            assert expected[name].any()
+            torch.testing.assert_close(weights[name], expected[name], rtol=0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +221,8 @@ def test_tensor_parallel_processes_read_their_heads(results):
         assert case["logits"] < 1e-5 < 0.02 < case["effect"], case  # limited answers move these models least
         assert case["gradients"] < 1e-5 < 1e-4 < case["smallest_gradient"], case
         assert case["generated"] and case["zero_is_base"] and case["fingerprint"] and case["same_start"], case
+        assert case["means_apart"] < 1e-6, case
+    assert sum(case["has_means"] for case in compared) == 2 * len(TENSOR_PARALLEL_FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -245,4 +257,4 @@ def test_the_script_of_the_guide_trains_in_two_processes(folder, results):
     trained = results("ddp")["guide"]
     assert len(trained) == 4 and all(name.endswith((".A", ".B")) for name in trained)  # one of each a layer
     saved = load_file(folder / "ddp" / "guide" / "tickets-memory" / "adapter_model.safetensors")
-    assert len(saved) == 4 and all(bool(tensor.any()) for tensor in saved.values())
+    assert len(saved) == 6 and all(bool(tensor.any()) for tensor in saved.values())

@@ -119,7 +119,7 @@ def test_unload_gives_back_the_base_model_as_it_was(family, variant):
     assert_changes(tiny.with_memory(unloaded, **VARIANTS[variant]), base)
 
 
-@pytest.mark.parametrize(("variant", "tensors"), [("default", ("A", "B")), ("content", ("M",))])
+@pytest.mark.parametrize(("variant", "tensors"), [("default", ("A", "B", "mean")), ("content", ("M",))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_state_dict_of_the_base_model_only_gains_keys_of_the_memory(family, variant, tensors):
     model = tiny.build(family)

@@ -80,11 +80,13 @@ class Oracle:
 
     config: PrefixMemoryConfig
     leaves: dict[str, Tensor]
+    means: dict[str, Tensor] = field(default_factory=dict)  # constants
     content_query: Tensor | None = None
     layers_called: list[int] = field(default_factory=list)
 
     def leaf(self, layer: int, name: str) -> Tensor | None:
-        found = [t for n, t in self.leaves.items() if re.search(rf"\.{layer}\.", n) and n.endswith(f".{name}")]
+        tensors = {**self.leaves, **self.means}
+        found = [t for n, t in tensors.items() if re.search(rf"\.{layer}\.", n) and n.endswith(f".{name}")]
         assert len(found) <= 1
         return found[0] if found else None
 
@@ -107,6 +109,8 @@ class Oracle:
                 return F.relu(torch.matmul(q, w) + b[:, None, :])
         else:
             phi = PLAIN_MAPS[self.config.feature_map]
+        if self.config.normalize == "feature_mean":
+            return reference.feature_mean(phi, self.per_head(self.leaf(layer, "mean"), heads))
         wrap = {"none": lambda f: f, "query_rms": reference.query_rms, "feature_l2": reference.feature_l2}
         return wrap[self.config.normalize](phi)
 
@@ -185,10 +189,11 @@ def run_oracle(
     ids: Tensor,
     mask: Tensor,
     query: str | None = None,
+    means: dict[str, Tensor] | None = None,
 ) -> Result:
     model = family_model(family, ORACLE).to(ids.device)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-    oracle = Oracle(copy.copy(config), leaves)
+    oracle = Oracle(copy.copy(config), leaves, means or {})
     oracle.config.query = query or config.query
     with answering_from(oracle, model):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
@@ -217,7 +222,10 @@ def compare(
     assert len(parameters) == tensors * model.config.num_hidden_layers
     ids, mask = padded_batch(length, device)
     ours = run_adapter(model, ids, mask, backward)
-    theirs = run_oracle(family, model.peft_config["default"], parameters, ids, mask)
+    means = {name: mean for name, mean in model.named_buffers() if name.endswith(".mean")}
+    assert all(mean.any() for mean in means.values()), "a mean of zero would test nothing"
+    assert len(means) == (model.config.num_hidden_layers if config.get("normalize") == "feature_mean" else 0)
+    theirs = run_oracle(family, model.peft_config["default"], parameters, ids, mask, means=means)
     assert set(ours.gradients) == (set(theirs.gradients) if backward else set())
     assert difference(ours, theirs) < TOLERANCE
 
@@ -242,7 +250,7 @@ def test_limited_answers_equal_the_oracle_in_logits_and_gradients(family, attent
     compare(family, attention, **DEFAULT)
 
 
-@pytest.mark.parametrize("normalize", ["none", "query_rms", "feature_l2"])
+@pytest.mark.parametrize("normalize", ["none", "query_rms", "feature_l2", "feature_mean"])
 @pytest.mark.parametrize("feature_map", [*PLAIN_MAPS, "mlp"])
 def test_feature_map_and_normalisation_equal_the_oracle(feature_map, normalize):
     compare("llama_gqa", "eager", feature_map=feature_map, normalize=normalize)
@@ -261,6 +269,7 @@ def test_feature_map_and_normalisation_equal_the_oracle(feature_map, normalize):
         dict(answer_limit=0.3),
         dict(answer_limit=2.0, rank=3, share_heads=True, scale=-0.6),
         dict(answer_limit=0.3, feature_map="mlp", feature_dim=5, normalize="query_rms"),
+        dict(rank=3, feature_map="mlp", feature_dim=5, share_heads=True, normalize="feature_mean"),
     ],
     ids=str,
 )
@@ -298,6 +307,15 @@ def test_flex_attention_equals_the_oracle_in_gradients(config, monkeypatch):
     wider.head_dim = 16  # flex attention on a GPU takes no smaller heads
     monkeypatch.setitem(CONFIGS, "llama_gqa", wider)
     compare("llama_gqa", "flex_attention", device="cuda", **config)
+
+
+def test_negative_control_another_mean_is_far_away():
+    model = with_memory(family_model("llama_gqa", "eager"), normalize="feature_mean")
+    parameters, config = memory_parameters(model), model.peft_config["default"]
+    means = {name: mean.roll(1, 0) for name, mean in model.named_buffers() if name.endswith(".mean")}
+    ids, mask = padded_batch()
+    theirs = run_oracle("llama_gqa", config, parameters, ids, mask, means=means)  # the next head's μ
+    assert (run_adapter(model, ids, mask).logits - theirs.logits).abs().max() > 1e3 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gemma3", "gpt_neox"])
@@ -463,3 +481,10 @@ def test_query_rms_and_feature_l2_take_the_scale_out(heads):
 
     close(reference.query_rms(F.elu)(heads.q), F.elu(unit(heads.q)))
     close(reference.feature_l2(F.elu)(heads.q), F.normalize(F.elu(heads.q), dim=-1))
+
+
+def test_feature_mean_takes_out_what_is_the_same_for_all_queries_of_a_head(heads):
+    mean = F.elu(heads.q).mean(dim=(0, 2))
+    left = reference.feature_mean(F.elu, mean)(heads.q)
+    close(left.mean(dim=(0, 2)), torch.zeros_like(mean))
+    close(left[:, 1], F.elu(heads.q[:, 1]) - mean[1])

@@ -15,8 +15,8 @@ FAMILIES = ["llama_gqa", "qwen3", "phi3", "gpt2"]
 #: Config of each variant, and which of its parameters move in the first step. The others have a gradient of exactly
 #: zero while M (or B) is zero, and follow in the second step.
 VARIANTS = {
-    "default": ({}, {"B"}),
-    "paper": ({"rank": None, "answer_limit": None}, {"M"}),
+    "default": (tiny.DEFAULT, {"B"}),
+    "paper": ({"rank": None, "answer_limit": None, "normalize": "none"}, {"M"}),
     "full": ({"rank": None}, {"M"}),
     "rotary": ({"rank": None, "query": "rotary", "answer_limit": None}, {"M"}),
     "rank": ({"rank": 2}, {"B"}),
@@ -27,9 +27,8 @@ VARIANTS = {
 
 
 def adapted_model(family: str, dtype: torch.dtype = torch.float32, **config: object) -> nn.Module:
-    return get_peft_model(
-        tiny.build(family).to(dtype), PrefixMemoryConfig(task_type="CAUSAL_LM", normalize="none", **config)
-    )
+    config = PrefixMemoryConfig(task_type="CAUSAL_LM", **{"normalize": "none", **config})
+    return get_peft_model(tiny.build(family).to(dtype), config)
 
 
 def optimizer_of(model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:

@@ -152,4 +152,4 @@ def test_the_variants_are_what_they_say(uninterrupted):
     plain = curves.pop("plain")
     assert curves.pop("gradient checkpointing") == pytest.approx(plain, abs=1e-6)  # dropout masks are redrawn the same
     for variant, curve in curves.items():
-        assert max(abs(curve[step] - plain[step]) for step in plain) > 1e-4, variant
+        assert max(abs(curve[step] - plain[step]) for step in plain) > 3e-5, variant

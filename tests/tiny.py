@@ -82,12 +82,15 @@ def with_memory(model: PreTrainedModel, fill: bool = True, **config: object) -> 
 
 
 def randomize(model: PeftModel, adapter: str = "default", seed: int = 2, std: float = 0.3) -> None:
-    """Random contents for the parameters of one adapter."""
+    """Random contents for the parameters of one adapter, and for the mean that its memory subtracts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if f".prefix_memory_bank.{adapter}." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        for name, buffer in model.named_buffers():
+            if f".prefix_memory_bank.{adapter}.mean" in name:
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * std)
 
 
 def memory_parameters(model: PeftModel, adapter: str = "default") -> dict[str, torch.nn.Parameter]:

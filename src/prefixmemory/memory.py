@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
@@ -45,12 +47,28 @@ class Memory(nn.Module):
         self.takes_mean = self.has_mean = config.normalize == "feature_mean"
         self.is_divided = False  # among tensor-parallel processes, each of which answers for some of the groups
         if self.has_mean:
-            self.register_buffer("mean", torch.zeros(self.groups, feature_dim))
+            # not persistent: accelerate's FSDP2 takes such tensors for parameters; it is saved all the same, below
+            self.register_buffer("mean", torch.zeros(self.groups, feature_dim), persistent=False)
         if config.rank is None:
             self.M = nn.Parameter(torch.zeros(self.groups, feature_dim, value_dim))
         else:
             self.A = nn.Parameter(torch.randn(self.groups, feature_dim, config.rank) * feature_dim**-0.5)
             self.B = nn.Parameter(torch.zeros(self.groups, config.rank, value_dim))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.has_mean and not self.mean.is_meta:  # accelerate asks on the meta device which parameters to fill
+            destination[prefix + "mean"] = self.mean if keep_vars else self.mean.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        held = self.has_mean and (prefix + "mean" in state_dict or not self.mean.is_meta)
+        self._non_persistent_buffers_set -= {"mean"} if held else set()
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self._non_persistent_buffers_set |= {"mean"} if held else set()
+        if held and not self.mean.is_meta and self.mean.any():
+            self.takes_mean = False
 
     def matrix(self) -> Float[Tensor, "g f v"]:
         """M, multiplied out if it is stored in two factors."""

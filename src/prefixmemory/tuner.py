@@ -364,7 +364,7 @@ def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
         f"{path}.{name}" if path else name: buffer
         for path, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
+        if name not in module._non_persistent_buffers_set or isinstance(module, Memory)
     }
 
 
@@ -460,8 +460,8 @@ def _common_mean(target: Memory, memories: list[Memory], factors: list[float]) -
         whole = target.A.double()
         said = torch.cat([m.mean.double()[:, None] @ m.A.double() for m in memories], dim=-1)
     whole, said = whole.transpose(1, 2).cpu(), said.transpose(1, 2).cpu()
-    mean = torch.linalg.pinv(whole) @ said
-    if not torch.allclose(whole @ mean, said, rtol=1e-4, atol=1e-6):
+    mean = (torch.linalg.pinv(whole, rtol=1e-6) @ said).to(target.mean.dtype)  # as it will be stored
+    if not torch.allclose(whole @ mean.double(), said, rtol=1e-4, atol=1e-6):
         raise PrefixMemoryError(
             "These adapters cannot be summed: they subtract different means from their features, and no one mean "
             "stands for all of them. Activate several with base_model.set_adapter([...]) instead: their answers add."
