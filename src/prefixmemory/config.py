@@ -47,9 +47,9 @@ class PrefixMemoryConfig(PeftConfig):
         feature_dim: D_φ, for maps that let it be chosen (``mlp``); ``None`` means the head dimension.
         normalize: what is done to φ(q). ``feature_mean`` subtracts its mean over the first batch that is trained on,
             padding included, a fixed vector that is saved with the memory: two thirds of φ(q) are the same for every
-            token, and a memory that learns from them says the same to all texts (``docs/LOG.md``). ``none`` (the paper's form) leaves φ(q)
-            as it is, ``query_rms`` brings q to unit root-mean-square before φ, ``feature_l2`` divides φ(q) by its
-            Euclidean norm and wants a ten times higher learning rate.
+            token, and a memory that learns from them says the same to all texts (``docs/LOG.md``). ``none`` (the
+            paper's form) leaves φ(q) as it is, ``query_rms`` brings q to unit root-mean-square before φ, ``feature_l2``
+            divides φ(q) by its Euclidean norm and wants a ten times higher learning rate.
         query: ``content`` reads the query before rotary position embedding (after the q-norm where the model has
             one), ``rotary`` reads the query that attention sees.
         rank: r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``, or ``None`` for a full M, which without a limit is the
