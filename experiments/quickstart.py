@@ -4,9 +4,9 @@
     python experiments/quickstart.py --table
 
 The default memory and those that were it before, of rank 8 and full, in the paper's form; each at a third, once and
-three times its rate. One record a run in results/quickstart/; those of full memories have no prefix to their names. Each run trains as
-``prefixmemory quickstart`` does, saves, loads from disk and answers all test sentences. Two processes may share the
-work with ``--part 0/2`` and ``--part 1/2``.
+three times its rate. One record a run in results/quickstart/; those of full memories have no prefix to their names.
+Each run trains as ``prefixmemory quickstart`` does, saves, loads from disk and answers all test sentences. Two
+processes may share the work with ``--part 0/2`` and ``--part 1/2``.
 """
 
 from __future__ import annotations
