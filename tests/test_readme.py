@@ -64,7 +64,7 @@ def test_the_command_lines_take_ones_own_data_from_recipe_to_chat(tmp_path, monk
         assert told in plan
     assert not Path("classification-memory").exists()
     assert "on 24 rows" in call_line(train).success
-    (lora,) = re.findall(r"# (--method lora .*) puts LoRA beside it", train)
+    (lora,) = re.findall(r"# LoRA: (--method lora .*)", train)
     assert "Trained" in call_line(train.replace("#", f"{lora} #")).success
     assert Path("tickets-lora", "run.json").is_file() and Path("classification-memory", "run.json").is_file()
     assert "rows 6" in call_line(evaluate).success
