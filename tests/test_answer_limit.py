@@ -196,7 +196,7 @@ def test_a_file_from_before_the_limit_has_none(fields, read, tmp_path):
 )
 def test_the_weighted_adapter_limits_the_answer_of_the_summed_memory(first, second):
     model = tiny.with_memory(tiny.build(), answer_limit=LIMIT, **first)
-    second = {"rank": None, **second}
+    second = {"rank": None, "normalize": "none", **second}
     model.add_adapter("other", PrefixMemoryConfig(task_type="CAUSAL_LM", answer_limit=LIMIT, **second))
     tiny.randomize(model, "other", seed=3)
     model.add_weighted_adapter(["default", "other"], [0.7, -1.3], "mix")

@@ -337,7 +337,7 @@ def test_what_layers_share_is_saved_once_and_learns_from_all_of_them(tmp_path):
     whole = memory_layers(model)[0].memory("default").module.M.grad
 
     apart = tiny.with_memory(tiny.build(), memory="offset", fill=False)  # the same as a memory for each layer
-    apart.add_adapter("free", PrefixMemoryConfig(task_type="CAUSAL_LM", rank=None, answer_limit=None))
+    apart.add_adapter("free", PrefixMemoryConfig(task_type="CAUSAL_LM", rank=None, normalize="none", answer_limit=None))
     apart.base_model.set_adapter("free")
     parts = []
     for ours, theirs in zip(memory_layers(model), memory_layers(apart), strict=True):

@@ -74,9 +74,9 @@ def whole(loaded: Loaded) -> Records:
 STAGES: dict[Stage, list[str]] = {
     base_alone: ["25.0 [0.0, 66.7] (25.0), 1 seed |", "No learning rate has been tried", "Not complete: base (1 of 2"],
     only_rates: ["No run has been scored.", "50.0 / 80.0 / 60.0", "**23 runs of this suite are missing**"],
-    some_rates_failed: ["50.0 / – / –", "1 failed", "**2 runs failed**", "| rate | 0.001 | 0 | OutOfMemoryError: CUDA"],
+    some_rates_failed: ["50.0 / – / –", "1 failed", "**2 runs failed**", "| rate | 0.003 | 0 | OutOfMemoryError: CUDA"],
     every_rate_failed: ["not run: every learning rate failed", "**3 runs failed**", "25.0 ["],
-    one_final_run: ["**1 of 3 seeds** at 0.001", "No method is complete.", "intervals are over rows alone"],
+    one_final_run: ["**1 of 3 seeds** at 0.003", "No method is complete.", "intervals are over rows alone"],
     a_method_without_records: ["lora-attention − base | +0.0", "prefixmemory (0 of 6 runs)", "| 6 | not run yet |"],
     final_runs_failed: ["No run has been scored.", "a \\| b", "**14 runs failed**"],
     scores_without_a_number: ["its score is nan", "**14 runs failed**", "No run has been scored."],

@@ -95,7 +95,7 @@ def test_the_loss_of_the_first_step_is_the_formula(tmp_path, name, given):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_of_the_adapter_moves_and_nothing_else(tmp_path, name):
-    settings = TrainingSettings(objective="simpo", batch_size=4, epochs=4, learning_rate=0.02)
+    settings = TrainingSettings(objective="simpo", batch_size=4, epochs=8, learning_rate=0.02)
     trainer = make(tmp_path, settings, CONFIGS[name])
     before = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
     trainer.train()

@@ -38,7 +38,7 @@ class Run:
     logits: Tensor
 
     def trained(self) -> dict[str, Tensor]:
-        """What the checkpoint should hold: the memory of each layer, and the head of a reward model."""
+        """What the checkpoint should hold but for the means: the memory of each layer, and a reward model's head."""
         parameters = dict(self.model.named_parameters())
         return tiny.memory_parameters(self.model) | ({HEAD: parameters[HEAD]} if HEAD in parameters else {})
 
@@ -117,7 +117,9 @@ def test_the_checkpoint_holds_the_adapter_alone(run, kind):
     weights = {name for name in files if name.endswith((".safetensors", ".bin"))} - {"training_args.bin"}
     assert weights == {WEIGHTS}
     saved = load_file(made.checkpoint / WEIGHTS)
-    trained = made.trained()
+    means = {name: buffer for name, buffer in made.model.named_buffers() if name.endswith("default.mean")}
+    assert len(means) == 2 and all(mean.any() for mean in means.values())
+    trained = made.trained() | means
     assert len(saved) == len(trained)
     for name, tensor in saved.items():
         name = name.replace("prefix_memory_bank.", "prefix_memory_bank.default.")
