@@ -6,7 +6,7 @@ set -euo pipefail
 folder=${1:?give a folder for the adapters}
 results=$(dirname "$0")/../results/analysis
 data=$(dirname "$0")/../src/prefixmemory/data/northline/train.jsonl
-common=(--model smollm2 --data "$data" --dtype bfloat16 --epochs 2 --batch-size 8 --set attention=eager --set data.per_label=6)
+common=(--model smollm2 --data "$data" --dtype bfloat16 --epochs 2 --batch-size 8 --set attention=eager --set data.per_label=6 --set training.warmup=0.1)
 prefixes=()
 for length in 1 4 16 64 256; do
   prefixes+=("$folder/prefix-$length")
@@ -14,7 +14,7 @@ for length in 1 4 16 64 256; do
     --learning-rate 3e-2 --set method.placement=inside --set method.prefix_length=$length
 done
 [ -d "$folder/memory" ] || prefixmemory train "${common[@]}" --output "$folder/memory" --learning-rate 3e-4 \
-  --set method.rank=null --set method.normalize=none --set method.answer_limit=null --set training.warmup=0.1
+  --set method.rank=null --set method.normalize=none --set method.answer_limit=null
 rm -rf "$results/tradeoff" "$results/spectrum"
 prefixmemory inspect "${prefixes[@]}" --what tradeoff --length 4096 --output "$results/tradeoff"
 prefixmemory inspect "$folder/prefix-16" "$folder/memory" --what spectrum --output "$results/spectrum"

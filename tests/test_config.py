@@ -230,7 +230,9 @@ def test_the_full_examples_give_every_field_another_value_than_its_default():
         assert [name for name in fields if getattr(default, name) == fields[name]] == []
 
 
-@pytest.mark.parametrize("fields", [{}, FULL, KERNEL, INSIDE, LIMITED], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, FULL, KERNEL, INSIDE, LIMITED], ids=["default", "full", "kernel", "inside", "limited"]
+)
 def test_a_config_survives_dict_copy_and_file(fields, tmp_path):
     config = PrefixMemoryConfig(**fields)
     assert {name: getattr(config, name) for name in fields} == fields

@@ -46,19 +46,22 @@ class PrefixMemoryConfig(PeftConfig):
             name registered with :func:`prefixmemory.register_feature_map`.
         feature_dim: D_φ, for maps that let it be chosen (``mlp``); ``None`` means the head dimension.
         normalize: what is done to φ(q). ``feature_mean`` subtracts its mean over the first batch that is trained on,
-            padding included, a fixed vector that is saved with the memory: two thirds of φ(q) are the same for every
-            token, and a memory that learns from them says the same to all texts (``docs/LOG.md``). ``none`` (the
-            paper's form) leaves φ(q) as it is, ``query_rms`` brings q to unit root-mean-square before φ, ``feature_l2``
-            divides φ(q) by its Euclidean norm and wants a ten times higher learning rate.
+            padding included, a fixed vector that is saved with the memory: most of φ(q) is the same for every token (60
+            to 81 % of its energy in SmolLM2), and a memory that learns from that says the same to all texts
+            (``docs/LOG.md``). ``none`` (the paper's form) leaves φ(q) as it is, ``query_rms`` brings q to unit
+            root-mean-square before φ, ``feature_l2`` divides φ(q) by its Euclidean norm and wants a ten times higher
+            learning rate.
         query: ``content`` reads the query before rotary position embedding (after the q-norm where the model has
             one), ``rotary`` reads the query that attention sees.
-        rank: r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``, or ``None`` for a full M, which without a limit is the
-            paper's form and wants a learning rate of about 3e-4. The default is 8, a quarter of the parameters at a
-            head dimension of 64: such a memory scored higher than the full one and bore higher rates
-            (``docs/LOG.md``). Prefix vectors and registered memories have none: there it is ``None``.
+        rank: r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``, or ``None`` for a full M, which with
+            ``normalize="none"`` and without a limit is the paper's form, and wants a learning rate of about 3e-4. The
+            default is 8, a quarter of the parameters at a head dimension of 64: such a memory scored higher than the
+            full one and bore higher rates (``docs/LOG.md``). Prefix vectors and registered memories have none: there it
+            is ``None``.
         answer_limit: c, the length that no answer of a free memory reaches, in lengths of the head's own output o.
             Short answers pass as they are, longer ones are shortened smoothly: answer / √(1 + |answer|² / (c·|o|)²).
-            So no step of training drowns what the model says by itself (``docs/LOG.md``). ``None``: no limit, the
+            So no step of training drowns what the model says by itself (``docs/LOG.md``). ``scale`` multiplies what is
+            left, and several active memories are limited each for itself. ``None``: no limit, the
             paper's form. It is ``None`` where λ mixes, for prefix vectors, and for registered memories.
         share_heads: one memory per key/value group instead of one per query head.
         placement: ``outside`` the softmax (a memory), or ``inside``, where the prefix's keys compete with the input's
@@ -127,7 +130,7 @@ class PrefixMemoryConfig(PeftConfig):
                     "If a newer prefixmemory wrote it, upgrade with `pip install -U prefixmemory`."
                 )
         config = cast(PrefixMemoryConfig, super().__new__(cls))
-        if "peft_type" in kwargs and "answer_limit" not in kwargs:  # a file from before there was a limit
+        if "weights_sha256" in kwargs and "answer_limit" not in kwargs:  # a file from before there was a limit
             config.__dict__["_never_limited"] = True
         return config
 

@@ -92,17 +92,19 @@ class Memory(nn.Module):
     def _take_mean(self, features: Tensor) -> None:
         """Keep the mean of φ(q) over the first batch that is trained on, padding included, unless it has been loaded.
 
-        Nothing has been learned by then (M is zero), so that no answer changes. Processes that train together, each on
-        its part of the batch, take the mean of all parts.
+        Nothing has been learned by then, so that no answer changes; a memory that has learned without a mean goes on
+        without one. Processes that train together, each on its part of the batch, take the mean of all parts.
         """
-        if not self.mean.any():
+        blank = not (self.M if self.rank is None else self.B).any()
+        if blank and not self.mean.any():
             features = features.float().flatten(end_dim=-4)
-            sums = features.sum(dim=(0, 2))
-            count = sums.new_tensor(features.shape[0] * features.shape[2])
+            sound = features.isfinite().all(dim=-1)  # a row that is all padding may have no finite query
+            sums = torch.where(sound[..., None], features, 0.0).sum(dim=(0, 2))
+            counts = sound.sum(dim=(0, 2)).float()
             if dist.is_available() and dist.is_initialized() and not self.is_divided:
                 dist.all_reduce(sums)
-                dist.all_reduce(count)
-            self.mean.copy_(sums / count)
+                dist.all_reduce(counts)
+            self.mean.copy_(sums / counts.clamp(min=1.0)[:, None])
         self.takes_mean = False
 
     def forward(self, query: Float[Tensor, "*batch h d"]) -> Float[Tensor, "*batch h v"]:

@@ -65,6 +65,9 @@ class HeadShare:
             parts = [torch.empty_like(own["mean"]) for _ in range(self.ranks)]
             dist.all_gather(parts, own["mean"].contiguous(), group=self.group)
             memory.mean.copy_(torch.cat(parts))
+            if (world := dist.get_world_size()) > self.ranks:  # replicas, which have seen other parts of the batch
+                dist.all_reduce(memory.mean)
+                memory.mean.div_(world)
         return answer
 
 

@@ -149,6 +149,10 @@ class PrefixMemoryModel(BaseTuner):
             state_dict = {key.replace(BANK, f".{self.prefix}"): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         same_start(self.model, (layer.prefix_memory_bank[adapter_name] for layer in self._layers_of(adapter_name)))
+        config = self.peft_config.get(adapter_name)
+        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        for layer in self._layers_of(adapter_name) if twins else []:
+            _share_mean(layer, twins[0], adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As in PEFT, which leaves buffers out: a memory's mean goes with its parameters."""
@@ -255,7 +259,7 @@ class PrefixMemoryModel(BaseTuner):
             with torch.no_grad():
                 for layer in self._layers_of(adapter_name):
                     config.scale = _combine(layer, adapters, weights, adapter_name)
-        except PrefixMemoryError:
+        except Exception:
             _discard(self.model, adapter_name)
             raise
 
@@ -441,6 +445,15 @@ def _combine(layer: PrefixMemoryLayer, adapters: list[str], weights: list[float]
     if target.has_mean:
         target.mean.copy_(_common_mean(target, memories, factors))
     return common
+
+
+def _share_mean(layer: PrefixMemoryLayer, source: str, into: str) -> None:
+    """Give ``into``, made with the config object of ``source``, its mean: TRL copies only parameters to its ``ref``."""
+    if source in layer.prefix_memory_bank and getattr(layer.memory(source), "has_mean", False):
+        old, new = cast(Memory, layer.memory(source)), cast(Memory, layer.memory(into))
+        if not (old.mean.is_meta or new.mean.is_meta) and old.mean.any():
+            new.mean.copy_(old.mean)
+            new.takes_mean = False
 
 
 def _common_mean(target: Memory, memories: list[Memory], factors: list[float]) -> Tensor:
