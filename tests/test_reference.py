@@ -38,9 +38,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained adapter, whose feature map has parameters too."""
+    """A trained adapter, whose feature map has parameters too, and its features a mean."""
     folder = tmp_path_factory.mktemp("adapter")
-    tiny.with_memory(load(base), feature_map="mlp").save_pretrained(folder)
+    tiny.with_memory(load(base), feature_map="mlp", normalize="feature_mean").save_pretrained(folder)
     return folder
 
 
