@@ -24,7 +24,7 @@ ROWS = {
 #: Adapter, base model, rows that it was trained on, options.
 ADAPTERS = {
     "memory": ("base", "questions", ()),
-    "lora": ("base", "questions", ("--method", "lora")),
+    "lora": ("base", "questions", ("--method", "lora", "--learning-rate", 1e-3)),
     "labels": ("base", "tickets", ()),
     "plain": ("bare", "questions", ()),
 }

@@ -286,15 +286,16 @@ def number(text: str, unit: str) -> int:
     return int(re.search(rf"([\d,]+) {unit}", text).group(1).replace(",", ""))
 
 
+RATE = ("--learning-rate", "1e-3")  # methods other than a memory have no default
 RUNS = {
     "memory": (),
     "memory of rank 2": ("--rank", 2, "--set", "method.layers_to_transform=[1]"),
     "memory, mlp": ("--feature-map", "mlp", "--set", "method.share_heads=true"),
-    "lora": ("--method", "lora"),
-    "lora everywhere": ("--method", "lora", "--set", "method.target_modules=all-linear", "--set", "method.r=3"),
-    "prefix tuning": ("--method", "prefix_tuning", "--set", "method.num_virtual_tokens=5"),
-    "prompt tuning": ("--method", "prompt_tuning", "--set", "method.num_virtual_tokens=5"),
-    "ia3": ("--method", "ia3"),
+    "lora": ("--method", "lora", *RATE),
+    "lora everywhere": ("--method", "lora", *RATE, "--set", "method.target_modules=all-linear", "--set", "method.r=3"),
+    "prefix tuning": ("--method", "prefix_tuning", *RATE, "--set", "method.num_virtual_tokens=5"),
+    "prompt tuning": ("--method", "prompt_tuning", *RATE, "--set", "method.num_virtual_tokens=5"),
+    "ia3": ("--method", "ia3", *RATE),
     "part of an epoch": ("--epochs", 1.1, "--batch-size", 5, "--set", "training.gradient_accumulation=2"),
     "dpo": ("--objective", "dpo", "--data", "pairs.jsonl", "--batch-size", 4, "--epochs", 1),
     "kto from pairs": ("--objective", "kto", "--data", "pairs.jsonl", "--batch-size", 4, "--epochs", 1),
@@ -341,8 +342,9 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(place):
     words = ("train", "--model", MODEL, "--data", "tickets.jsonl", "--output", "new")
     for wrong, phrase in (
         (("--max-length", 3), "tickets.jsonl, line 1: the completion has 3 tokens"),
-        (("--method", "lora", "--set", "method.target_modules=[q_prj]"), "lora cannot be attached to LlamaForCausalLM"),
-        (("--method", "lora", "--set", "method.r=0"), "should be a positive integer"),
+        (("--method", "lora", *RATE, "--set", "method.target_modules=[q_prj]"), "lora cannot be attached to Llama"),
+        (("--method", "lora", *RATE, "--set", "method.r=0"), "should be a positive integer"),
+        (("--method", "lora"), "training.learning_rate is missing: that of a memory would not suit lora."),
         (("--set", "method.target_modules=[self_atn]"), "Did you mean 'self_attn'?"),
         (("--model", "nowhere"), "'nowhere' cannot be loaded"),
         (("--objective", "dpo"), "objective='dpo' needs rows"),

@@ -15,6 +15,7 @@ from peft import LoraConfig
 import tiny
 from command_line import call, files_of, jsonl, weights
 from prefixmemory import PrefixMemoryConfig
+from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.training.recipe import Recipe, load_recipe, shipped, summary
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory.training.yaml_files import read_value
@@ -138,7 +139,7 @@ training:
   seed: 7
 """
 TEXT = WRITTEN.format(method="prefix_memory")
-LORA = WRITTEN.format(method="lora")
+LORA = WRITTEN.format(method="lora") + "  learning_rate: 1e-3\n"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -219,7 +220,7 @@ TYPOS = {
     "of training, at the top": (TEXT + "learning_rate: 1\n", 14, ["Did you mean 'training.learning_rate'?"]),
     "of method, at the top": (TEXT + "rank: 1\n", 14, ["Did you mean 'method.rank'?"]),
     "of data, at the top": (TEXT + "train: rows.jsonl\n", 14, ["Did you mean 'data.train'?"]),
-    "of lora, at the top": (LORA + "r: 1\n", 14, ["Did you mean 'method.r'?"]),
+    "of lora, at the top": (LORA + "r: 1\n", 15, ["Did you mean 'method.r'?"]),
     "of training, in data": (below("data", "epochs: 1"), 6, ["data.epochs", "Did you mean 'training.epochs'?"]),
     "of training, in method": (below("method", "seed: 1"), 9, ["method.seed", "Did you mean 'training.seed'?"]),
     "of method, in training": (below("training", "rank: 1"), 12, ["training.rank", "Did you mean 'method.rank'?"]),
@@ -356,13 +357,30 @@ def test_options_win_over_the_recipe(tmp_path):
     assert (recipe.config().rank, recipe.data.limit, recipe.data.train, recipe.dtype) == (2, 3, "rows.jsonl", "float32")
 
 
+RATE = {"training.learning_rate": 1e-3}
+
+
 def test_another_method_does_not_get_the_fields_of_the_first(tmp_path):
     file = write(tmp_path, below("method", "rank: 8"))
-    config = load_recipe(file, {"method.name": "lora", "method.r": 4}).config()
+    config = load_recipe(file, {"method.name": "lora", "method.r": 4, **RATE}).config()
     assert isinstance(config, LoraConfig) and config.r == 4
     file = write(tmp_path, below("method", "r: 16", LORA))
     assert isinstance(load_recipe(file, {"method.name": "prefix_memory"}).config(), PrefixMemoryConfig)
     assert load_recipe(file, {"method.name": "lora"}).config().r == 16
+
+
+def test_another_method_needs_a_learning_rate_of_its_own(tmp_path):
+    memory = write(tmp_path, below("training", "learning_rate: 2e-3"))
+    for overrides in ({"method.name": "lora"}, {"method.name": "ia3"}):
+        with pytest.raises(PrefixMemoryError, match="learning_rate is missing: that of a memory would not suit"):
+            load_recipe(memory, overrides)
+    assert load_recipe(memory, {"method.name": "lora", **RATE}).training.learning_rate == 1e-3
+    assert load_recipe(memory).training.learning_rate == 2e-3  # control
+    lora = write(tmp_path, LORA)
+    assert load_recipe(lora).training.learning_rate == 1e-3
+    assert load_recipe(lora, {"method.name": "prefix_memory"}).training.learning_rate == TrainingSettings.learning_rate
+    with pytest.raises(PrefixMemoryError, match=r"line 9: training\.learning_rate is missing"):
+        load_recipe(write(tmp_path, WRITTEN.format(method="lora")))
 
 
 def test_the_same_method_named_again_keeps_its_fields(tmp_path):

@@ -196,13 +196,15 @@ def test_a_run_of_one_step_trains(place):
 )
 def test_a_method_that_does_not_suit_the_model_is_one_line(place, words, phrase):
     before = files_of(place)
-    assert phrase in call(*train("--method", "lora", *words)).refusal
+    assert phrase in call(*train("--method", "lora", "--learning-rate", 1e-3, *words)).refusal
     assert files_of(place) == before
 
 
 def test_trl_that_refuses_is_one_line(place):
     pytest.importorskip("trl")
-    words = train("--objective", "dpo", "--method", "lora", "--set", "method.r=0", data="pairs.jsonl")
+    words = train(
+        "--objective", "dpo", "--method", "lora", "--learning-rate", 1e-3, "--set", "method.r=0", data="pairs.jsonl"
+    )
     assert "objective='dpo': TRL refuses this run: `r` should be" in call(*words).refusal
 
 

@@ -179,7 +179,7 @@ def test_the_settings_can_be_given(place):
         (("--objective", "dpo", "--set", "training.simpo_gamma=1"), ["simpo_gamma=1", "needs objective='simpo'"]),
         (("--objective", "smpo"), ["training.objective='smpo'", "'simpo'?"]),
         (
-            ("--method", "prompt_tuning", "--set", "method.num_virtual_tokens=4"),
+            ("--method", "prompt_tuning", "--learning-rate", 1e-3, "--set", "method.num_virtual_tokens=4"),
             ["method.name='prompt_tuning'", "objective='dpo'"],
         ),
     ],

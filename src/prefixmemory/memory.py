@@ -88,6 +88,12 @@ class Memory(nn.Module):
             features = features - self.mean[:, None].to(features.dtype)
         return features
 
+    def share_mean(self, other: Memory) -> None:
+        """Subtract what ``other`` subtracts, if that is known already."""
+        if self.has_mean and not (self.mean.is_meta or other.mean.is_meta) and other.mean.any():
+            self.mean.copy_(other.mean)
+            self.takes_mean = False
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _take_mean(self, features: Tensor) -> None:
         """Keep the mean of φ(q) over the first batch that is trained on, padding included, unless it has been loaded.

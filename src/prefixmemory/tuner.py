@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial, reduce
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixmemory import attention, checkpoint
+from prefixmemory import attention, checkpoint, summing
 from prefixmemory.attention import AttentionSite
 from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
@@ -151,15 +151,17 @@ class PrefixMemoryModel(BaseTuner):
         same_start(self.model, (layer.prefix_memory_bank[adapter_name] for layer in self._layers_of(adapter_name)))
         config = self.peft_config.get(adapter_name)
         twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
-        for layer in self._layers_of(adapter_name) if twins else []:
-            _share_mean(layer, twins[0], adapter_name)
+        for layer in self._layers_of(adapter_name) if twins else []:  # TRL copies only parameters to its ``ref``
+            memory = layer.memory(adapter_name)
+            if isinstance(memory, Memory) and twins[0] in layer.prefix_memory_bank:
+                memory.share_mean(cast(Memory, layer.memory(twins[0])))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As in PEFT, which leaves buffers out: a memory's mean goes with its parameters."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self._layers_of(adapter_name):
-            if getattr(memory := layer.memory(adapter_name), "has_mean", False):
-                memory = cast(Memory, memory)
+            memory = layer.memory(adapter_name)
+            if isinstance(memory, Memory) and memory.has_mean:
                 memory.mean = memory.mean.to(next(memory.parameters()).dtype)
 
     # Running
@@ -242,13 +244,7 @@ class PrefixMemoryModel(BaseTuner):
         if not adapters or len(adapters) != len(weights):
             raise PrefixMemoryError(f"Got {len(adapters)} adapters and {len(weights)} weights: give one weight each.")
         configs = [self.peft_config[name] for name in adapters]
-        self._check_same_features(adapters, configs)
-        for name, config in zip(adapters, configs, strict=True):
-            if config.modules_to_save:
-                raise PrefixMemoryError(
-                    f"Adapter {name!r} cannot be summed: it has modules_to_save={config.modules_to_save!r}, full "
-                    "copies of modules of the base model that have no sum. Train it without modules_to_save."
-                )
+        summing.check(adapters, configs, [self._layers_of(name) for name in adapters])
 
         config = deepcopy(configs[0])
         ranks = [c.rank for c in configs]
@@ -258,44 +254,13 @@ class PrefixMemoryModel(BaseTuner):
         try:
             with torch.no_grad():
                 for layer in self._layers_of(adapter_name):
-                    config.scale = _combine(layer, adapters, weights, adapter_name)
+                    config.scale = summing.fill(layer, adapters, weights, adapter_name)
         except Exception:
             _discard(self.model, adapter_name)
             raise
 
     def _layers_of(self, adapter_name: str) -> list[PrefixMemoryLayer]:
         return [layer for layer in memory_layers(self.model) if adapter_name in layer.prefix_memory_bank]
-
-    def _check_same_features(self, adapters: list[str], configs: list[PrefixMemoryConfig]) -> None:
-        advice = "Activate both with base_model.set_adapter([...]) instead: their answers add."
-        for name, config in zip(adapters, configs, strict=True):
-            if config.memory is not None:
-                raise PrefixMemoryError(
-                    f"Adapter {name!r} cannot be summed: what memory={config.memory!r} answers need not be linear in "
-                    "its parameters. Activate several with base_model.set_adapter([...]) instead."
-                )
-            if config.prefix_length is not None:
-                raise PrefixMemoryError(
-                    f"Adapter {name!r} cannot be summed: a sum of prefix vectors is not the sum of their answers. "
-                    "Activate several with base_model.set_adapter([...]) instead."
-                )
-            if config.mixing != "none":
-                raise PrefixMemoryError(
-                    f"Adapter {name!r} cannot be summed: with mixing={config.mixing!r} its answer takes a share of the "
-                    "head's own output. Sum memories with mixing='none'."
-                )
-        for name, config in zip(adapters[1:], configs[1:], strict=True):
-            cannot = f"Adapters {adapters[0]!r} and {name!r} cannot be summed"
-            for field in ("feature_map", "feature_dim", "normalize", "query", "share_heads", "answer_limit"):
-                ours, theirs = getattr(configs[0], field), getattr(config, field)
-                if ours != theirs:
-                    raise PrefixMemoryError(f"{cannot}: {field} is {ours!r} and {theirs!r}. {advice}")
-            if self._layers_of(adapters[0]) != self._layers_of(name):
-                raise PrefixMemoryError(f"{cannot}: they adapt different layers. {advice}")
-            for layer in self._layers_of(name):
-                a, b = (cast(Memory, layer.memory(n)).feature_map.state_dict() for n in (adapters[0], name))
-                if any(not torch.equal(a[key], b[key]) for key in a):
-                    raise PrefixMemoryError(f"{cannot}: their feature maps have different weights. {advice}")
 
     # Taking away
 
@@ -423,63 +388,6 @@ def _shortest_names(names: list[str], model: nn.Module) -> set[str]:
     short = {name.rpartition(".")[2] for name in names}
     others = [name for name, _ in model.named_modules() if name not in names]
     return short if not any(other.rpartition(".")[2] in short for other in others) else set(names)
-
-
-def _combine(layer: PrefixMemoryLayer, adapters: list[str], weights: list[float], into: str) -> float:
-    """Fill the memory ``into`` of one layer with the weighted sum of others; returns its scale."""
-    target = cast(Memory, layer.memory(into))
-    memories = [cast(Memory, layer.memory(name)) for name in adapters]
-    scales = [layer.scale[name] for name in adapters]
-    # One common scale stays a scale, so that the sum of one adapter with weight 1 is that adapter, bit for bit.
-    common = scales[0] if len(set(scales)) == 1 else 1.0
-    factors = [w * (1.0 if scale == common else scale) for w, scale in zip(weights, scales, strict=True)]
-    layer.scale[into] = common
-    target.to(reduce(torch.promote_types, (p.dtype for memory in memories for p in memory.parameters())))
-    target.feature_map.load_state_dict(memories[0].feature_map.state_dict())
-    if target.rank is None:
-        parts = [factor * memory.matrix() for factor, memory in zip(factors, memories, strict=True)]
-        target.M.copy_(torch.stack(parts).sum(dim=0))
-    else:
-        target.A.copy_(torch.cat([memory.A for memory in memories], dim=2))
-        target.B.copy_(torch.cat([f * memory.B for f, memory in zip(factors, memories, strict=True)], dim=1))
-    if target.has_mean:
-        target.mean.copy_(_common_mean(target, memories, factors))
-    return common
-
-
-def _share_mean(layer: PrefixMemoryLayer, source: str, into: str) -> None:
-    """Give ``into``, made with the config object of ``source``, its mean: TRL copies only parameters to its ``ref``."""
-    if source in layer.prefix_memory_bank and getattr(layer.memory(source), "has_mean", False):
-        old, new = cast(Memory, layer.memory(source)), cast(Memory, layer.memory(into))
-        if not (old.mean.is_meta or new.mean.is_meta) and old.mean.any():
-            new.mean.copy_(old.mean)
-            new.takes_mean = False
-
-
-def _common_mean(target: Memory, memories: list[Memory], factors: list[float]) -> Tensor:
-    """The μ with which the sum of memories answers (φ − μ)ᵀΣM as all of them together: μᵀΣM = Σ μ_iᵀM_i.
-
-    Raises:
-        PrefixMemoryError: there is none.
-    """
-    means = [memory.mean for memory in memories]
-    if all(torch.equal(mean, means[0]) for mean in means):
-        return means[0]
-    if target.rank is None:
-        whole = target.M.double()
-        parts = [f * (m.mean.double()[:, None] @ m.matrix().double()) for f, m in zip(factors, memories, strict=True)]
-        said = torch.stack(parts).sum(dim=0)
-    else:  # factor by factor: μᵀA_i = μ_iᵀA_i
-        whole = target.A.double()
-        said = torch.cat([m.mean.double()[:, None] @ m.A.double() for m in memories], dim=-1)
-    whole, said = whole.transpose(1, 2).cpu(), said.transpose(1, 2).cpu()
-    mean = (torch.linalg.pinv(whole, rtol=1e-6) @ said).to(target.mean.dtype)  # as it will be stored
-    if not torch.allclose(whole @ mean.double(), said, rtol=1e-4, atol=1e-6):
-        raise PrefixMemoryError(
-            "These adapters cannot be summed: they subtract different means from their features, and no one mean "
-            "stands for all of them. Activate several with base_model.set_adapter([...]) instead: their answers add."
-        )
-    return cast(Tensor, mean)[..., 0].to(target.mean)
 
 
 def _discard(model: nn.Module, adapter_name: str) -> None:

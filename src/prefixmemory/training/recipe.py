@@ -87,7 +87,9 @@ def load_recipe(
     if isinstance(method, dict):
         name = method.get("name", DEFAULT)
         if overrides.get("method.name", name) != name:
-            content["method"] = {}  # the fields of one method mean nothing to another
+            content["method"] = {}  # the fields of one method mean nothing to another, nor does its learning rate
+            if isinstance(content.get("training"), dict):
+                content["training"].pop("learning_rate", None)
     for path, value in overrides.items():
         put(content, path, value, source)
     _check_names(content, source)
@@ -99,6 +101,13 @@ def load_recipe(
         recipe.config()
     except PrefixMemoryError as error:
         raise source.error(blamed_path("method", str(error)), str(error)) from None
+    name, given = recipe.method.get("name", DEFAULT), content.get("training", {})
+    if name != DEFAULT and "learning_rate" not in given:
+        raise source.error(
+            "method.name",
+            f"training.learning_rate is missing: that of a memory would not suit {name}. Give its own, such as 1e-3 "
+            "for LoRA.",
+        )
     if recipe.training.keeps_best and recipe.data.validation is None:
         what = "patience" if recipe.training.patience is not None else "keep_best"
         raise source.error(f"training.{what}", f"training.{what} needs validation data: give data.validation.")
