@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefixmemory.compare.runs import Record, Run, chosen_rate, rates, seeds_of
-from prefixmemory.compare.suite import Loaded
+from prefixmemory.compare.suite import WARMUP, Loaded
 from prefixmemory.tasks import Task
 
 #: What a score is counted in; all but the loss are on a scale from 0 to 100, and are averaged over tasks.
@@ -87,6 +87,11 @@ def notes(loaded: Loaded, cells: list[dict[str, Any]]) -> list[str]:
     if at_the_end := _at_the_end(loaded, cells):
         found.append(f"The chosen learning rate is the lowest or the highest candidate for {at_the_end}: a better one "
                      "may lie beyond, which wrongs those methods.")  # fmt: skip
+    for kind, named in (("task", loaded.tasks), ("method", loaded.methods)):
+        own = {name: one.training for name, one in named.items() if one.training}
+        if own:
+            said = "; ".join(f"{name}: {_training(training)}" for name, training in own.items())
+            found.append(f"Training settings that a {kind} has of its own: {said}.")
     if 1 < len(loaded.suite.seeds) < 5:
         found.append(f"{len(loaded.suite.seeds)} seeds say little about the spread of seeds: where seeds differ more "
                      "than rows do, intervals are too narrow. Read the worst seed with them.")  # fmt: skip
@@ -110,6 +115,10 @@ def _at_the_end(loaded: Loaded, cells: list[dict[str, Any]]) -> str:
     return ", ".join(f"{method} ({', '.join(tasks)})" for method, tasks in found.items())
 
 
+def _training(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
 def conditions(loaded: Loaded, records: Mapping[Run, Record]) -> dict[str, Any]:
     """What all runs have in common, and what they were made with."""
     suite = loaded.suite
@@ -121,12 +130,14 @@ def conditions(loaded: Loaded, records: Mapping[Run, Record]) -> dict[str, Any]:
         "suite": suite.name,
         "description": suite.description,
         "base model": suite.model,
+        "base weights": sorted({str(record.get("base_weights", "unknown")) for record in records.values()}),
         "seeds": suite.seeds,
         "learning rates": f"{len(suite.rate_factors)} a method, by {suite.validation_rows} validation rows, one seed",
         "test rows": suite.test_rows,
         "rows behind long inputs": suite.long_input_rows,
         "rows of other tasks": suite.transfer_rows,
         "dtype": suite.dtype,
+        "training": _training({"warmup": WARMUP, **suite.training}),
         "commits": sorted({str(record.get("commit")) for record in records.values()}),
         "hardware": sorted({str(record.get("hardware")) for record in records.values()}),
         "versions": {package: ", ".join(sorted(found)) for package, found in versions.items()},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from prefixmemory.compare.store import Store
@@ -28,17 +30,26 @@ def one_worker(suite: Path, output: Path, data: Path | None, retry_failed: bool)
 
 
 def local(suite: Path, output: Path, data: Path | None, retry_failed: bool, number: int) -> Callable[[], None]:
-    """``number`` processes of this machine."""
+    """``number`` processes of this machine, the calling one beside them; its GPUs are dealt out in turn."""
     code = "from prefixmemory.compare.engines import main; main()"
     words = [sys.executable, "-c", code, str(suite), str(output), "" if data is None else str(data), str(retry_failed)]
-    started = [subprocess.Popen(words) for _ in range(number)]
+    started = [subprocess.Popen(words, env=_with_gpu(place + 1)) for place in range(number)]
 
     def wait() -> None:
-        for process in started:
-            if process.wait():
-                raise PrefixMemoryError(f"A worker ended with {process.returncode}; what it said stands above.")
+        failed = [code for process in started if (code := process.wait())]  # of all: none is left running
+        if failed:
+            raise PrefixMemoryError(f"A worker ended with {failed[0]}; what it said stands above.")
 
     return wait
+
+
+def _with_gpu(place: int) -> dict[str, str]:
+    """The environment of the worker at ``place``: it sees one GPU, where there are several."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return dict(os.environ)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": visible.split(",")[place % count]}
 
 
 def main() -> None:
@@ -51,14 +62,14 @@ def main() -> None:
 
 
 def on_ray(suite: Path, output: Path, data: Path | None, retry_failed: bool, number: int) -> Callable[[], None]:
-    """``number`` tasks on the Ray cluster that RAY_ADDRESS names, or on a local one."""
+    """``number`` tasks on the Ray cluster that RAY_ADDRESS names, or on a local one; each has a GPU, if it has any."""
     try:
         import ray
     except ImportError as error:
         raise PrefixMemoryError("--engine ray needs Ray, which is not installed: pip install ray.") from error
     if not ray.is_initialized():
         ray.init(log_to_driver=True, include_dashboard=False)
-    remote = ray.remote(max_calls=1)(one_worker)
+    remote = ray.remote(max_calls=1, num_gpus=1 if ray.cluster_resources().get("GPU") else 0)(one_worker)
     paths = suite.resolve(), output.resolve(), data and data.resolve()
     handles = [remote.remote(*paths, retry_failed) for _ in range(number)]
 

@@ -16,7 +16,7 @@ Points = Mapping[int, Array]
 Interval = tuple[float, float]
 
 
-def interval(tasks: Sequence[Points]) -> Interval | None:
+def interval(tasks: Sequence[Points], alike: Sequence[tuple[int, int]] | None = None) -> Interval | None:
     """Percentile bootstrap of the mean over tasks of the mean over seeds and rows.
 
     Seeds are drawn with replacement, and rows, the same rows for all seeds of a task, for they are the same rows. Of n
@@ -26,6 +26,8 @@ def interval(tasks: Sequence[Points]) -> Interval | None:
 
     Args:
         tasks: for each task its points. One seed: the interval tells of the rows alone; one row: of the seeds alone.
+        alike: for each task a number for its seeds and one for its rows; what has the same number is drawn together,
+            being the same seeds (rows). By default no two tasks share any.
 
     Returns:
         Both ends; ``None`` where a task has a single point, which tells nothing about its spread.
@@ -33,9 +35,9 @@ def interval(tasks: Sequence[Points]) -> Interval | None:
     if any(sum(map(len, points.values())) < 2 for points in tasks):
         return None
     means: Array = np.zeros(RESAMPLES)
-    for place, points in enumerate(tasks):
+    for points, streams in zip(tasks, alike or [(place, place) for place in range(len(tasks))], strict=True):
         table = np.stack(list(points.values()))  # [seeds, rows]
-        seeds, rows = (_weights(count, place, axis) for axis, count in enumerate(table.shape))
+        seeds, rows = (_weights(count, streams[axis], axis) for axis, count in enumerate(table.shape))
         means += ((seeds @ table) * rows).sum(axis=1) / len(tasks)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -57,7 +57,7 @@ def key(loaded: Loaded, run: Run, data: Mapping[str, str]) -> str:
     Args:
         loaded: its suite.
         run: the run.
-        data: task -> checksum of its rows.
+        data: task -> checksum of its rows, also of the tasks that others transfer to.
     """
     suite, task, method = loaded.suite, loaded.tasks[run.task], loaded.methods[run.method]
     parts: dict[str, Any] = {
@@ -71,6 +71,8 @@ def key(loaded: Loaded, run: Run, data: Mapping[str, str]) -> str:
         "settings": _chosen(loaded.settings(task, method, run.learning_rate or 1.0, run.seed)),
         "validation_rows": suite.validation_rows,
     }
+    if suite.launcher is not None:  # its processes share the steps
+        parts |= {"launcher": suite.launcher}
     if run.stage == "final":
         parts |= {"test_rows": suite.test_rows}
     if run.stage == "final" and run.chosen:
@@ -80,6 +82,10 @@ def key(loaded: Loaded, run: Run, data: Mapping[str, str]) -> str:
             "transfer_rows": suite.transfer_rows,
             "transfers_to": task.transfers_to,
         }
+        if suite.transfer_rows and task.transfers_to:
+            others = [loaded.task(name) for name in task.transfers_to]
+            deciding = [[[getattr(other, name) for name in _DECIDING], data[other.name]] for other in others]
+            parts |= {"transfer": [deciding, suite.seeds[0]]}  # that seed draws the examples in their prompts
         if writes_answers(loaded, task):  # not always: older records have no such entry
             parts |= {"written_answers": suite.written_answers}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -14,6 +14,9 @@ from prefixmemory.tasks import Task, load_task, shipped_tasks
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory.training.yaml_files import Source, read_yaml, typed
 
+#: Share of the steps in which the learning rate rises, where neither suite nor task nor method says otherwise. The
+#: default of ``TrainingSettings`` is the default memory's own.
+WARMUP = 0.1
 #: A task or a method in a suite: its name (or file), or a mapping of ``use:`` and the fields to change.
 Entry = str | dict[str, Any]
 
@@ -38,7 +41,8 @@ class Suite:
         transfer_rows: rows of each task of ``transfers_to`` on which adapters are scored; 0: none.
         written_answers: test rows of each task with free answers (``loss``, ``preference``) that every final
             run answers for a judge, in AlpacaEval's format, below ``outputs``; 0: none.
-        training: settings of all runs, over the defaults; tasks and methods may have their own over these.
+        training: settings of all runs, over the defaults (but for a warm-up of 0.1); tasks and methods may have their
+            own over these, as the default memory has.
         dtype: of the base model.
         attention: as transformers' ``attn_implementation``, in training; ``None``: the model's default.
         launcher: command in front of each training run, such as ``[accelerate, launch, --num_processes, "2"]``.
@@ -74,6 +78,8 @@ class Suite:
                 raise PrefixMemoryError(f"{name}={getattr(self, name)} is out of range: give a number above 0.")
         if any(factor <= 0 for factor in self.rate_factors):
             raise PrefixMemoryError(f"rate_factors={self.rate_factors} holds one that is not above 0.")
+        if len(set(self.rate_factors)) < len(self.rate_factors):
+            raise PrefixMemoryError(f"rate_factors={self.rate_factors} holds one twice.")
         if any(tokens < 1 for tokens in self.long_input):
             raise PrefixMemoryError(f"long_input={self.long_input} holds one below 1; 0 tokens are always scored.")
 
@@ -86,9 +92,13 @@ class Loaded:
     tasks: dict[str, Task]
     methods: dict[str, Method]
 
+    def task(self, name: str) -> Task:
+        """The suite's task ``name``, or the shipped one: adapters are scored on others' tasks, too."""
+        return self.tasks.get(name) or load_task(name)
+
     def settings(self, task: Task, method: Method, learning_rate: float, seed: int) -> TrainingSettings:
         """How a run of ``method`` on ``task`` is trained."""
-        own = {**self.suite.training, **task.training, **method.training}
+        own = {"warmup": WARMUP, **self.suite.training, **task.training, **method.training}
         return TrainingSettings(**{**own, "learning_rate": learning_rate, "seed": seed})
 
 

@@ -15,7 +15,7 @@ from prefixmemory.compare.intervals import Points
 from prefixmemory.compare.method import Method
 from prefixmemory.compare.runs import Record, Run, chosen_rate, rates, seeds_of
 from prefixmemory.compare.suite import Loaded
-from prefixmemory.tasks import Task, load_task
+from prefixmemory.tasks import Task
 
 Pair = tuple[str, str]  # task, method
 Finals = dict[Pair, dict[int, Record]]  # seed -> record of the final run at the chosen rate, where it has a score
@@ -102,13 +102,13 @@ def _tests(loaded: Loaded, pair: Pair, finals: Finals) -> Points:
     return _points(((seed, r["test"]) for seed, r in finals[pair].items()), loaded.tasks[pair[0]].scoring)
 
 
-def _spread(tasks: Sequence[Points]) -> dict[str, float | None]:
-    low, high = intervals.interval(tasks) or (None, None)
+def _spread(tasks: Sequence[Points], alike: Sequence[tuple[int, int]] | None = None) -> dict[str, float | None]:
+    low, high = intervals.interval(tasks, alike) or (None, None)
     return {"low": low, "high": high}
 
 
-def _mean_and_spread(tasks: Sequence[Points]) -> dict[str, Any]:
-    return {"mean": intervals.mean(tasks), **_spread(tasks)}
+def _mean_and_spread(tasks: Sequence[Points], alike: Sequence[tuple[int, int]] | None = None) -> dict[str, Any]:
+    return {"mean": intervals.mean(tasks), **_spread(tasks, alike)}
 
 
 def _base_score(loaded: Loaded, task: str, finals: Finals) -> float | None:
@@ -138,9 +138,9 @@ def _cell(loaded: Loaded, task: str, method: str, finals: Finals) -> dict[str, A
         "long_input": _long_input([(loaded.tasks[task], found)]),
         "transfer": {
             other: {
-                **_mean_and_spread([_behind(_other(loaded, other), found, "transfer", other)]),
+                **_mean_and_spread([_behind(loaded.task(other), found, "transfer", other)]),
                 "rows": first["transfer"][other]["rows"],
-                "unit": account.UNITS[_other(loaded, other).scoring],
+                "unit": account.UNITS[loaded.task(other).scoring],
             }
             for other in _shared(found, "transfer")
         },
@@ -270,14 +270,12 @@ def _mean_transfer(loaded: Loaded, own: list[dict[str, Any]], method: str, final
     pairs = [(cell["task"], other) for cell in own for other in cell["transfer"]]
     if not pairs:
         return None
-    others = [_behind(_other(loaded, other), finals[task, method], "transfer", other) for task, other in pairs]
+    others = [_behind(loaded.task(other), finals[task, method], "transfer", other) for task, other in pairs]
     tests = [_tests(loaded, (task, method), finals) for task in dict.fromkeys(task for task, _ in pairs)]
-    return {**_mean_and_spread(others), "own": _mean_and_spread(tests), "pairs": len(pairs)}
-
-
-def _other(loaded: Loaded, name: str) -> Task:
-    """A task that others transfer to: the suite's, or the shipped one."""
-    return loaded.tasks.get(name) or load_task(name)
+    # pairs share the adapters of a task, and the rows of another
+    trained, scored = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+    alike = [(trained.index(task), scored.index(other)) for task, other in pairs]
+    return {**_mean_and_spread(others, alike), "own": _mean_and_spread(tests), "pairs": len(pairs)}
 
 
 def _incomplete(loaded: Loaded, finals: Finals) -> list[dict[str, Any]]:

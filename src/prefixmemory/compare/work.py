@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from prefixmemory.compare.account import error
 from prefixmemory.compare.runs import Record, Run, planned, total
 from prefixmemory.compare.store import Store
 from prefixmemory.compare.suite import Loaded
@@ -18,12 +19,17 @@ from prefixmemory.training.run import checksum
 
 
 def checksums(loaded: Loaded, data: Path | None) -> dict[str, str]:
-    """task -> checksum of its rows; reads all of them, so that what cannot be read is refused before anything runs."""
-    for task in loaded.tasks.values():
+    """task -> checksum of its rows, also of the tasks on which adapters of others are scored.
+
+    Reads all rows and splits them, so that what cannot be done is refused before anything runs.
+    """
+    suite = loaded.suite
+    others = [name for task in loaded.tasks.values() for name in task.transfers_to] if suite.transfer_rows else []
+    tasks = {name: loaded.task(name) for name in dict.fromkeys([*loaded.tasks, *others])}
+    for task in tasks.values():
         task.check_installed()
-    return {
-        name: checksum([*task.rows(data, "train"), *task.rows(data, "test")]) for name, task in loaded.tasks.items()
-    }
+        task.split(data, suite.validation_rows, suite.test_rows, suite.seeds[0])
+    return {name: checksum([*task.rows(data, "train"), *task.rows(data, "test")]) for name, task in tasks.items()}
 
 
 def state(store: Store) -> tuple[list[Run], dict[Run, Record]]:
@@ -47,7 +53,7 @@ def work(store: Store, data: Path | None, console: Console, retry_failed: bool =
         retry_failed: run again what failed before.
     """
     worker = Worker(store, data)
-    tried: set[Run] = set()
+    started = time.time()
     with progress_bar(console) as bar:
         task = bar.add_task(store.loaded.suite.name, total=total(store.loaded))
         while True:
@@ -55,21 +61,19 @@ def work(store: Store, data: Path | None, console: Console, retry_failed: bool =
             bar.update(task, completed=len(records))
             todo = {run: records.get(run) for run in runs if run not in records}
             if retry_failed:
-                todo |= {run: r for run, r in records.items() if "error" in r and run not in tried}
+                older = (run for run in records if store.file(run).stat().st_mtime < started)
+                todo |= {run: records[run] for run in older if error(run, records[run]) is not None}
             if not todo:
                 return
-            if not _run_one(store, worker, todo, tried, console):
+            if not _run_one(store, worker, todo, console):
                 time.sleep(2)  # others are at all of them
 
 
-def _run_one(
-    store: Store, worker: Worker, todo: Mapping[Run, Record | None], tried: set[Run], console: Console
-) -> bool:
+def _run_one(store: Store, worker: Worker, todo: Mapping[Run, Record | None], console: Console) -> bool:
     for run, before in todo.items():
         with store.claim(run) as mine:
             if not mine or store.read(run) != before:  # another worker is at it, or has just done it
                 continue
-            tried.add(run)
             started = time.monotonic()
             record = worker.run(run)
             store.write(run, record)

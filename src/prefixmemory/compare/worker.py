@@ -26,7 +26,7 @@ from prefixmemory.compare.method import Method
 from prefixmemory.compare.runs import Run, writes_answers
 from prefixmemory.compare.store import Store
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.tasks import Task, load_task
+from prefixmemory.tasks import Task
 from prefixmemory.tasks.outputs import alpaca_eval, prompts
 from prefixmemory.tasks.scoring import Scored, longest_label, score
 from prefixmemory.tasks.task import Split, sample_rows
@@ -70,6 +70,8 @@ class Worker:
         """The record of ``run``; a run that fails has an ``error`` in the place of its scores."""
         method, task = self.loaded.methods[run.method], self.loaded.tasks[run.task]
         head = {**asdict(run), "suite": self.suite.name, "base_model": self.suite.model, "kind": method.kind}
+        weights = full_name(self.suite.model)  # a folder or file without its place on this machine
+        head["base_weights"] = Path(weights).name if Path(weights).exists() else weights
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -89,7 +91,7 @@ class Worker:
         split = task.split(self.data, self.suite.validation_rows, self.suite.test_rows, run.seed)
         shots = self.examples(task, split.train, method.shots) if method.shots else ""
         settings = self.loaded.settings(task, method, run.learning_rate or 1.0, run.seed)
-        with self._model(run, method, split, settings) as (model, trained), self._scoring():
+        with self._model(run, method, split, settings) as (model, trained), self._scoring(model):
             if run.stage == "rate":
                 return {**trained, "validation": self._score(model, task, split.validation, shots, settings)}
             record = {**trained, "test": self._score(model, task, split.test, shots, settings)}
@@ -101,7 +103,7 @@ class Worker:
                 if self.suite.long_input:  # the same rows without the text in front
                     record["long_input"]["0"] = self._score(model, task, behind, shots, settings)
                 for other in task.transfers_to if self.suite.transfer_rows else ():
-                    record.setdefault("transfer", {})[other] = self._transfer(model, self.task(other))
+                    record.setdefault("transfer", {})[other] = self._transfer(model, self.loaded.task(other))
                 if writes_answers(self.loaded, task):
                     self._write_answers(run, model, task, split.test, shots)
                 record["neutral_text"] = self._neutral(model)
@@ -119,6 +121,8 @@ class Worker:
             yield self.base, {}
             return
         if method.kind == "full":
+            if settings.objective != "sft" or self.suite.launcher is not None:
+                raise PrefixMemoryError("kind: full trains likelihoods (objective: sft) in one process only.")
             yield self._trained_in_full(split.train, settings)
             return
         folder = self.store.adapter(run)
@@ -134,6 +138,8 @@ class Worker:
                     "settings": asdict(settings),
                     "trainable_parameters": trained["trainable_parameters"],
                     "file_bytes": (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
+                    "trained_with": {name: trained.get(name) for name in ("commit", "versions", "hardware", "threads")},
+                    "processes": trained.get("processes", 1),
                     "train_rows": trained["rows"],
                     "train_loss": trained["train_loss"],
                     "train_seconds": trained["train_seconds"],
@@ -171,14 +177,14 @@ class Worker:
                 raise PrefixMemoryError(f"{' '.join(self.suite.launcher)} ended with {ended.returncode}: {line}")
 
     def _trained_in_full(self, rows: list[Row], settings: TrainingSettings) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """A copy of the base model, all of it trained; too large to keep."""
-        model: PreTrainedModel = copy.deepcopy(self.base).requires_grad_(True)
+        """A copy of the base model, all of it trained, in float32 as adapters are; too large to keep."""
+        model: PreTrainedModel = copy.deepcopy(self.base).float().requires_grad_(True)
         torch.manual_seed(settings.seed)
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
             metrics = train(model, self.tokenizer, render(rows, self.tokenizer), settings, Path(scratch))
         size = sum(p.numel() for p in model.parameters())
-        return model.eval(), {
+        return model.to(self.base.dtype).eval(), {
             "settings": asdict(settings),
             "trainable_parameters": size,
             "file_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -190,19 +196,16 @@ class Worker:
     # Scoring
 
     @contextmanager
-    def _scoring(self) -> Iterator[None]:
+    def _scoring(self, model: PreTrainedModel | PeftModel) -> Iterator[None]:
         """Fused attention, the faster one behind long texts, whatever training used; it rounds otherwise."""
-        trained_with = self.base.config._attn_implementation
+        scored = model.get_base_model() if isinstance(model, PeftModel) else model
+        trained_with = scored.config._attn_implementation
         if trained_with == "eager":
-            self.base.set_attn_implementation("sdpa")
+            scored.set_attn_implementation("sdpa")
         try:
             yield
         finally:
-            self.base.set_attn_implementation(trained_with)
-
-    def task(self, name: str) -> Task:
-        """The suite's task ``name``, or the shipped one."""
-        return self.loaded.tasks.get(name) or load_task(name)
+            scored.set_attn_implementation(trained_with)
 
     def examples(self, task: Task, rows: list[Row], shots: int) -> str:
         """The first ``shots`` rows of each label, rendered one behind the other."""

@@ -198,7 +198,7 @@ def _margins(values: Sequence[float]) -> list[float]:
 
 
 def _preferred(margins: Sequence[float]) -> list[float]:
-    return [100.0 if margin > 0 else 50.0 if margin == 0 else 0.0 for margin in margins]
+    return [math.nan if math.isnan(m) else 100.0 if m > 0 else 50.0 if m == 0 else 0.0 for m in margins]
 
 
 SCORERS: dict[str, Callable[[_Asked], Scored]] = {
