@@ -17,12 +17,13 @@ import yaml
 
 import tiny
 from command_line import call, files_of, jsonl, save_talker
+from prefixmemory.compare import engines
 from prefixmemory.compare import runs as plan
 from prefixmemory.compare.engines import one_worker
 from prefixmemory.compare.method import load_method, shipped_methods
 from prefixmemory.compare.runs import Run, chosen_rate, key, planned, total
 from prefixmemory.compare.store import Store
-from prefixmemory.compare.suite import load_suite
+from prefixmemory.compare.suite import Loaded, load_suite
 from prefixmemory.compare.work import checksums
 from prefixmemory.compare.worker import Worker
 from prefixmemory.errors import PrefixMemoryError
@@ -186,6 +187,8 @@ def test_a_full_run_trains_every_weight_and_leaves_the_base_as_it_was(tmp_path):
     found = {record["kind"]: record for record in records(tmp_path).values()}
     assert found["full"]["trainable_parameters"] == sum(p.numel() for p in tiny.build().parameters())
     assert found["full"]["test"]["answers"] != found["base"]["test"]["answers"]
+    launched = write(tmp_path, methods=["full"], rate_factors=[1], seeds=[3], launcher=["accelerate", "launch"])
+    assert "kind: full trains likelihoods (objective: sft) in one process only" in call("compare", launched).err
     again = tmp_path / "again"
     again.mkdir()
     call("compare", write(again, methods=["base"], seeds=[3])).success  # noqa: B018
@@ -254,11 +257,29 @@ def test_the_key_stands_for_everything_that_decides_a_run(tmp_path, monkeypatch)
         changed(long_input=[5]),
         changed(training={"epochs": 3}),
         changed(validation_rows=7),
+        changed(launcher=["accelerate", "launch"]),
     ]
     assert len({one, *others}) == 1 + len(others)
     assert changed(description="said otherwise", name="renamed", methods=["base"], seeds=[3]) == one
     monkeypatch.setattr(plan, "PROTOCOL", 2)
     assert key(loaded, run, data) != one
+
+
+def test_the_key_holds_the_other_tasks_that_an_adapter_is_scored_on(tmp_path):
+    tasks = [{"use": "letters.yaml", "transfers_to": ["other"]}, {"use": "letters.yaml", "name": "other"}]
+    loaded = load_suite(write(tmp_path, tasks=tasks, transfer_rows=5))
+    run, data = Run("letters", "prefixmemory", "final", 3e-4, 3), {"letters": "rows", "other": "others"}
+
+    def named(data: dict[str, str], loaded: Loaded = loaded, run: Run = run, **fields: Any) -> str:
+        return key(dataclasses.replace(loaded, suite=dataclasses.replace(loaded.suite, **fields)), run, data)
+
+    changed = {**data, "other": "changed"}
+    other = dataclasses.replace(loaded.tasks["other"], version=2)
+    raised = dataclasses.replace(loaded, tasks={**loaded.tasks, "other": other})
+    assert len({named(data), named(changed), named(data, raised), named(data, seeds=[4, 3])}) == 4
+    rate = dataclasses.replace(run, stage="rate")
+    for same in ({"run": rate}, {"transfer_rows": 0}):  # controls: nothing is scored on others
+        assert named(data, **same) == named(changed, **same)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +347,19 @@ def test_a_failed_run_is_kept_and_tried_again_only_when_asked(tmp_path):
     assert "no_such_module" in (tmp_path / "tiny" / "tiny.md").read_text()
     assert "failed" not in call("compare", suite).err
     assert call("compare", suite, "--retry-failed").err.count("failed: PrefixMemoryError") == 2
+
+
+def test_a_score_that_is_no_number_is_tried_again_too_and_by_one_worker(tmp_path):
+    suite = write(tmp_path, methods=["base"], seeds=[3])
+    call("compare", suite).success  # noqa: B018
+    (file,) = (tmp_path / "tiny" / "records").glob("*.json")
+    sound = json.loads(file.read_text())
+    file.write_text(json.dumps({**sound, "test": {**sound["test"], "score": float("nan")}}))
+    os.utime(file, (time.time() + 60, time.time() + 60))  # written by another worker after this one began
+    assert "seed 3" not in call("compare", suite, "--retry-failed").err
+    os.utime(file, (1, 1))
+    assert "seed 3" in call("compare", suite, "--retry-failed").err
+    assert json.loads(file.read_text())["test"] == sound["test"]
 
 
 @pytest.mark.parametrize("retry_failed", [False, True])
@@ -401,7 +435,31 @@ def test_workers_and_a_launcher_give_the_same_scores(made, tmp_path):
     assert answer.code == 0, answer.err
     found = scores(tmp_path)
     assert len(found) == 4
-    assert {name: scores(folder)[name] for name in found} == found  # the same names, too: it decides nothing
+    before = {without_key(name): score for name, score in scores(folder).items()}
+    assert {without_key(name): score for name, score in found.items()}.items() <= before.items()
+    trained = [record for record in records(tmp_path).values() if "trained_with" in record]
+    assert len(trained) == 3 and all(record["processes"] == 1 for record in trained)
+
+
+def without_key(name: str) -> str:
+    return name.rpartition("-")[0]
+
+
+def test_further_workers_get_the_gpus_in_turn(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "CUDA_VISIBLE_DEVICES" not in engines._with_gpu(1)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [engines._with_gpu(place)["CUDA_VISIBLE_DEVICES"] for place in (1, 2, 3)] == ["1", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8")
+    assert [engines._with_gpu(place)["CUDA_VISIBLE_DEVICES"] for place in (1, 2)] == ["GPU-8", "5"]
+
+
+def test_workers_are_all_waited_for_before_one_is_blamed(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/bin/sh")  # -c runs the code, which no shell understands
+    wait = engines.local(tmp_path, tmp_path, None, False, 2)
+    with pytest.raises(PrefixMemoryError, match="A worker ended with"):
+        wait()
 
 
 def test_ray_shares_the_runs(made, tmp_path):
@@ -444,6 +502,8 @@ def test_every_shipped_method_can_be_read():
         ({"training": {"seed": 3}}, "the protocol sets it"),
         ({"training": {"epochs": 0}}, "epochs=0 is out of range"),
         ({"rate_factors": [0]}, "rate_factors"),
+        ({"rate_factors": [1, 1]}, "holds one twice"),
+        ({"validation_rows": 30}, "Lower validation_rows"),
         ({"tasks": [{"use": "letters.yaml", "transfers_to": ["bankin77"]}]}, "Did you mean 'banking77'?"),
         ({"long_input": [0]}, "long_input"),
     ],

@@ -20,7 +20,7 @@ from torch.nn.functional import log_softmax
 
 import tiny
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.tasks import Task
+from prefixmemory.tasks import Task, scoring
 from prefixmemory.tasks.metrics import bleu, last_number, rouge_l, squad_exact_match, squad_f1
 from prefixmemory.tasks.outputs import alpaca_eval, prompts
 from prefixmemory.tasks.scoring import Scored, score
@@ -509,3 +509,8 @@ def test_prompts_of_every_kind_of_row():
     assert prompts(rows_of(*PAIRS[:2]), TOKENIZER) == [asked("how is 0?"), asked("how is 1?")]
     assert prompts(rows_of(QUESTIONS[1]), TOKENIZER) == [asked("why?")]
     assert prompts(rows_of(TICKETS[0]), TOKENIZER) == ["Text: line 0\nLabel:"]
+
+
+def test_a_margin_that_is_no_number_is_no_preference():
+    assert scoring._preferred([1.0, 0.0, -1.0]) == [100.0, 50.0, 0.0]
+    assert math.isnan(scoring._preferred([math.nan])[0])

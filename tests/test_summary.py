@@ -47,6 +47,13 @@ def test_a_single_point_has_no_interval() -> None:
     assert interval([rows([10.0, 20.0]), rows([10.0])]) is None  # nor has an average that holds one
 
 
+def test_what_is_shared_is_drawn_once() -> None:
+    """Two tasks on the same rows spread as one of them, on rows of their own as an average of two."""
+    points = rows(np.random.default_rng(0).normal(size=200).tolist())
+    alone, same = width([points]), np.diff(interval([points, points], [(0, 0), (1, 0)])).item()
+    assert same == pytest.approx(alone) and width([points, points]) == pytest.approx(alone / 2**0.5, rel=0.1)
+
+
 def width(tasks: list[Points]) -> float:
     low, high = interval(tasks) or (0.0, 0.0)
     return high - low
@@ -362,6 +369,12 @@ def test_conditions_name_every_commit_and_version(loaded: Loaded) -> None:
     assert conditions["commits"] == ["bad-dirty", "c0ffee"]
     assert conditions["versions"]["torch"] == "2.12.0, 2.13.0"
     assert conditions["records"] == len(records) == total(loaded)
+
+
+def test_training_settings_are_told_with_those_that_only_some_have(loaded: Loaded) -> None:
+    summary = summarise(loaded, whole(loaded))
+    assert "warmup 0.1" in summary["conditions"]["training"]
+    assert any("that a method has of its own: prefixmemory: warmup 0.3" in note for note in summary["notes"])
 
 
 def test_a_chosen_rate_at_the_end_of_the_candidates_is_told(loaded: Loaded) -> None:

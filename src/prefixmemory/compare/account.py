@@ -130,7 +130,7 @@ def conditions(loaded: Loaded, records: Mapping[Run, Record]) -> dict[str, Any]:
         "suite": suite.name,
         "description": suite.description,
         "base model": suite.model,
-        "base weights": sorted({str(record.get("base_weights", "unknown")) for record in records.values()}),
+        "base weights": sorted({str(record.get("base_weights", "not recorded")) for record in records.values()}),
         "seeds": suite.seeds,
         "learning rates": f"{len(suite.rate_factors)} a method, by {suite.validation_rows} validation rows, one seed",
         "test rows": suite.test_rows,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -184,7 +184,8 @@ class Worker:
         with tempfile.TemporaryDirectory() as scratch:
             metrics = train(model, self.tokenizer, render(rows, self.tokenizer), settings, Path(scratch))
         size = sum(p.numel() for p in model.parameters())
-        return model.to(self.base.dtype).eval(), {
+        cast(Any, model).to(self.base.dtype)  # as the others are scored
+        return model.eval(), {
             "settings": asdict(settings),
             "trainable_parameters": size,
             "file_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
