@@ -1,6 +1,7 @@
 """The quickstart over seeds and learning rates: does it hold, and does it collapse away from the default rate?
 
-    python experiments/quickstart.py            # run what is missing
+    python experiments/quickstart.py                     # run what is missing
+    python experiments/quickstart.py --memory default    # of one memory
     python experiments/quickstart.py --table
 
 The default memory and those that were it before, of rank 8 and full, in the paper's form; each at a third, once and
@@ -41,8 +42,8 @@ FACTORS = {"1/3": 1 / 3, "1": 1.0, "3": 3.0}
 SEEDS = range(5)
 
 
-def runs():
-    return [(memory, seed, factor) for memory in MEMORIES for factor in ("1", "3", "1/3") for seed in SEEDS]
+def runs(memories=MEMORIES):
+    return [(memory, seed, factor) for memory in memories for factor in ("1", "3", "1/3") for seed in SEEDS]
 
 
 def record_file(memory: str, seed: int, factor: str) -> Path:
@@ -71,6 +72,7 @@ def table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", default="0/1", help="k/n: run every n-th run, beginning with the k-th")
+    parser.add_argument("--memory", choices=MEMORIES, action="append", help="only this one; may be repeated")
     parser.add_argument("--table", action="store_true", help="print the table of what has been run")
     args = parser.parse_args()
     if args.table:
@@ -86,7 +88,7 @@ def main() -> None:
     base = measure(model, tokenizer, test_rows, console, "base", labels_of(test_rows))
     few_shot = measure(model, tokenizer, test_rows, console, "few-shot", context=one_example_per_label(train_rows))
     k, n = map(int, args.part.split("/"))
-    for memory, seed, factor in runs()[k::n]:
+    for memory, seed, factor in runs(args.memory or MEMORIES)[k::n]:
         file = record_file(memory, seed, factor)
         if file.exists():
             continue
