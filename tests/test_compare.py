@@ -229,6 +229,10 @@ def test_a_second_start_runs_nothing(made):
     before = files_of(folder / "tiny" / "records")
     answer = call("compare", folder / "suite.yaml", "--keep-adapters")
     assert answer.code == 0 and "seed" not in answer.err
+    lines = [" ".join(line.split()) for line in answer.err.splitlines()]
+    runs = len(records(folder))
+    assert f"{runs} runs, {runs} of them done." in lines
+    assert sum(line.startswith(("base: ", "in-context: ", "lora: ", "prefixmemory: ")) for line in lines) == 4
     assert files_of(folder / "tiny" / "records") == before
 
 
@@ -346,7 +350,9 @@ def test_a_failed_run_is_kept_and_tried_again_only_when_asked(tmp_path):
     failed = [record for record in records(tmp_path).values() if record["method"] == "bad"]
     assert len(failed) == 2 and all("no_such_module" in record["error"]["message"] for record in failed)
     assert "no_such_module" in (tmp_path / "tiny" / "tiny.md").read_text()
-    assert "failed" not in call("compare", suite).err
+    again = call("compare", suite).err
+    assert "2 runs failed: the report says why, --retry-failed tries them again." in again
+    assert "failed: PrefixMemoryError" not in again
     assert call("compare", suite, "--retry-failed").err.count("failed: PrefixMemoryError") == 2
 
 
@@ -379,6 +385,22 @@ def test_the_adapters_of_another_suite_in_the_same_folder_stay(made, tmp_path):
     other.mkdir(parents=True)
     assert call("compare", suite).code == 0
     assert [file.name for file in other.parent.iterdir()] == [other.name]
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(*args: Any) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prefixmemory.compare.work._run_one", interrupted)
+    answer = call("compare", write(tmp_path, methods=["base"]))
+    assert answer.code == 130 and "Stopped. The records in" in answer.err
+    assert "the same command goes on" in " ".join(answer.err.split())
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_before_any_run(tmp_path):
+    refused = call("compare", write(tmp_path, model="smolm2")).refusal
+    assert "'smolm2' cannot be loaded" in refused and "Did you mean 'smollm2'?" in refused
+    assert not (tmp_path / "tiny" / "records").exists()
 
 
 def test_a_damaged_record_is_named(tmp_path):
@@ -500,6 +522,7 @@ def test_every_shipped_method_can_be_read():
         ({"seeds": []}, "seeds is empty"),
         ({"every_rate": ["lora"]}, "none of the suite's methods"),
         ({"training": {"epohcs": 3}}, "training.epohcs"),
+        ({"training": {"epohcs": 3}}, "Did you mean 'epochs'?"),
         ({"training": {"seed": 3}}, "the protocol sets it"),
         ({"training": {"epochs": 0}}, "epochs=0 is out of range"),
         ({"rate_factors": [0]}, "rate_factors"),

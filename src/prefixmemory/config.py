@@ -49,8 +49,8 @@ class PrefixMemoryConfig(PeftConfig):
             padding included, a fixed vector that is saved with the memory: most of φ(q) is the same for every token (60
             to 81 % of its energy in SmolLM2), and a memory that learns from that says the same to all texts
             (``docs/LOG.md``). ``none`` (the paper's form) leaves φ(q) as it is, ``query_rms`` brings q to unit
-            root-mean-square before φ, ``feature_l2`` divides φ(q) by its Euclidean norm (a full memory of the paper's form
-            then wants 3e-3 instead of 3e-4).
+            root-mean-square before φ, ``feature_l2`` divides φ(q) by its Euclidean norm (a full memory of the paper's
+            form then wants 3e-3 instead of 3e-4).
         query: ``content`` reads the query before rotary position embedding (after the q-norm where the model has
             one), ``rotary`` reads the query that attention sees.
         rank: r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``, or ``None`` for a full M, which with

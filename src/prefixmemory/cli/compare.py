@@ -38,7 +38,7 @@ def compare(
     from rich.console import Console
 
     from prefixmemory.compare.engines import ENGINES, run_suite
-    from prefixmemory.compare.report import write_report
+    from prefixmemory.compare.report import outcome, write_report
     from prefixmemory.compare.store import Store
     from prefixmemory.compare.suite import load_suite
     from prefixmemory.compare.work import checksums, forget_work, state
@@ -50,12 +50,20 @@ def compare(
         raise PrefixMemoryError(f"--data {data} is no folder. Give the one that holds the tasks' folders.")
     folder = output or suite.parent / loaded.suite.name
     store = Store(folder, loaded, checksums(loaded, data))
+    console = Console(stderr=True)
     if not report:
-        run_suite(ENGINES[engine], suite, store, data, workers, retry_failed, Console(stderr=True))
+        try:
+            run_suite(ENGINES[engine], suite, store, data, workers, retry_failed, console)
+        except KeyboardInterrupt:  # typer would exit without a word
+            console.print(f"Stopped. The records in {folder} are kept; the same command goes on.", soft_wrap=True)
+            raise SystemExit(130) from None
         if not keep_adapters:
             forget_work(store)
     _, records = state(store)
     if not records:
         raise PrefixMemoryError(f"{folder} holds no records of {suite}. Run it first, without --report.")
-    for file in write_report(folder, loaded, records):
+    files = write_report(folder, loaded, records)
+    for line in outcome(files[0]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for file in files:
         print(file)

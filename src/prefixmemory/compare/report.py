@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,19 @@ def write_report(folder: Path, loaded: Loaded, records: Mapping[Run, Record]) ->
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     return files
+
+
+def outcome(file: Path) -> list[str]:
+    """What a report comes to, for the terminal: the mean of each method, and how many runs failed.
+
+    Args:
+        file: the ``NAME.json`` of the report.
+    """
+    summary = json.loads(file.read_bytes())
+    lines = [f"{one['method']}: {with_interval(one)}" for one in summary["averages"]]
+    if summary["failed"]:
+        lines.append(f"{len(summary['failed'])} runs failed: the report says why, --retry-failed tries them again.")
+    return lines
 
 
 def markdown(summary: Summary) -> str:

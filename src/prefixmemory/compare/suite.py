@@ -150,7 +150,8 @@ def _check_training(loaded: Loaded, source: Source) -> None:
         for name in section:
             if name not in known:
                 why = "the protocol sets it" if name in ("learning_rate", "seed") else "there is no such setting"
-                raise source.error("training", f"training.{name}: {why}. There are: {', '.join(sorted(known))}.")
+                hint = did_you_mean(name, known)
+                raise source.error("training", f"training.{name}: {why}.{hint} There are: {', '.join(sorted(known))}.")
     for task in loaded.tasks.values():
         for method in loaded.methods.values():
             loaded.settings(task, method, method.learning_rate or 1.0, 0)

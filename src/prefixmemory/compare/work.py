@@ -54,6 +54,10 @@ def work(store: Store, data: Path | None, console: Console, retry_failed: bool =
     """
     worker = Worker(store, data)
     started = time.time()
+    runs, records = state(store)
+    if retry_failed or any(run not in records for run in runs):
+        worker.load()  # a model that is not there is no matter of one run
+    console.print(f"{total(store.loaded)} runs, {len(records)} of them done.", highlight=False)
     with progress_bar(console) as bar:
         task = bar.add_task(store.loaded.suite.name, total=total(store.loaded))
         while True:

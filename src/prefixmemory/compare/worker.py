@@ -66,6 +66,14 @@ class Worker:
         """The base model, never changed."""
         return load_model(full_name(self.suite.model), self.suite.dtype, self.suite.attention)
 
+    def load(self) -> None:
+        """Load tokenizer and base model, if that has not been done.
+
+        Raises:
+            PrefixMemoryError: they cannot be loaded.
+        """
+        _ = self.tokenizer, self.base
+
     def run(self, run: Run) -> dict[str, Any]:
         """The record of ``run``; a run that fails has an ``error`` in the place of its scores."""
         method, task = self.loaded.methods[run.method], self.loaded.tasks[run.task]
