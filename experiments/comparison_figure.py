@@ -20,7 +20,7 @@ from prefixmemory.analysis.figures import COLOURS, LINES, MARKERS, STYLE
 
 def main(source: Path, target: Path) -> None:
     summary = json.loads(source.read_text())
-    methods = [method["name"] for method in summary["methods"]]
+    methods = [method["name"] for method in summary["methods"] if method["kind"] != "base"]  # it scores 0 on all tasks
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 3.6), width_ratios=[1.7, 1])
         draw_scores(left, summary, methods)

@@ -20,7 +20,7 @@ from prefixmemory.analysis.figures import COLOURS, IN_FRONT, LINES, MARKERS, STY
 def main(source: Path, target: Path) -> None:
     summary = json.loads(source.read_text())
     tasks = [task["name"] for task in summary["tasks"]]
-    methods = [method["name"] for method in summary["methods"]]
+    methods = [method["name"] for method in summary["methods"] if method["kind"] != "base"]  # it scores 0 everywhere
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(tasks), figsize=(4.0 * len(tasks), 3.2), sharey=True, squeeze=False)
         for axis, task in zip(axes[0], tasks, strict=True):
