@@ -19,8 +19,8 @@ from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from prefixmemory.quantization import is_repacked, set_repacking
-from prefixmemory.training.record import provenance, write_json
+from prefixmemory.files.records import provenance, write_json
+from prefixmemory.models.quantization import is_repacked, set_repacking
 
 RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "repacking.json"
 INPUTS, OUTPUTS = 2048, 8192

@@ -16,10 +16,10 @@ import torch
 from peft import get_peft_model
 
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.base_models import fast_dtype, load_model, smollm2
-from prefixmemory.training.record import provenance, write_json
+from prefixmemory.files.records import provenance, write_json
+from prefixmemory.models.loading import fast_dtype, load_model, smollm2
+from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.training.run import quiet_libraries
-from prefixmemory.training.speed import contiguous_logits_input
 
 RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "training_step.json"
 REPEATS = 5

@@ -25,11 +25,11 @@ from peft import LoraConfig, get_peft_model
 from transformers.utils import logging
 
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.base_models import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
-from prefixmemory.training.evaluation import accuracy, answers
+from prefixmemory.files.records import provenance, write_json
+from prefixmemory.models.loading import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
+from prefixmemory.rows.rows import classification_prompt, render
+from prefixmemory.scoring.generation import accuracy, answers
 from prefixmemory.training.loop import train
-from prefixmemory.training.record import provenance, write_json
-from prefixmemory.training.rows import classification_prompt, render
 from prefixmemory.training.settings import TrainingSettings
 
 HERE = Path(__file__).parent

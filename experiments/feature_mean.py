@@ -16,11 +16,11 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.base_models import load_model, load_tokenizer, smollm2
-from prefixmemory.layer import memory_layers
+from prefixmemory.files.records import provenance, write_json
+from prefixmemory.models.loading import load_model, load_tokenizer, smollm2
+from prefixmemory.rows.rows import render
 from prefixmemory.tasks import load_task
-from prefixmemory.training.record import provenance, write_json
-from prefixmemory.training.rows import render
+from prefixmemory.tuner.layer import memory_layers
 
 RESULTS = Path(__file__).parent.parent / "results" / "analysis" / "feature_mean"
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel
 
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.base_models import load_model
-from prefixmemory.quantization import Quantization
-from prefixmemory.training.record import write_json
+from prefixmemory.files.records import write_json
+from prefixmemory.models.loading import load_model
+from prefixmemory.models.quantization import Quantization
 
 ROOT = Path(__file__).parent.parent
 RECORD, PAGE = ROOT / "results" / "inside" / "table.json", ROOT / "docs" / "inside.md"

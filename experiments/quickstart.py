@@ -22,12 +22,12 @@ from peft import PeftModel
 from rich.console import Console
 
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.base_models import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
+from prefixmemory.files.records import provenance, write_json
+from prefixmemory.models.loading import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
 from prefixmemory.quickstart import measure, one_example_per_label
-from prefixmemory.training.data import northline
-from prefixmemory.training.evaluation import accuracy
-from prefixmemory.training.record import provenance, write_json
-from prefixmemory.training.rows import labels_of
+from prefixmemory.rows.data import northline
+from prefixmemory.rows.rows import labels_of
+from prefixmemory.scoring.generation import accuracy
 from prefixmemory.training.run import Output, quiet_libraries, run_training
 from prefixmemory.training.settings import TrainingSettings
 

@@ -43,7 +43,7 @@ def _compiled_anew(request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def feature_map_names() -> Iterator[None]:
     """Forget the feature maps that a test registers."""
-    from prefixmemory.feature_maps import FEATURE_MAPS
+    from prefixmemory.memories.feature_maps import FEATURE_MAPS
 
     before = set(FEATURE_MAPS)
     yield

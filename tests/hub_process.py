@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from prefixmemory import PrefixMemoryConfig
+from prefixmemory.adapters.hub import adapter_folder, push_adapter
 from prefixmemory.cli import main
-from prefixmemory.hub import adapter_folder, push_adapter
 from prefixmemory.training.card import write_model_card
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "hub.md"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import tiny
 from prefixmemory import MemorySite, PrefixMemoryConfig, register_memory
-from prefixmemory.own_memory import MEMORIES
+from prefixmemory.memories.registry import MEMORIES
 
 GATED = dict(memory="gated", memory_options={"bias": 0.5})
 

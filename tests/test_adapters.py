@@ -22,10 +22,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 
 import prefixmemory
-import prefixmemory.peft_type
+import prefixmemory.memories.peft_type
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, PrefixMemoryModel, register_feature_map
-from prefixmemory.layer import memory_layers
+from prefixmemory.tuner.layer import memory_layers
 
 # PEFT says so whenever the active adapter is deleted and another one takes its place.
 ACTIVE_DELETED = "Adapter .* was active which is now deleted"
@@ -90,9 +90,9 @@ def test_the_peft_type_is_a_member_of_the_enum_by_name_and_by_value():
 def test_registering_the_peft_type_twice_changes_nothing():
     members = list(PeftType)
     member = PeftType.PREFIX_MEMORY
-    assert prefixmemory.peft_type.add_peft_type("PREFIX_MEMORY") is member
-    importlib.reload(prefixmemory.peft_type)
-    assert prefixmemory.peft_type.PREFIX_MEMORY is member
+    assert prefixmemory.memories.peft_type.add_peft_type("PREFIX_MEMORY") is member
+    importlib.reload(prefixmemory.memories.peft_type)
+    assert prefixmemory.memories.peft_type.PREFIX_MEMORY is member
     assert list(PeftType) == members
 
 

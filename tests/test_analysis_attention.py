@@ -12,11 +12,12 @@ from transformers import BertConfig, BertModel, BloomConfig, BloomForCausalLM
 from transformers.modeling_utils import AttentionInterface
 
 import tiny
-from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, attention, reference, set_scale
+from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, reference, set_scale
 from prefixmemory.analysis import Call, observe, shift, tradeoff
 from prefixmemory.analysis.inputs import run, text_sites
 from prefixmemory.analysis.shift import js_distance
 from prefixmemory.analysis.tradeoff import prefix_share
+from prefixmemory.attention.interface import OBSERVERS, install_tap
 
 FAMILIES = ("llama_gqa", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox")
 
@@ -114,10 +115,10 @@ def test_the_observer_leaves_nothing_behind() -> None:
         raise RuntimeError("stop")
     count, interface = len(seen), AttentionInterface.get_interface
     assert count == 2
-    assert attention.OBSERVERS == []
+    assert OBSERVERS == []
     assert torch.equal(model(ids).logits, expected)
     assert len(seen) == count
-    attention.install_tap()
+    install_tap()
     assert AttentionInterface.get_interface is interface  # once a process
 
 

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
 import tiny
-from prefixmemory.adapters import load_adapter
+from prefixmemory.adapters.loading import load_adapter
 from prefixmemory.analysis import Tradeoff, figures, tradeoff
 from prefixmemory.analysis.inputs import token_ids
 from prefixmemory.analysis.inspection import labels

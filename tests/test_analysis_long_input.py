@@ -16,9 +16,9 @@ import tiny
 from command_line import call, jsonl
 from prefixmemory import PrefixMemoryError
 from prefixmemory.analysis import LongInput, figures, long_input
-from prefixmemory.training.context import unrelated_text
-from prefixmemory.training.evaluation import accuracy, answers
-from prefixmemory.training.rows import classification_prompt
+from prefixmemory.rows.rows import classification_prompt
+from prefixmemory.rows.unrelated_text import unrelated_text
+from prefixmemory.scoring.generation import accuracy, answers
 
 #: Its name in the package is also that of the function.
 INSTRUMENT = import_module("prefixmemory.analysis.long_input")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, reference
-from prefixmemory.mixing import AnswerLimit
+from prefixmemory.memories.combination import AnswerLimit
 
 LIMIT = 0.3
 

@@ -19,8 +19,8 @@ from transformers.utils import logging
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.cli import main
+from prefixmemory.rows.rows import Example
 from prefixmemory.training.loop import train
-from prefixmemory.training.rows import Example
 from prefixmemory.training.settings import TrainingSettings
 
 ROWS = [{"text": f"line {i} is dead", "label": "ab"[i % 2]} for i in range(8)]

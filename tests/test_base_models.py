@@ -18,8 +18,10 @@ from packed import (
     check_training,
     logits,
 )
-from prefixmemory import PrefixMemoryError, base_models, quantization
-from prefixmemory.base_models import load_model
+from prefixmemory import PrefixMemoryError
+from prefixmemory.models import loading as base_models
+from prefixmemory.models import quantization
+from prefixmemory.models.loading import load_model
 from tiny import memory_parameters, randomize, tokens
 
 

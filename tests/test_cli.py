@@ -14,13 +14,13 @@ import pytest
 import typer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import prefixmemory.hub
+import prefixmemory.adapters.hub
 import tiny
 from command_line import call, call_line, files_of, jsonl, work_in_copy
 from prefixmemory import quickstart
-from prefixmemory.base_models import load_model
 from prefixmemory.cli import app
-from prefixmemory.training.data import northline
+from prefixmemory.models.loading import load_model
+from prefixmemory.rows.data import northline
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # here a folder
 TICKETS = [{"text": f"line {i} is dead" + "!" * (i % 5), "label": "abc"[i % 3]} for i in range(24)]
@@ -115,7 +115,7 @@ def examples_of(command: tuple[str, ...]) -> list[str]:
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is pushed, and the quickstart has a small model and few rows."""
     pushed = lambda folder, to, private: f"https://huggingface.co/{to}/{len(list(Path(folder).iterdir()))}"  # noqa: E731
-    monkeypatch.setattr(prefixmemory.hub, "push_adapter", pushed)
+    monkeypatch.setattr(prefixmemory.adapters.hub, "push_adapter", pushed)
     monkeypatch.setattr(quickstart, "smollm2", lambda: MODEL)
     monkeypatch.setattr(quickstart, "northline", lambda split: northline(split)[:14])
     monkeypatch.setattr(quickstart, "fast_dtype", lambda: "float32")
@@ -242,7 +242,7 @@ def test_a_name_is_taken_as_it_is_written(place, name):
 LOADING = {
     "train": (f"--model {MODEL} --data tickets.jsonl --output new --epochs 1", "prefixmemory.training.run", MODEL),
     "evaluate": (
-        "--adapter tickets-memory --data tickets-test.jsonl", "prefixmemory.adapters",
+        "--adapter tickets-memory --data tickets-test.jsonl", "prefixmemory.adapters.loading",
         "tickets-memory and its base model",
     ),
 }  # fmt: skip

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, register_feature_map
-from prefixmemory.feature_maps import FEATURE_MAPS, build_feature_map
+from prefixmemory.memories.feature_maps import FEATURE_MAPS, build_feature_map
 
 MAPS = "elu, gelu, relu, silu, identity, softmax, mlp"
 

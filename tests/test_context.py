@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from prefixmemory.base_models import load_tokenizer, smollm2
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.training.context import ESSAY, unrelated_text
-from prefixmemory.training.data import northline
+from prefixmemory.models.loading import load_tokenizer, smollm2
+from prefixmemory.rows.data import northline
+from prefixmemory.rows.unrelated_text import ESSAY, unrelated_text
 from tiny import tokenizer
 
 

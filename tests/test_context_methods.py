@@ -20,8 +20,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import test_fidelity as fidelity
 from prefixmemory import PrefixMemoryConfig, reference
-from prefixmemory.layer import memory_layers
-from prefixmemory.prefix import PrefixVectors
+from prefixmemory.memories.prefix import PrefixVectors
+from prefixmemory.tuner.layer import memory_layers
 from test_fidelity import PLAIN_MAPS, TOLERANCE, Oracle, Result, difference, family_model, padded_batch, run_adapter
 from tiny import memory_parameters, with_memory
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.conversion import kernel_from_prefix, memory_from_prefix, prefix_from_peft
-from prefixmemory.layer import memory_layers
+from prefixmemory.tuner.conversion import kernel_from_prefix, memory_from_prefix, prefix_from_peft
+from prefixmemory.tuner.layer import memory_layers
 from test_context_methods import BACKENDS
 from test_fidelity import family_model
 from tiny import build, memory_parameters, randomize, tokens, with_memory
@@ -205,7 +205,7 @@ def test_negative_control_keys_that_are_not_turned_back_or_too_far_give_other_lo
     close(logits(prefix_from_peft(theirs, wide("llama_gqa")).eval()), expected)
     not_turned = prefix_from_peft(theirs, wide("llama_gqa"), shifted_positions=True).eval()
     assert (logits(not_turned) - expected).abs().max() > 1000 * TOLERANCE
-    from prefixmemory import conversion
+    from prefixmemory.tuner import conversion
 
     monkeypatch.setattr(conversion, "turns", lambda model, by, turns=conversion.turns: turns(model, by + 1))
     one_too_far = prefix_from_peft(theirs, wide("llama_gqa")).eval()

@@ -18,8 +18,8 @@ import pytest
 import tiny
 from command_line import call, jsonl
 from prefixmemory import PrefixMemoryError
-from prefixmemory.training.data import Data, hub_id, read_rows, sample
-from prefixmemory.training.rows import Row, check_objective, check_row, row_format
+from prefixmemory.rows.data import Data, hub_id, read_rows, sample
+from prefixmemory.rows.rows import Row, check_objective, check_row, row_format
 
 #: Commas, quotation marks, line breaks, tabs, letters beyond ASCII.
 ROWS = [

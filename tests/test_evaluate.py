@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from command_line import call, files_of, jsonl, save_talker, work_in_copy
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.layer import set_scale
 from prefixmemory.training.card import is_ours
+from prefixmemory.tuner.layer import set_scale
 
 TOKENIZER = tiny.tokenizer()
 #: Texts of unlike lengths, so that batches are padded.
@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # bfloat16 where it is fast would make the comparisons coarse
-    monkeypatch.setattr("prefixmemory.adapters.fast_dtype", lambda: "float32")
+    monkeypatch.setattr("prefixmemory.adapters.loading.fast_dtype", lambda: "float32")
     return work_in_copy(made, tmp_path, monkeypatch)
 
 
@@ -296,7 +296,7 @@ def test_a_damaged_record_is_one_line(place):
 
 
 def test_figures_of_an_adapter_on_the_hub_are_not_saved_into_its_cache(place, monkeypatch):
-    monkeypatch.setattr("prefixmemory.hub.adapter_folder", lambda name: place / "memory")
+    monkeypatch.setattr("prefixmemory.adapters.hub.adapter_folder", lambda name: place / "memory")
     before = files_of(place)
     words = ("evaluate", "--adapter", "user/memory", "--data", "test.jsonl", "--save")
     assert "this one is on the Hub" in call(*words).refusal

@@ -22,8 +22,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from family_models import CASES, build, inputs, run
-from prefixmemory import PrefixMemoryConfig, attention, families, reference
-from prefixmemory.attention import AttentionSite
+from prefixmemory import PrefixMemoryConfig, reference
+from prefixmemory.attention import families
+from prefixmemory.attention.discovery import _projection, find_site, find_sites, is_cross_attention
+from prefixmemory.attention.sites import AttentionSite
 
 # Old configs speak of their generation settings, and of options that no tiny model needs.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers", "ignore::FutureWarning:transformers")
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers", "ign
 
 def sites_of(model: nn.Module) -> dict[str, AttentionSite]:
     """The first site of each class."""
-    return {type(site.core).__name__: site for site in reversed(attention.find_sites(model).values())}
+    return {type(site.core).__name__: site for site in reversed(find_sites(model).values())}
 
 
 # --- the first oracle: a changed query changes one head at one token ------------------------------------------------
@@ -111,8 +113,8 @@ def test_the_query_of_cross_attention_is_read_where_it_is(name):
     model = build(case)
     states = {"gpt2": "encoder_hidden_states", "pix2struct": "encoder_hidden_states"}.get(name)
     more = {states: torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))} if states else {}
-    modules = [m for n, m in model.named_modules() if attention.is_cross_attention(n, m)]
-    sites = [site for module in modules if (site := attention.find_site(module)) is not None]
+    modules = [m for n, m in model.named_modules() if is_cross_attention(n, m)]
+    sites = [site for module in modules if (site := find_site(module)) is not None]
     assert sites
     for site in sites:
         assert reads_the_query(site, lambda: model(**inputs(case), **more))
@@ -224,7 +226,7 @@ def test_the_query_is_what_attention_multiplies_with_the_keys(name):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "nanochat", "hunyuan", "llama4", "deepseek_v3", "codegen", "zaya"])
 def test_the_content_query_does_not_know_where_it_stands(name):
     model = build(CASES[name])
-    site = next(iter(attention.find_sites(model).values()))
+    site = next(iter(find_sites(model).values()))
     near, far = (
         content_query(site, lambda start=start: model(**inputs(CASES[name]), position_ids=positions_from(start)))[0]
         for start in (0, 7)
@@ -249,7 +251,7 @@ def test_a_memory_adds_its_answer_to_its_head_alone_and_learns(name):
     with torch.no_grad():
         assert torch.equal(run(case, adapted), before)
     memories = {n: p for n, p in adapted.named_parameters() if ".prefix_memory_bank.default." in n}
-    assert len(memories) == len(attention.find_sites(model))
+    assert len(memories) == len(find_sites(model))
 
     for site in sites_of(model).values():
         memory = site.module.prefix_memory.memory("default").M
@@ -327,12 +329,12 @@ def test_only_attention_with_a_softmax_passes_by_its_name(attention_classes):
 
 
 def test_every_row_of_the_tables_is_tried():
-    found = [attention.find_site(module) for case in CASES.values() for module in build(case).modules()]
+    found = [find_site(module) for case in CASES.values() for module in build(case).modules()]
     sites = [site for site in found if site is not None]
     names = {path for site in sites for path in (site.query_path, site.output_path)}
     cores = {site.query_path.partition(".")[0] for site in sites if site.core is not site.module}
     assert {norm.child for norm in families.QUERY_NORMS} - names == set()
     assert set(families.OUTPUT_PROJECTIONS) - names == set()
     assert cores == set(families.CORES)
-    rows = {attention._projection(site.core) for site in sites}
+    rows = {_projection(site.core) for site in sites}
     assert {row.path for row in set(families.QUERY_PROJECTIONS) - rows} == {"q_attn"}  # tried above

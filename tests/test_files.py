@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.layer import memory_layers
+from prefixmemory.tuner.layer import memory_layers
 from processes import run_python
 
 WEIGHTS = "adapter_model.safetensors"

@@ -7,8 +7,8 @@ from tokenizers.processors import TemplateProcessing
 
 import tiny
 from prefixmemory import cli
-from prefixmemory.training.collator import encode_prompt
-from prefixmemory.training.rows import render, render_prompt, row_format
+from prefixmemory.rows.collator import encode_prompt
+from prefixmemory.rows.rows import render, render_prompt, row_format
 
 ROWS = {
     "text": {"text": "hello", "label": "greeting"},
@@ -47,7 +47,7 @@ def test_generate_asks_as_the_rows_of_the_run_did(name, tmp_path, monkeypatch, c
 
     folder = tmp_path / "memory"
     run("train", "--model", base, "--data", data, "--output", folder, "--epochs", 1)
-    monkeypatch.setattr("prefixmemory.training.evaluation.answers", answers)
+    monkeypatch.setattr("prefixmemory.scoring.generation.answers", answers)
     question = ["generate", "--adapter", folder, "--prompt", "hello"]
     run(*question)
     run(*question, "--raw")

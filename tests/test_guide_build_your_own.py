@@ -21,12 +21,12 @@ from transformers.utils import logging
 
 import tiny
 from command_line import code_blocks
-from prefixmemory.adapters import Adapter, load_adapter
+from prefixmemory.adapters.loading import Adapter, load_adapter
 from prefixmemory.analysis import readout, spectrum, tradeoff
 from prefixmemory.analysis.inputs import token_ids
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.layer import memory_layers
-from prefixmemory.own_memory import MEMORIES
+from prefixmemory.memories.registry import MEMORIES
+from prefixmemory.tuner.layer import memory_layers
 from processes import run_python
 
 TEXT = (Path(__file__).parent.parent / "docs" / "guides" / "build-your-own.md").read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def guide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.syspath_prepend(place)
-        patch.setattr("prefixmemory.base_models.smollm2", lambda: str(base))
+        patch.setattr("prefixmemory.models.loading.smollm2", lambda: str(base))
         for number, (language, block) in enumerate(BLOCKS):
             if language != "python":
                 continue
@@ -189,7 +189,7 @@ def test_what_the_new_process_printed_is_what_the_instruments_measure(guide: Run
 def test_without_the_import_loading_stops_with_the_line_of_the_guide(guide: Run, monkeypatch: pytest.MonkeyPatch):
     (line,) = [block for language, block in BLOCKS if language == "text" and "is not registered" in block]
     base = tiny.build()
-    monkeypatch.setattr("prefixmemory.own_memory.MEMORIES", {})
+    monkeypatch.setattr("prefixmemory.memories.registry.MEMORIES", {})
     for load in (guide.adapter, lambda: PeftModel.from_pretrained(base, guide.place / "gated-memory")):
         with pytest.raises(PrefixMemoryError) as refusal:
             load()

@@ -25,7 +25,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The guide's recipe, beside its data and a tiny model that goes by the name of ``smollm2``."""
     monkeypatch.chdir(tmp_path)
     base = tiny.save_tiny(tmp_path / "base")
-    monkeypatch.setattr("prefixmemory.base_models.smollm2", lambda: str(base))
+    monkeypatch.setattr("prefixmemory.models.loading.smollm2", lambda: str(base))
     jsonl(tmp_path / "tickets.jsonl", ROWS)
     jsonl(tmp_path / "tickets-test.jsonl", ROWS[:6])
     file = Path("tickets.yaml")

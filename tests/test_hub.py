@@ -20,8 +20,8 @@ import torch
 import tiny
 from fake_hub import TOKEN, FakeHub, Repository
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.base_models import SMOLLM2_HUB_ID
-from prefixmemory.hub import adapter_folder, push_adapter
+from prefixmemory.adapters.hub import adapter_folder, push_adapter
+from prefixmemory.models.loading import SMOLLM2_HUB_ID
 from prefixmemory.training.card import is_ours
 from processes import run_python
 

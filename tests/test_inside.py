@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.layer import memory_layers
+from prefixmemory.tuner.layer import memory_layers
 from test_fidelity import family_model
 from tiny import build, memory_parameters, randomize, tokens, with_memory
 

@@ -22,8 +22,8 @@ from transformers.utils import logging
 import tiny
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.cli import main
+from prefixmemory.rows.rows import Example
 from prefixmemory.training.loop import Interrupted, train
-from prefixmemory.training.rows import Example
 from prefixmemory.training.settings import TrainingSettings
 
 WEIGHTS = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import tiny
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.memory import Memory
+from prefixmemory.memories.matrix import Memory
 
 FAMILIES = ["llama_gqa", "qwen3", "phi3", "gpt2"]
 #: Config of each variant, and which of its parameters move in the first step. The others have a gradient of exactly

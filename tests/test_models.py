@@ -20,7 +20,7 @@ from experiments.models.kinds import CAUSAL_LM, KINDS, LONG, build_case, by_name
 from experiments.models.running import Failed, logits
 
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.memory import Memory
+from prefixmemory.memories.matrix import Memory
 
 #: One of each way to write attention: separate and fused projections, grouped keys, ALiBi, gates, sinks, latent
 #: attention, sliding and chunked windows, shared keys and values, experts, hybrids, decoders of encoder-decoders.

@@ -18,7 +18,7 @@ from transformers.utils import logging
 import tiny
 from prefixmemory import PrefixMemoryError
 from prefixmemory import quickstart as quickstart_module
-from prefixmemory.training.data import northline
+from prefixmemory.rows.data import northline
 from prefixmemory.training.settings import TrainingSettings
 
 SPLITS = pytest.mark.parametrize("split", ["train", "test"])

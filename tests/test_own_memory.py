@@ -17,11 +17,11 @@ from torch.nn import functional as F
 import tiny
 from own_memories import FIELDS, GATED, OWN, Gated, different, logits, registered, run_as, several  # noqa: F401
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, register_memory, set_scale
-from prefixmemory.adapters import load_adapter
-from prefixmemory.checkpoint import check_config_file
-from prefixmemory.layer import memory_layers
-from prefixmemory.own_memory import MEMORIES, ContextMemory
+from prefixmemory.adapters.loading import load_adapter
+from prefixmemory.memories.checkpoint import check_config_file
+from prefixmemory.memories.registry import MEMORIES, ContextMemory
 from prefixmemory.training.methods import method_config
+from prefixmemory.tuner.layer import memory_layers
 from processes import run_python
 
 # The name that Trainer, TRL and most scripts call; the new one does not exist in every supported transformers.

@@ -17,9 +17,9 @@ from own_memories import GATED, Gated, Offset, logits, registered, several  # no
 from prefixmemory import MemorySite, PrefixMemoryConfig, PrefixMemoryError, register_memory
 from prefixmemory.analysis import ablate, readout, shift, spectrum, tradeoff
 from prefixmemory.analysis.readout import text_loss
-from prefixmemory.conversion import memory_from_prefix
-from prefixmemory.layer import memory_layers
-from prefixmemory.own_memory import MEMORIES, check_memory
+from prefixmemory.memories.registry import MEMORIES, check_memory
+from prefixmemory.tuner.conversion import memory_from_prefix
+from prefixmemory.tuner.layer import memory_layers
 
 # --- refusals ---------------------------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ def test_a_matrix_of_another_shape_is_refused():
 
 def test_the_example_in_the_module_works():
     """The class in the docstring of own_memory.py."""
-    import prefixmemory.own_memory as module
+    import prefixmemory.memories.registry as module
 
     lines = [line[4:] for line in module.__doc__.splitlines() if line.startswith("    ") or not line]
     code = "\n".join(lines).replace('"offset"', '"from_docstring"')

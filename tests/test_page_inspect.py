@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from browser import View, chromium, opened
 from command_line import call, jsonl, save_talker
-from prefixmemory.training.evaluation import answers
-from prefixmemory.training.rows import classification_prompt
+from prefixmemory.rows.rows import classification_prompt
+from prefixmemory.scoring.generation import answers
 
 pytest.importorskip("matplotlib")
 __all__ = ["chromium"]  # a fixture of the tests below

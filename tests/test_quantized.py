@@ -31,10 +31,11 @@ from packed import (
     train,
     unpacked,
 )
-from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, tuner
-from prefixmemory.base_models import load_model
-from prefixmemory.layer import memory_layers
-from prefixmemory.quantization import REPACKS, is_repacked, set_repacking
+from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
+from prefixmemory.models.loading import load_model
+from prefixmemory.models.quantization import REPACKS, is_repacked, set_repacking
+from prefixmemory.tuner import model as tuner
+from prefixmemory.tuner.layer import memory_layers
 from processes import run_python
 from tiny import memory_parameters, randomize, tokenizer, tokens
 
@@ -132,7 +133,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[2])
 import prefixmemory, tiny
-from prefixmemory.base_models import load_model
+from prefixmemory.models.loading import load_model
 for run in json.load(open(sys.argv[1])):
     model = PeftModel.from_pretrained(load_model(run["base"], "float32", quantization=run["kind"]), run["adapter"])
     model.eval()

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from packed import KINDS, adapt, base_folder, bits, check_training, logits  # noqa: F401  # the fixture `folder`
-from prefixmemory.base_models import load_model
+from prefixmemory.models.loading import load_model
 from tiny import memory_parameters, tokenizer
 
 pytest.importorskip("bitsandbytes")

@@ -16,9 +16,9 @@ import tiny
 from command_line import call, files_of, jsonl, weights
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.yaml_files import read_value
 from prefixmemory.training.recipe import Recipe, load_recipe, shipped, summary
 from prefixmemory.training.settings import TrainingSettings
-from prefixmemory.training.yaml_files import read_value
 
 SHIPPED = sorted(shipped())
 #: Rows that each recipe says it is for.

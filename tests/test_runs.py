@@ -225,7 +225,7 @@ def test_methods_that_need_a_length_say_so(method):
             "prefixmemory.training.loop",
             "report_to='wandb' needs the package: pip install wandb",
         ),
-        (("--quantization", "bnb-4bit"), "prefixmemory.quantization", "pip install 'prefixmemory[quantized]'"),
+        (("--quantization", "bnb-4bit"), "prefixmemory.models.quantization", "pip install 'prefixmemory[quantized]'"),
         (("--objective", "dpo", "--data", "pairs.jsonl"), "prefixmemory.training.preferences", "'prefixmemory[trl]'"),
     ],
 )

@@ -20,11 +20,11 @@ from torch.nn.functional import log_softmax
 
 import tiny
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.rows.rows import Row, check_row
 from prefixmemory.tasks import Task, scoring
 from prefixmemory.tasks.metrics import bleu, last_number, rouge_l, squad_exact_match, squad_f1
 from prefixmemory.tasks.outputs import alpaca_eval, prompts
 from prefixmemory.tasks.scoring import Scored, score
-from prefixmemory.training.rows import Row, check_row
 from prefixmemory.training.settings import TrainingSettings
 
 pytestmark = [
@@ -379,7 +379,7 @@ def test_the_loss_does_not_depend_on_how_rows_are_batched(monkeypatch):
     model = METHODS["memory"]()
     whole = scored("loss", rows_of(*QUESTIONS), model)
     for limit in (1, 12):
-        monkeypatch.setattr("prefixmemory.training.likelihood.TOKENS_A_BATCH", limit)
+        monkeypatch.setattr("prefixmemory.scoring.likelihood.TOKENS_A_BATCH", limit)
         parts = scored("loss", rows_of(*QUESTIONS), model)
         assert parts.points == pytest.approx(whole.points, rel=1e-5) and parts.score == pytest.approx(whole.score)
 

@@ -16,10 +16,10 @@ import tiny
 from command_line import call, files_of, jsonl, save_talker, weights, work_in_copy
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.rows.rows import check_objective
 from prefixmemory.training.loop import training_arguments
 from prefixmemory.training.methods import method_config
 from prefixmemory.training.preferences import preference_trainer
-from prefixmemory.training.rows import check_objective
 from prefixmemory.training.settings import TrainingSettings
 
 pytest.importorskip("trl")

@@ -15,11 +15,11 @@ import pytest
 import tiny
 from command_line import jsonl
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.rows.rows import Row, check_objective, row_format
 from prefixmemory.tasks import load_task, shipped_tasks
 from prefixmemory.tasks.metrics import last_number
 from prefixmemory.tasks.scoring import score
 from prefixmemory.tasks.task import SCORED_ROWS, Task
-from prefixmemory.training.rows import Row, check_objective, row_format
 
 #: The project's data, where it is at hand; the package itself does without.
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -14,15 +14,15 @@ from torch.nn import functional
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.training.collator import IGNORED, LeftPaddingCollator, tokenize
-from prefixmemory.training.data import read_rows
-from prefixmemory.training.evaluation import accuracy, answers, first_line
+from prefixmemory.files.records import RECORD, provenance, write_json
+from prefixmemory.models.logits import contiguous_logits_input
+from prefixmemory.rows.collator import IGNORED, LeftPaddingCollator, tokenize
+from prefixmemory.rows.data import read_rows
+from prefixmemory.rows.rows import Example, classification_prompt, labels_of, render
+from prefixmemory.scoring.generation import accuracy, answers, first_line
 from prefixmemory.training.loop import train
-from prefixmemory.training.record import RECORD, provenance, write_json
-from prefixmemory.training.rows import Example, classification_prompt, labels_of, render
 from prefixmemory.training.run import Output, run_training
 from prefixmemory.training.settings import TrainingSettings
-from prefixmemory.training.speed import contiguous_logits_input
 
 TOKENIZER = tiny.tokenizer()
 BARE = tiny.tokenizer(chat=False)

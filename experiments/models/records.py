@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prefixmemory.training.record import provenance
+from prefixmemory.files.records import provenance
 
 FOLDER = Path(__file__).parent.parent.parent / "results" / "models"
 PACKAGES = ("torch", "transformers", "peft")

@@ -6,12 +6,12 @@ take a ``LoraConfig``.
 """
 
 import prefixmemory._imports  # noqa: F401  # isort: skip  # first: PEFT is imported there
-from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.feature_maps import register_feature_map
-from prefixmemory.layer import set_scale
-from prefixmemory.own_memory import MemorySite, register_memory
-from prefixmemory.tuner import PrefixMemoryModel, register
+from prefixmemory.memories.config import PrefixMemoryConfig
+from prefixmemory.memories.feature_maps import register_feature_map
+from prefixmemory.memories.registry import MemorySite, register_memory
+from prefixmemory.tuner.layer import set_scale
+from prefixmemory.tuner.model import PrefixMemoryModel, register
 
 __version__ = "0.1.0"
 __all__ = [

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixmemory.base_models import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
-from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.training.data import northline
-from prefixmemory.training.evaluation import accuracy, answers
-from prefixmemory.training.progress import progress_bar
-from prefixmemory.training.record import RECORD, write_json
-from prefixmemory.training.rows import Rows, classification_prompt, labels_of
+from prefixmemory.files.records import RECORD, write_json
+from prefixmemory.memories.config import PrefixMemoryConfig
+from prefixmemory.models.loading import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
+from prefixmemory.progress import progress_bar
+from prefixmemory.rows.data import northline
+from prefixmemory.rows.rows import Rows, classification_prompt, labels_of
+from prefixmemory.scoring.generation import accuracy, answers
 from prefixmemory.training.run import Output, run_training
 from prefixmemory.training.settings import TrainingSettings
 

@@ -14,13 +14,13 @@ from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from prefixmemory import attention
-from prefixmemory.attention import AttentionSite
+from prefixmemory.attention.discovery import find_sites, left_out
+from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.layer import PrefixMemoryLayer, memory_layers
-from prefixmemory.prefix import PrefixVectors
-from prefixmemory.training.collator import encode_prompt
-from prefixmemory.training.data import northline
+from prefixmemory.memories.prefix import PrefixVectors
+from prefixmemory.rows.collator import encode_prompt
+from prefixmemory.rows.data import northline
+from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -31,8 +31,8 @@ def base_of(model: nn.Module) -> nn.Module:
 def text_sites(model: nn.Module) -> dict[str, AttentionSite]:
     """The self-attention of a model's text part by its name in the base model, in order."""
     base = base_of(model)
-    sites = attention.find_sites(base)
-    others = attention.left_out(base, sites)
+    sites = find_sites(base)
+    others = left_out(base, sites)
     return {name: site for name, site in sites.items() if name not in others}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prefixmemory.adapters import Adapter
+from prefixmemory.adapters.loading import Adapter
 from prefixmemory.analysis import figures
 from prefixmemory.analysis.inputs import longest_input, token_ids
 from prefixmemory.analysis.long_input import LongInput, long_input
@@ -20,10 +20,10 @@ from prefixmemory.analysis.shift import shift
 from prefixmemory.analysis.spectrum import spectrum
 from prefixmemory.analysis.tradeoff import tradeoff
 from prefixmemory.errors import PrefixMemoryError, check_choice
-from prefixmemory.training.context import read_context
-from prefixmemory.training.data import northline, sample
-from prefixmemory.training.record import provenance, write_json
-from prefixmemory.training.rows import Rows
+from prefixmemory.files.records import provenance, write_json
+from prefixmemory.rows.data import northline, sample
+from prefixmemory.rows.rows import Rows
+from prefixmemory.rows.unrelated_text import read_context
 
 INSTRUMENTS = ("tradeoff", "spectrum", "shift", "readout", "long-input")
 #: Longest input of the trade-off, and tokens for the other instruments, where nothing else is asked for.

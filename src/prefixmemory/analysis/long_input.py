@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from prefixmemory.analysis.inputs import longest_input
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.training.collator import encode_prompt
-from prefixmemory.training.context import context_tokens, unrelated_text
-from prefixmemory.training.evaluation import accuracy, answers
-from prefixmemory.training.rows import Rows, render
+from prefixmemory.rows.collator import encode_prompt
+from prefixmemory.rows.rows import Rows, render
+from prefixmemory.rows.unrelated_text import context_tokens, unrelated_text
+from prefixmemory.scoring.generation import accuracy, answers
 
 DEFINITION = (
     "percentage of rows whose generated label is exactly theirs, behind so many tokens of unrelated text; the base "

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from prefixmemory import attention
 from prefixmemory.analysis.inputs import text_sites
+from prefixmemory.attention.interface import OBSERVERS, check_interface, install_tap
 from prefixmemory.errors import PrefixMemoryError
 
 
@@ -103,8 +103,8 @@ def observe(model: nn.Module, observer: Callable[[Call], None]) -> Iterator[None
     """
     sites = text_sites(model)
     for name, site in sites.items():
-        attention.check_interface(name, site, "A look at attention", "Use another model.")
-    attention.install_tap()
+        check_interface(name, site, "A look at attention", "Use another model.")
+    install_tap()
     names = {id(site.core): name for name, site in sites.items()}
 
     def on_call(
@@ -136,8 +136,8 @@ def observe(model: nn.Module, observer: Callable[[Call], None]) -> Iterator[None
             )
         )
 
-    attention.OBSERVERS.append(on_call)
+    OBSERVERS.append(on_call)
     try:
         yield
     finally:
-        attention.OBSERVERS.remove(on_call)
+        OBSERVERS.remove(on_call)

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.analysis.inputs import base_of, check_ids, evaluating, text_sites
 from prefixmemory.analysis.tradeoff import around_memory
-from prefixmemory.attention import AttentionSite
+from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.layer import PrefixMemoryLayer, memory_layers
-from prefixmemory.memory import Memory
-from prefixmemory.own_memory import ContextMemory, OwnMemory
-from prefixmemory.prefix import PrefixVectors
+from prefixmemory.memories.matrix import Memory
+from prefixmemory.memories.prefix import PrefixVectors
+from prefixmemory.memories.registry import ContextMemory, OwnMemory
+from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
 
 DEFINITION = (
     "right singular vectors of a head's memory, sent through the head's part of the output projection, {norm} and the "

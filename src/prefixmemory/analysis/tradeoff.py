@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from prefixmemory.analysis.inputs import check_ids, prefix_lengths, run, text_sites
 from prefixmemory.analysis.observe import Call, observe
-from prefixmemory.attention import AttentionSite
+from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.layer import memory_layers
+from prefixmemory.tuner.layer import memory_layers
 
 DEFINITIONS = {
     "share": "α: share of a head's attention that goes to the prefix's keys, mean over the last queries of the input",

@@ -62,15 +62,15 @@ def inspect(
 
     from rich.console import Console
 
-    from prefixmemory.adapters import Adapter, load_adapter, read_record
+    from prefixmemory.adapters.evaluate import completion_loss, rows_to_score
+    from prefixmemory.adapters.hub import adapter_folder
+    from prefixmemory.adapters.loading import Adapter, load_adapter, read_record
     from prefixmemory.analysis import figures
     from prefixmemory.analysis import inspection as ins
-    from prefixmemory.base_models import Dtype
-    from prefixmemory.checkpoint import check_config_file
-    from prefixmemory.evaluate import completion_loss, rows_to_score
-    from prefixmemory.hub import adapter_folder
-    from prefixmemory.training.data import sample
-    from prefixmemory.training.rows import render
+    from prefixmemory.memories.checkpoint import check_config_file
+    from prefixmemory.models.loading import Dtype
+    from prefixmemory.rows.data import sample
+    from prefixmemory.rows.rows import render
 
     quiet()
     check_choice("dtype", dtype, get_args(Dtype))

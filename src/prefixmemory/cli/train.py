@@ -84,10 +84,10 @@ def train(
     options = {name: arguments[name] for name in FIELDS if arguments[name] is not None}
     from rich.console import Console
 
+    from prefixmemory.files.yaml_files import read_value
     from prefixmemory.training.plan import plan_of
     from prefixmemory.training.recipe import load_recipe
     from prefixmemory.training.run import Output, first_process, run_recipe
-    from prefixmemory.training.yaml_files import read_value
 
     quiet()
     overrides = {

@@ -25,9 +25,9 @@ def generate(
     \b
     Example: prefixmemory generate --adapter tickets-memory --prompt 'my line is dead since this morning'
     """
-    from prefixmemory.adapters import load_adapter
-    from prefixmemory.training.evaluation import answers
-    from prefixmemory.training.rows import render_prompt
+    from prefixmemory.adapters.loading import load_adapter
+    from prefixmemory.rows.rows import render_prompt
+    from prefixmemory.scoring.generation import answers
 
     quiet()
     if not prompt.strip():
@@ -68,8 +68,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from prefixmemory.adapters import load_adapter, read_record
-    from prefixmemory.evaluate import (
+    from prefixmemory.adapters.evaluate import (
         Scores,
         evaluate_harness,
         evaluate_rows,
@@ -77,10 +76,11 @@ def evaluate(
         rows_to_score,
         save_metrics,
     )
-    from prefixmemory.hub import adapter_folder
-    from prefixmemory.training.data import sample
-    from prefixmemory.training.progress import say_loading
-    from prefixmemory.training.record import write_json
+    from prefixmemory.adapters.hub import adapter_folder
+    from prefixmemory.adapters.loading import load_adapter, read_record
+    from prefixmemory.files.records import write_json
+    from prefixmemory.progress import say_loading
+    from prefixmemory.rows.data import sample
 
     quiet()
     if (data is None) == (tasks is None):
@@ -126,8 +126,8 @@ def chat(
     \b
     Example: echo 'my line is dead' | prefixmemory chat --adapter tickets-memory
     """
-    from prefixmemory.adapters import load_adapter
-    from prefixmemory.chat import chat as run
+    from prefixmemory.adapters.chat import chat as run
+    from prefixmemory.adapters.loading import load_adapter
 
     quiet()
     check_tokens(max_new_tokens)
@@ -146,7 +146,7 @@ def push(
     \b
     Example: prefixmemory push --adapter tickets-memory --to my-name/tickets-memory
     """
-    from prefixmemory.hub import push_adapter
+    from prefixmemory.adapters.hub import push_adapter
 
     quiet()
     print(f"Uploaded to {push_adapter(adapter, to, private=private)}")

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from prefixmemory.errors import PrefixMemoryError, check_choice
+from prefixmemory.files.yaml_files import Source, find_yaml, read_yaml, shipped, typed
 from prefixmemory.training.methods import method_config
-from prefixmemory.training.yaml_files import Source, find_yaml, read_yaml, shipped, typed
 
 Kind = Literal["adapter", "full", "in_context", "base"]
 

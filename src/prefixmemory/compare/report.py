@@ -12,7 +12,7 @@ from prefixmemory.compare.page import page
 from prefixmemory.compare.runs import Record, Run
 from prefixmemory.compare.suite import Loaded
 from prefixmemory.compare.summary import summarise
-from prefixmemory.training.record import write_json
+from prefixmemory.files.records import write_json
 
 Summary = Mapping[str, Any]
 

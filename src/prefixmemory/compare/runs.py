@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from prefixmemory.compare.method import Method
 from prefixmemory.compare.suite import Loaded
-from prefixmemory.config import PrefixMemoryConfig
+from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.tasks import Task
 
 #: Raised whenever a default or a way of scoring changes so that earlier records cannot stand beside new ones.

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from prefixmemory.compare.runs import Record, Run, key
 from prefixmemory.compare.suite import Loaded
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.training.record import write_json
+from prefixmemory.files.records import write_json
 
 
 class Store:

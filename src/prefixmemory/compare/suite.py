@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from prefixmemory.base_models import Dtype
 from prefixmemory.compare.method import Method, load_method
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.files.yaml_files import Source, read_yaml, typed
+from prefixmemory.models.loading import Dtype
 from prefixmemory.tasks import Task, load_task, shipped_tasks
 from prefixmemory.training.settings import TrainingSettings
-from prefixmemory.training.yaml_files import Source, read_yaml, typed
 
 #: Share of the steps in which the learning rate rises, where neither suite nor task nor method says otherwise. The
 #: default of ``TrainingSettings`` is the default memory's own.

@@ -14,7 +14,7 @@ from prefixmemory.compare.runs import Record, Run, planned, total
 from prefixmemory.compare.store import Store
 from prefixmemory.compare.suite import Loaded
 from prefixmemory.compare.worker import Worker
-from prefixmemory.training.progress import progress_bar
+from prefixmemory.progress import progress_bar
 from prefixmemory.training.run import checksum
 
 

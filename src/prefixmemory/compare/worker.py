@@ -21,21 +21,21 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixmemory.base_models import full_name, load_model, load_tokenizer
 from prefixmemory.compare.method import Method
 from prefixmemory.compare.runs import Run, writes_answers
 from prefixmemory.compare.store import Store
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.records import RECORD, provenance, write_json
+from prefixmemory.models.loading import full_name, load_model, load_tokenizer
+from prefixmemory.rows.rows import Row, render
+from prefixmemory.rows.unrelated_text import unrelated_text
+from prefixmemory.scoring.generation import answers
 from prefixmemory.tasks import Task
 from prefixmemory.tasks.outputs import alpaca_eval, prompts
 from prefixmemory.tasks.scoring import Scored, longest_label, score
 from prefixmemory.tasks.task import Split, sample_rows
-from prefixmemory.training.context import unrelated_text
-from prefixmemory.training.evaluation import answers
 from prefixmemory.training.loop import Interrupted, train
 from prefixmemory.training.preferences import with_one_answer
-from prefixmemory.training.record import RECORD, provenance, write_json
-from prefixmemory.training.rows import Row, render
 from prefixmemory.training.run import Output, run_training
 from prefixmemory.training.settings import TrainingSettings
 

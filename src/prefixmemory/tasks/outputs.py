@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from prefixmemory.rows.rows import Row, question_and_answer, render, row_format
 from prefixmemory.training.preferences import with_one_answer
-from prefixmemory.training.rows import Row, question_and_answer, render, row_format
 
 
 def prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The rendered prompt of each row, for :func:`~prefixmemory.training.evaluation.answers`."""
+    """The rendered prompt of each row, for :func:`~prefixmemory.scoring.generation.answers`."""
     if row_format(rows) == "preference":
         rows = with_one_answer(rows)[::2]
     return [example.prompt for example in render(rows, tokenizer)]

@@ -13,12 +13,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.rows.rows import Example, Row, question_and_answer, render, row_format
+from prefixmemory.scoring.generation import answers
+from prefixmemory.scoring.likelihood import Likelihood, likelihoods, nats_a_token
 from prefixmemory.tasks.metrics import best, bleu, last_number, percent, rouge_l, squad_exact_match, squad_f1
 from prefixmemory.tasks.task import Task
-from prefixmemory.training.evaluation import answers
-from prefixmemory.training.likelihood import Likelihood, likelihoods, nats_a_token
 from prefixmemory.training.preferences import with_one_answer
-from prefixmemory.training.rows import Example, Row, question_and_answer, render, row_format
 from prefixmemory.training.settings import TrainingSettings
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
+from prefixmemory.files.yaml_files import Source, blamed_path, find_yaml, read_yaml, shipped, typed
+from prefixmemory.rows.data import Data, read_rows, sample
+from prefixmemory.rows.rows import OBJECTIVE_FORMATS, Row, row_format
 from prefixmemory.tasks.metrics import check_text_metrics
-from prefixmemory.training.data import Data, read_rows, sample
 from prefixmemory.training.preferences import check_trl
-from prefixmemory.training.rows import OBJECTIVE_FORMATS, Row, row_format
 from prefixmemory.training.settings import TrainingSettings
-from prefixmemory.training.yaml_files import Source, blamed_path, find_yaml, read_yaml, shipped, typed
 
 Scoring = Literal["exact_match", "number", "reading", "text", "loss", "preference"]
 #: Which kinds of rows a scoring needs.
@@ -48,7 +48,7 @@ class Task:
         hub: id of the data set on the Hub.
         hub_subset: its subset.
         hub_splits: names of its training and test splits.
-        hub_columns: our field -> its column, as in :class:`~prefixmemory.training.data.Data`.
+        hub_columns: our field -> its column, as in :class:`~prefixmemory.rows.data.Data`.
         hub_where: keep the rows whose columns have these values.
         columns: our field -> column of the files.
         where: keep the rows of the files whose fields have these values.

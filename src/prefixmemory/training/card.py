@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from peft.utils import CONFIG_NAME
 
-from prefixmemory.base_models import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
-from prefixmemory.training.data import hub_id
+from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
+from prefixmemory.rows.data import hub_id
 
 CARD = "README.md"
 PAPER = "2506.13674"
@@ -196,7 +196,7 @@ def _loading(record: Mapping[str, Any], base: _Base, ours: bool) -> str:
         source = f"from transformers import AutoModel{task}"
         if ours and task == "ForCausalLM":  # our loader reads GGUF files, too, and its import registers the method
             loader = f"load_model({path})"
-            source = f"from prefixmemory.base_models import load_model{', smollm2' if base.hub_id else ''}"
+            source = f"from prefixmemory.models.loading import load_model{', smollm2' if base.hub_id else ''}"
             lines.clear()
         elif path.endswith('.gguf"'):
             loader = f'AutoModel{task}.from_pretrained("path/to", gguf_file="{base.file}")'

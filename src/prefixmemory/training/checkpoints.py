@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from prefixmemory.checkpoint import weights_checksum
+from prefixmemory.memories.checkpoint import weights_checksum
 
 logger = logging.getLogger(__name__)
 

@@ -30,12 +30,12 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.models.logits import contiguous_logits_input
+from prefixmemory.rows.collator import LeftPaddingCollator, tokenize
+from prefixmemory.rows.rows import Example
 from prefixmemory.training.checkpoints import last_complete_checkpoint
-from prefixmemory.training.collator import LeftPaddingCollator, tokenize
-from prefixmemory.training.rows import Example
 from prefixmemory.training.sampler import LengthGroupedTrainer
 from prefixmemory.training.settings import TrainingSettings
-from prefixmemory.training.speed import contiguous_logits_input
 
 #: transformers 5.23 renamed the argument.
 CHECKPOINTING = (

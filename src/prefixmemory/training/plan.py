@@ -11,11 +11,11 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prefixmemory.attention import CHILD
-from prefixmemory.base_models import explain, full_name, load_tokenizer, location
+from prefixmemory.attention.sites import CHILD
+from prefixmemory.models.loading import explain, full_name, load_tokenizer, location
+from prefixmemory.rows.rows import row_format
 from prefixmemory.training.methods import attach
 from prefixmemory.training.recipe import Recipe
-from prefixmemory.training.rows import row_format
 from prefixmemory.training.run import features_of, rows_of
 from prefixmemory.training.settings import TrainingSettings
 

@@ -12,8 +12,8 @@ from peft import PeftConfig, PeftType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.training.collator import IGNORED, encode_prompt
-from prefixmemory.training.rows import Row, Rows, render
+from prefixmemory.rows.collator import IGNORED, encode_prompt
+from prefixmemory.rows.rows import Row, Rows, render
 from prefixmemory.training.settings import TrainingSettings
 
 ANSWERS = ("chosen", "rejected", "completion")

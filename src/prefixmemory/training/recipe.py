@@ -12,14 +12,14 @@ from typing import Any, Literal
 from peft import PeftConfig
 from pydantic import TypeAdapter, ValidationError
 
-from prefixmemory.base_models import Dtype
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.quantization import Quantization
-from prefixmemory.training import yaml_files
-from prefixmemory.training.data import Data
+from prefixmemory.files import yaml_files
+from prefixmemory.files.yaml_files import Source, blamed_path, explained, put, read_yaml
+from prefixmemory.models.loading import Dtype
+from prefixmemory.models.quantization import Quantization
+from prefixmemory.rows.data import Data
 from prefixmemory.training.methods import DEFAULT, method_config, method_fields, methods
 from prefixmemory.training.settings import TrainingSettings
-from prefixmemory.training.yaml_files import Source, blamed_path, explained, put, read_yaml
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Recipe:
     Args:
         model: base model: a folder, a ``.gguf`` file, a Hub id, or ``smollm2`` (SmolLM2-135M-Instruct).
         output: folder for the trained adapter.
-        data: see :class:`~prefixmemory.training.data.Data`.
+        data: see :class:`~prefixmemory.rows.data.Data`.
         method: ``name`` of a PEFT method and fields of its config; the default is a memory with its defaults.
         training: see :class:`~prefixmemory.training.settings.TrainingSettings`.
         dtype: of the base model; ``auto`` keeps the checkpoint's.

@@ -27,11 +27,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
 
-from prefixmemory.base_models import full_name, load_model, load_tokenizer
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.quantization import check_quantization
+from prefixmemory.files.records import RECORD, provenance, write_json
+from prefixmemory.models.loading import full_name, load_model, load_tokenizer
+from prefixmemory.models.quantization import check_quantization
+from prefixmemory.progress import say_loading, show_progress
+from prefixmemory.rows.collator import tokenize
+from prefixmemory.rows.rows import Row, Rows, check_objective, render, row_format
 from prefixmemory.training.card import CARD, write_model_card
-from prefixmemory.training.collator import tokenize
 from prefixmemory.training.loop import (
     check_trackers,
     check_trainable,
@@ -43,10 +46,7 @@ from prefixmemory.training.loop import (
 )
 from prefixmemory.training.methods import attach, choices, method_name
 from prefixmemory.training.preferences import check_trl, preference_trainer, with_one_answer
-from prefixmemory.training.progress import say_loading, show_progress
 from prefixmemory.training.recipe import Recipe
-from prefixmemory.training.record import RECORD, provenance, write_json
-from prefixmemory.training.rows import Row, Rows, check_objective, render, row_format
 from prefixmemory.training.settings import TrainingSettings
 
 #: What a finished run's folder holds; whatever else lies there is the user's.

@@ -19,14 +19,14 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefixmemory import attention
-from prefixmemory.checkpoint import check_config_file
-from prefixmemory.config import PrefixMemoryConfig
+from prefixmemory.attention.interface import OBSERVERS
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.layer import PrefixMemoryLayer, memory_layers
-from prefixmemory.memory import Memory
-from prefixmemory.own_memory import ContextMemory
-from prefixmemory.prefix import PrefixVectors
+from prefixmemory.memories.checkpoint import check_config_file
+from prefixmemory.memories.config import PrefixMemoryConfig
+from prefixmemory.memories.matrix import Memory
+from prefixmemory.memories.prefix import PrefixVectors
+from prefixmemory.memories.registry import ContextMemory
+from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
 
 # Along the path: step 1 or 2 -> step 3 -> step 4
 
@@ -313,12 +313,12 @@ def _look(model: PeftModel, layers: list[PrefixMemoryLayer], position: int) -> t
     token, at = torch.full((1, 1), 3, device=device), torch.full((1, 1), position, device=device)
     was_training = model.training
     model.eval()
-    attention.OBSERVERS.append(take_key)
+    OBSERVERS.append(take_key)
     try:
         with model.disable_adapter():
             model.get_base_model()(input_ids=token, position_ids=at, use_cache=False)
     finally:
-        attention.OBSERVERS.remove(take_key)
+        OBSERVERS.remove(take_key)
         model.train(was_training)
         for handle in handles:
             handle.remove()

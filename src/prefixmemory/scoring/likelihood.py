@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixmemory.training.collator import IGNORED, tokenize
-from prefixmemory.training.evaluation import Progress
+from prefixmemory.models.logits import contiguous_logits_input
+from prefixmemory.rows.collator import IGNORED, tokenize
+from prefixmemory.rows.rows import Example
+from prefixmemory.scoring.generation import Progress
 from prefixmemory.training.loop import collator
-from prefixmemory.training.rows import Example
-from prefixmemory.training.speed import contiguous_logits_input
 
 #: Logits of so many tokens are held at once, beside those of one long row.
 TOKENS_A_BATCH = 2048

@@ -1,172 +1,17 @@
-"""The only contact with the attention of other people's models.
-
-A memory needs three things of an attention module: the query of every head before rotation, the query as attention
-sees it, and the place where the heads' outputs stand side by side, before the output projection. How families differ
-in the first and the third is data (``families.py``); the second comes through transformers' attention interface.
-
-What a model does between attention and its output projection (a gate, a norm, a difference of heads) is done when a
-memory adds its answer: head ``n`` adds to the ``n``-th of the slices that the output projection reads.
-
-Nothing in the base model is replaced: hooks read and add, and are removed again by ``unload``. For ``query="rotary"``
-and ``placement="inside"`` one function of transformers is wrapped, once a process (``install_tap``).
-"""
+"""Finding the attention of a model: the tables of ``families.py`` matched against live modules."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import AttentionInterface
 
-from prefixmemory import families
+from prefixmemory.attention import families
+from prefixmemory.attention.families import QueryProjection
+from prefixmemory.attention.sites import AttentionSite, descendant
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.families import QueryProjection
-
-#: Name of the child under which a memory layer hangs in an attention module.
-CHILD = "prefix_memory"
-
-#: Shown every call of an attention function behind the tap: what it really received, and its answer. Empty unless
-#: ``analysis.observe`` is at work.
-OBSERVERS: list[Callable[..., None]] = []
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention module, with the sizes read off its live projections.
-
-    Attributes:
-        module: the attention module: it holds all that follows.
-        core: the module that computes the attention; ``module`` itself, or its child (BERT's ``self``).
-        query_source, query_path: the descendant of ``module`` whose output holds the query, and its dotted name.
-        normed: whether that is a q-norm rather than the projection.
-        blocks: the projection returns so many equal parts, each beginning with the queries of its heads.
-        bias: name of a parameter of ``core`` that is added to the query, or empty.
-        clip: largest absolute value of the query, or ``None``.
-        output_projection, output_path: the descendant of ``module`` that reads the heads' outputs,
-            ``[.., heads * value_dim]``, and its dotted name.
-        heads, kv_heads: number of query heads and of key/value heads.
-        head_dim, value_dim: size of one query and of one head's output.
-    """
-
-    module: nn.Module
-    core: nn.Module
-    query_source: nn.Module
-    query_path: str
-    normed: bool
-    blocks: int
-    bias: str
-    clip: float | None
-    output_projection: nn.Module
-    output_path: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-
-    @property
-    def scaling(self) -> float:
-        """Factor on q·k in this module's scores."""
-        scaling = getattr(self.core, "scaling", None)
-        return float(scaling) if isinstance(scaling, float | int) else self.head_dim**-0.5
-
-    def query_from(self, output: Tensor | tuple[Any, ...], source_input: Tensor) -> Tensor:
-        """The content query ``[batch.., tokens, heads, head_dim]`` in what ``query_source`` returned."""
-        first = output[0] if isinstance(output, tuple) else output
-        query = self._behind_norm(first, source_input) if self.normed else self._in_projection(first)
-        if self.bias:
-            query = query + getattr(self.core, self.bias).view(self.heads, self.head_dim)
-        return query if self.clip is None else query.clamp(-self.clip, self.clip)
-
-    def _in_projection(self, output: Tensor) -> Tensor:
-        parts = output.reshape(*output.shape[:-1], self.blocks, -1)
-        width = self.heads // self.blocks * self.head_dim
-        return parts[..., :width].reshape(*output.shape[:-1], self.heads, self.head_dim)
-
-    def _behind_norm(self, output: Tensor, source_input: Tensor) -> Tensor:
-        if output.shape[-1] != self.head_dim or (self.heads == 1 and output.ndim < 4):
-            return output.reshape(*output.shape[:-1], self.heads, self.head_dim)
-        heads_second_to_last = output.shape[-2] == self.heads
-        if output.shape[-3] == self.heads and heads_second_to_last:
-            # As many tokens as heads: the norm's input is a view of the projection's rows, so of the two axes
-            # the one with the larger stride counts tokens.
-            heads_second_to_last = source_input.stride(-3) > source_input.stride(-2)
-        return output if heads_second_to_last else output.transpose(-2, -3)
-
-    def take(self, query: Tensor, heads: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The queries of the tokens whose heads' outputs are ``heads``, as ``[batch, tokens, heads, head_dim]``, and
-        what is left of ``query`` for the next call of the output projection (ProphetNet calls it once a stream).
-
-        Raises:
-            PrefixMemoryError: there are fewer queries than outputs, or of other sizes.
-        """
-        if query.shape[:-2] == heads.shape[:-1] and query.shape[-2:] == (self.heads, self.head_dim):
-            return query, None
-        batch, tokens = heads.shape[0], heads[0].numel() // (self.heads * self.value_dim)
-        rows_first = query.shape[0] == batch or query.ndim == 3 or heads.ndim == 2  # not [tokens, batch] in one of them
-        enough = query.numel() >= batch * tokens * self.heads * self.head_dim
-        if query.shape[-2:] != (self.heads, self.head_dim) or not rows_first or not enough:
-            raise PrefixMemoryError(
-                f"The query of {type(self.core).__name__} has shape {list(query.shape)} where its output projection "
-                f"reads {list(heads.shape)}, {self.heads} heads a token. Its forward is not one that prefixmemory "
-                "knows; exclude it with exclude_modules, or use query='content'."
-            )
-        query = query.reshape(batch, -1, self.heads, self.head_dim)
-        return query[:, :tokens], query[:, tokens:] if query.shape[1] > tokens else None
-
-    def intact(self) -> bool:
-        """Whether the hooked modules are still where they were found (nothing wrapped them since)."""
-        return (
-            _at(self.module, self.query_path) is self.query_source
-            and _at(self.module, self.output_path) is self.output_projection
-        )
-
-    def attach(self, layer: nn.Module) -> None:
-        """Hang a memory layer into the module, where the query tap finds it too."""
-        setattr(self.module, CHILD, layer)
-        if self.core is not self.module:
-            self.core.__dict__[CHILD] = layer  # past nn.Module.__setattr__: it has one parent
-
-    def detach(self) -> None:
-        """Take the memory layer out again."""
-        delattr(self.module, CHILD)
-        self.core.__dict__.pop(CHILD, None)
-
-    def hook(
-        self,
-        on_start: Callable[..., None],
-        on_query: Callable[..., None],
-        on_output: Callable[..., tuple[Any, ...]],
-        on_end: Callable[..., None],
-    ) -> tuple[RemovableHandle, ...]:
-        """Call ``on_start(module, args)`` before and ``on_end(module, args, output)`` after the attention module,
-        ``on_query(module, args, output)`` after the query source, and ``on_output(module, args)`` before the output
-        projection; the last returns the changed arguments."""
-        return (
-            self.module.register_forward_pre_hook(on_start),
-            self.query_source.register_forward_hook(on_query),
-            self.output_projection.register_forward_pre_hook(on_output),
-            self.module.register_forward_hook(on_end),
-        )
-
-
-# Finding sites
-
-
-def _at(module: nn.Module, path: str) -> nn.Module | None:
-    """The descendant with this dotted name, or ``None``."""
-    for name in path.split("."):
-        child = module._modules.get(name)
-        if child is None:
-            return None
-        module = child
-    return module
 
 
 def _widths(projection: nn.Module) -> tuple[int, int] | None:
@@ -198,13 +43,13 @@ def _width_of(module: nn.Module, names: Iterable[str]) -> int | None:
 
 def _output_path(module: nn.Module, row: QueryProjection | None) -> str | None:
     paths = (row.output,) if row is not None and row.output else families.OUTPUT_PROJECTIONS
-    return next((p for p in paths if (child := _at(module, p)) is not None and _widths(child)), None)
+    return next((p for p in paths if (child := descendant(module, p)) is not None and _widths(child)), None)
 
 
 def _projection(module: nn.Module) -> QueryProjection | None:
     kind = type(module).__name__
     rows = (row for row in families.QUERY_PROJECTIONS if re.match(row.classes, kind))
-    return next((row for row in rows if (child := _at(module, row.path)) is not None and _widths(child)), None)
+    return next((row for row in rows if (child := descendant(module, row.path)) is not None and _widths(child)), None)
 
 
 def _norm(module: nn.Module) -> str | None:
@@ -401,71 +246,3 @@ def _prefixes(name: str) -> list[str]:
 
 def _with_parents(names: Iterable[str]) -> set[str]:
     return {prefix for name in names for prefix in _prefixes(name)}
-
-
-# Reading
-
-
-def check_interface(
-    name: str, site: AttentionSite, what: str, advice: str = "Use query='content' and placement='outside'."
-) -> None:
-    """Refuse ``what``, such as ``query='rotary'``, where a model's attention function cannot be reached."""
-    forward = type(site.core).forward
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    if "ALL_ATTENTION_FUNCTIONS" not in forward.__globals__:
-        raise PrefixMemoryError(
-            f"{what} cannot be had in {name} ({type(site.core).__name__}): this model does not use transformers' "
-            f"attention interface. {advice}"
-        )
-
-
-def install_tap() -> None:
-    """Let memory layers see and change what attention functions receive, in every model and backend.
-
-    ``AttentionInterface.get_interface`` hands out the attention function of each call; what it hands out is wrapped
-    so that a memory layer hanging in the calling module is shown the query and may put its prefix in front of keys and
-    values. Without such a layer the wrapper only passes its arguments on. Installed once, when the first memory with
-    ``query="rotary"`` or ``placement="inside"`` is made.
-    """
-    original = AttentionInterface.get_interface
-    if getattr(original, "_shows_query_to_memories", False):
-        return
-
-    def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
-        function = original(self, attn_implementation, default)
-
-        def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
-        ) -> Any:
-            layer: Any = module._modules.get(CHILD) or module.__dict__.get(CHILD)
-            if layer is not None:
-                key, value, attention_mask = layer.on_attention(
-                    query, key, value, attention_mask, kwargs.get("is_causal"), attn_implementation
-                )
-            output = function(module, query, key, value, attention_mask, *args, **kwargs)
-            for observer in OBSERVERS:
-                observer(module, query, key, value, attention_mask, kwargs, output, attn_implementation)
-            return output
-
-        return attend
-
-    get_interface._shows_query_to_memories = True  # type: ignore[attr-defined]
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
-
-
-def placement(site: AttentionSite) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device on which a site computes, and its floating-point dtype; ``None`` where it cannot be said.
-
-    Weights that accelerate keeps elsewhere lie on the meta device; its hook knows where they compute.
-    """
-    projection = site.output_projection
-    weight = next(chain(projection.parameters(), projection.buffers()), None)  # GPTQ and AWQ hold buffers only
-    if weight is None:
-        return None, None
-    device: torch.device | None = weight.device
-    if weight.is_meta:
-        device = getattr(getattr(projection, "_hf_hook", None), "execution_device", None)
-        device = None if device is None else torch.device(device)
-    compute_dtype = getattr(projection, "compute_dtype", None) or weight.dtype  # bitsandbytes keeps it aside
-    return device, compute_dtype if compute_dtype.is_floating_point else None

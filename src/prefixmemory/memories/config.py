@@ -13,11 +13,11 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from prefixmemory import checkpoint
 from prefixmemory.errors import PrefixMemoryError, check_choice, check_number, did_you_mean
-from prefixmemory.feature_maps import FEATURE_MAPS
-from prefixmemory.own_memory import check_memory
-from prefixmemory.peft_type import PREFIX_MEMORY
+from prefixmemory.memories import checkpoint
+from prefixmemory.memories.feature_maps import FEATURE_MAPS
+from prefixmemory.memories.peft_type import PREFIX_MEMORY
+from prefixmemory.memories.registry import check_memory
 
 Query = Literal["content", "rotary"]
 Normalize = Literal["none", "query_rms", "feature_l2", "feature_mean"]

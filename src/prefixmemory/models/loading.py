@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.quantization import (
+from prefixmemory.models.quantization import (
     Quantization,
     check_quantization,
     keep_trainable,

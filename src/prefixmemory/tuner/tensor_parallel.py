@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prefixmemory.attention import AttentionSite
+from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.memory import Memory
+from prefixmemory.memories.matrix import Memory
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from prefixmemory.adapters import Adapter
+from prefixmemory.adapters.loading import Adapter
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.files.records import RECORD, provenance, write_json
+from prefixmemory.progress import progress_bar
+from prefixmemory.rows.data import read_rows
+from prefixmemory.rows.rows import FORMATS, OBJECTIVE_FORMATS, Example, Row, Rows, render, row_format
+from prefixmemory.scoring.generation import Progress, accuracy, answers
+from prefixmemory.scoring.likelihood import likelihoods, nats_a_token
 from prefixmemory.training.card import write_model_card
-from prefixmemory.training.data import read_rows
-from prefixmemory.training.evaluation import Progress, accuracy, answers
-from prefixmemory.training.likelihood import likelihoods, nats_a_token
-from prefixmemory.training.progress import progress_bar
-from prefixmemory.training.record import RECORD, provenance, write_json
-from prefixmemory.training.rows import FORMATS, OBJECTIVE_FORMATS, Example, Row, Rows, render, row_format
 
 #: Rows whose answer is a label: their answers are compared, word for word.
 COMPARED = ("text",)

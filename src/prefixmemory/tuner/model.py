@@ -18,24 +18,27 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixmemory import attention, checkpoint, summing
-from prefixmemory.attention import AttentionSite
-from prefixmemory.config import PrefixMemoryConfig
+from prefixmemory.attention.discovery import find_site, find_sites, left_out, skipped_attention
+from prefixmemory.attention.interface import check_interface, install_tap
+from prefixmemory.attention.sites import CHILD, AttentionSite
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
-from prefixmemory.memory import Memory
-from prefixmemory.mixing import build_mixing
-from prefixmemory.own_memory import MemorySite, OwnMemory
-from prefixmemory.parallel import head_share, same_start
-from prefixmemory.peft_type import PREFIX_MEMORY
-from prefixmemory.prefix import PrefixVectors
-from prefixmemory.quantization import keep_trainable
+from prefixmemory.memories import checkpoint
+from prefixmemory.memories.combination import build_mixing
+from prefixmemory.memories.config import PrefixMemoryConfig
+from prefixmemory.memories.matrix import Memory
+from prefixmemory.memories.peft_type import PREFIX_MEMORY
+from prefixmemory.memories.prefix import PrefixVectors
+from prefixmemory.memories.registry import MemorySite, OwnMemory
+from prefixmemory.models.quantization import keep_trainable
+from prefixmemory.tuner import weighted_adapter as summing
+from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
+from prefixmemory.tuner.tensor_parallel import head_share, same_start
 
 logger = logging.getLogger(__name__)
 
 #: Where the tensors of memories lie, below their attention module. In the model the adapter's name follows; in a
 #: checkpoint it is left out.
-BANK = f".{attention.CHILD}.prefix_memory_bank."
+BANK = f".{CHILD}.prefix_memory_bank."
 
 #: What torch's activation checkpointing adds to the names of modules and parameters, not to those in a state dict.
 WRAPPER = "_checkpoint_wrapped_module."
@@ -64,19 +67,19 @@ class PrefixMemoryModel(BaseTuner):
                 f"{type(self.model).__name__} ({getattr(self.model, 'name_or_path', '')!r}). Load that model; to use "
                 "the adapter here all the same, pass a config with base_model_fingerprint=None."
             )
-        sites = attention.find_sites(self.model)
+        sites = find_sites(self.model)
         if peft_config.target_modules is None:
-            others = attention.left_out(self.model, sites)
+            others = left_out(self.model, sites)
             chosen = [name for name in sites if name not in others]
             peft_config.target_modules = _shortest_names(chosen, self.model)
-            for name, reason in attention.skipped_attention(self.model, chosen, others).items():
+            for name, reason in skipped_attention(self.model, chosen, others).items():
                 logger.warning("No memory in %s: %s.", name, reason)
         targeted = _check_targets(peft_config, sites, self.model)
         inside = peft_config.placement == "inside"
         if inside or peft_config.query == "rotary":
             for name, site in targeted.items():
-                attention.check_interface(name, site, "placement='inside'" if inside else "query='rotary'")
-            attention.install_tap()
+                check_interface(name, site, "placement='inside'" if inside else "query='rotary'")
+            install_tap()
         keep_trainable(self.model, inference=bool(peft_config.inference_mode))
         return peft_config
 
@@ -90,8 +93,8 @@ class PrefixMemoryModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = getattr(target, attention.CHILD, None)
-        site = attention.find_site(target) if layer is None else layer.site
+        layer = getattr(target, CHILD, None)
+        site = find_site(target) if layer is None else layer.site
         if site is None:  # state_dict= may name any module
             raise PrefixMemoryError(
                 f"{current_key} is not a softmax attention: the tensors were made for another model."
@@ -357,7 +360,7 @@ def _check_targets(
     targeted = {}
     for name in matched:
         # cross attention is no site by default, and may be asked for by name
-        site = sites.get(name) or attention.find_site(model.get_submodule(name))
+        site = sites.get(name) or find_site(model.get_submodule(name))
         if site is None:
             raise PrefixMemoryError(
                 f"target_modules={_shown(config.target_modules)} matches {name!r}, which is no softmax attention. "

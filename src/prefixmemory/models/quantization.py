@@ -94,9 +94,9 @@ REPACKS = "support_avx512bf16_for_cpu"  # the attribute of a Linear4bit by which
 def set_repacking(model: nn.Module, allowed: bool) -> None:
     """Forbid or allow bitsandbytes to repack 4-bit weights for inference on a CPU; elsewhere nothing happens.
 
-    Loading with :func:`prefixmemory.base_models.load_model` and attaching a memory forbid it. Allow it on a model that
-    only answers: single tokens are then many times faster on CPUs with AVX512-BF16, and logits change by the rounding
-    of the scales. What is repacked stays so.
+    Loading with :func:`prefixmemory.models.loading.load_model` and attaching a memory forbid it. Allow it on a model
+    that only answers: single tokens are then many times faster on CPUs with AVX512-BF16, and logits change by the
+    rounding of the scales. What is repacked stays so.
     """
     modules = [module for module in model.modules() if hasattr(module, REPACKS)]
     if modules and allowed:
@@ -127,6 +127,6 @@ def keep_trainable(model: nn.Module, inference: bool) -> None:
             f"No gradient passes through {len(repacked)} 4-bit projections ({repacked[0]!r} for one): bitsandbytes "
             "repacked them for inference when the base model was first evaluated on this CPU. Load the base model "
             "again and attach the memory before its first forward pass, or load it with "
-            "prefixmemory.base_models.load_model, which prevents the repacking."
+            "prefixmemory.models.loading.load_model, which prevents the repacking."
         )
     set_repacking(model, allowed=False)

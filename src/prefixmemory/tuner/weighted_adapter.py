@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from prefixmemory.config import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.layer import PrefixMemoryLayer
-from prefixmemory.memory import Memory
+from prefixmemory.memories.config import PrefixMemoryConfig
+from prefixmemory.memories.matrix import Memory
+from prefixmemory.tuner.layer import PrefixMemoryLayer
 
 
 def check(adapters: list[str], configs: list[PrefixMemoryConfig], layers: list[list[PrefixMemoryLayer]]) -> None:

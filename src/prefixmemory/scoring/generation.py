@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixmemory.training.collator import encode_prompt
-from prefixmemory.training.speed import contiguous_logits_input
+from prefixmemory.models.logits import contiguous_logits_input
+from prefixmemory.rows.collator import encode_prompt
 
 Progress = Callable[[int], None]
 

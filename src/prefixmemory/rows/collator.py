@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.training.rows import Example
+from prefixmemory.rows.rows import Example
 
 IGNORED = -100  # label of positions that do not count in the loss
 

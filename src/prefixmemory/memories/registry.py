@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.mixing import AnswerLimit, Mixing
+from prefixmemory.memories.combination import AnswerLimit, Mixing
 
 
 @runtime_checkable
@@ -145,7 +145,7 @@ class OwnMemory(nn.Module):
         options: keyword arguments for its class.
         site: where it stands.
         query: ``content`` or ``rotary``.
-        mixing: see :class:`~prefixmemory.mixing.Mixing`.
+        mixing: see :class:`~prefixmemory.memories.combination.Mixing`.
 
     Raises:
         PrefixMemoryError: its class returned no module.

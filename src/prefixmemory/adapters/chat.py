@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from prefixmemory.adapters import Adapter
+from prefixmemory.adapters.loading import Adapter
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.layer import set_scale
-from prefixmemory.training.collator import encode_prompt
-from prefixmemory.training.evaluation import end_tokens
-from prefixmemory.training.rows import render_prompt
+from prefixmemory.rows.collator import encode_prompt
+from prefixmemory.rows.rows import render_prompt
+from prefixmemory.scoring.generation import end_tokens
+from prefixmemory.tuner.layer import set_scale
 
 HELP = "/base switches the adapter off and on, /scale X sets a memory's dose, /reset forgets, /quit ends."
 

@@ -12,17 +12,17 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase
 
-import prefixmemory.tuner
-from prefixmemory import checkpoint
-from prefixmemory.base_models import Dtype, fast_dtype, full_name, load_model, load_tokenizer
-from prefixmemory.checkpoint import check_config_file
+import prefixmemory.tuner.model
+from prefixmemory.adapters.hub import adapter_folder
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.hub import adapter_folder
-from prefixmemory.peft_type import PREFIX_MEMORY
-from prefixmemory.quantization import Quantization
-from prefixmemory.training.record import RECORD
+from prefixmemory.files.records import RECORD
+from prefixmemory.memories import checkpoint
+from prefixmemory.memories.checkpoint import check_config_file
+from prefixmemory.memories.peft_type import PREFIX_MEMORY
+from prefixmemory.models.loading import Dtype, fast_dtype, full_name, load_model, load_tokenizer
+from prefixmemory.models.quantization import Quantization
 
-prefixmemory.tuner.register()
+prefixmemory.tuner.model.register()
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load_adapter(
         name: a folder, or a Hub id.
         base_model: the base model, when it is not where the adapter's config says.
         dtype: of the base model; ``None``: as in training, or the fastest for this machine if that is unknown.
-        quantization: as in :func:`~prefixmemory.base_models.load_model`; ``None``: as in training.
+        quantization: as in :func:`~prefixmemory.models.loading.load_model`; ``None``: as in training.
 
     Raises:
         PrefixMemoryError: adapter or base model are missing, damaged, or do not belong together.

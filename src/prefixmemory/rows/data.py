@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.training.rows import EXPECTED, FORMATS, Row, check_row, check_same_format
+from prefixmemory.rows.rows import EXPECTED, FORMATS, Row, check_row, check_same_format
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")

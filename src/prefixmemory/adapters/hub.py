@@ -23,11 +23,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from prefixmemory import checkpoint
-from prefixmemory.base_models import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.records import RECORD
+from prefixmemory.memories import checkpoint
+from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
 from prefixmemory.training.card import CARD, completed, model_card, with_address
-from prefixmemory.training.record import RECORD
 
 #: What a repository of an adapter holds: nothing else is pushed, and nothing else is fetched.
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD, RECORD)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.peft_type import PREFIX_MEMORY
+from prefixmemory.memories.peft_type import PREFIX_MEMORY
 
 FINGERPRINT_SIZE = 64
 FINGERPRINT_ROWS = 512  # of the vocabulary: few enough to be left alone when tokens are added at its end

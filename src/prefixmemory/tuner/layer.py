@@ -11,14 +11,13 @@ from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from prefixmemory import attention
-from prefixmemory.attention import AttentionSite
+from prefixmemory.attention.prepending import Prefix, in_front
+from prefixmemory.attention.sites import AttentionSite, placement
 from prefixmemory.errors import PrefixMemoryError, check_number
-from prefixmemory.inside import Prefix, in_front
-from prefixmemory.memory import Memory
-from prefixmemory.own_memory import ContextMemory, OwnMemory
-from prefixmemory.parallel import HeadShare
-from prefixmemory.prefix import PrefixVectors
+from prefixmemory.memories.matrix import Memory
+from prefixmemory.memories.prefix import PrefixVectors
+from prefixmemory.memories.registry import ContextMemory, OwnMemory
+from prefixmemory.tuner.tensor_parallel import HeadShare
 
 BASE_MODEL = "__base__"  # PEFT's word for "no adapter" in ``adapter_names``
 
@@ -238,7 +237,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         return self.site.module
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        return attention.placement(self.site)
+        return placement(self.site)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise PrefixMemoryError(WHY_NOT_MERGED)

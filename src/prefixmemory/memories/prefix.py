@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prefixmemory.config import PrefixMemoryConfig
-from prefixmemory.feature_maps import build_feature_map
-from prefixmemory.mixing import build_mixing
+from prefixmemory.memories.combination import build_mixing
+from prefixmemory.memories.config import PrefixMemoryConfig
+from prefixmemory.memories.feature_maps import build_feature_map
 
 EPS = 1e-6
 

@@ -1,0 +1,1 @@
+"""The only contact with the attention of other people's models."""

@@ -1,0 +1,67 @@
+"""transformers' attention interface: seeing and changing what attention functions receive.
+
+For ``query="rotary"`` and ``placement="inside"`` one function of transformers is wrapped, once a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+from prefixmemory.attention.sites import CHILD, AttentionSite
+from prefixmemory.errors import PrefixMemoryError
+
+#: Shown every call of an attention function behind the tap: what it really received, and its answer. Empty unless
+#: ``analysis.observe`` is at work.
+OBSERVERS: list[Callable[..., None]] = []
+
+
+def check_interface(
+    name: str, site: AttentionSite, what: str, advice: str = "Use query='content' and placement='outside'."
+) -> None:
+    """Refuse ``what``, such as ``query='rotary'``, where a model's attention function cannot be reached."""
+    forward = type(site.core).forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    if "ALL_ATTENTION_FUNCTIONS" not in forward.__globals__:
+        raise PrefixMemoryError(
+            f"{what} cannot be had in {name} ({type(site.core).__name__}): this model does not use transformers' "
+            f"attention interface. {advice}"
+        )
+
+
+def install_tap() -> None:
+    """Let memory layers see and change what attention functions receive, in every model and backend.
+
+    ``AttentionInterface.get_interface`` hands out the attention function of each call; what it hands out is wrapped
+    so that a memory layer hanging in the calling module is shown the query and may put its prefix in front of keys and
+    values. Without such a layer the wrapper only passes its arguments on. Installed once, when the first memory with
+    ``query="rotary"`` or ``placement="inside"`` is made.
+    """
+    original = AttentionInterface.get_interface
+    if getattr(original, "_shows_query_to_memories", False):
+        return
+
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
+        function = original(self, attn_implementation, default)
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            layer: Any = module._modules.get(CHILD) or module.__dict__.get(CHILD)
+            if layer is not None:
+                key, value, attention_mask = layer.on_attention(
+                    query, key, value, attention_mask, kwargs.get("is_causal"), attn_implementation
+                )
+            output = function(module, query, key, value, attention_mask, *args, **kwargs)
+            for observer in OBSERVERS:
+                observer(module, query, key, value, attention_mask, kwargs, output, attn_implementation)
+            return output
+
+        return attend
+
+    get_interface._shows_query_to_memories = True  # type: ignore[attr-defined]
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]

@@ -1,0 +1,1 @@
+"""Loading a base model, plain or quantised."""

@@ -1,0 +1,1 @@
+"""The PEFT lifecycle of memories."""
