@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
+
+from prefixmemory._shapes import Bool, Float
 
 FeatureMapFn = Callable[[Tensor], Tensor]
 

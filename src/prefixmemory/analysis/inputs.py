@@ -9,11 +9,11 @@ from itertools import cycle
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from prefixmemory._shapes import Int
 from prefixmemory.attention.discovery import find_sites, left_out
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError

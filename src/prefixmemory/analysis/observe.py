@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from prefixmemory._shapes import Float, Int
 from prefixmemory.analysis.inputs import text_sites
 from prefixmemory.attention.interface import OBSERVERS, check_interface, install_tap
 from prefixmemory.errors import PrefixMemoryError

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefixmemory._shapes import Float
 from prefixmemory.analysis.inputs import base_of, check_ids, evaluating, text_sites
 from prefixmemory.analysis.tradeoff import around_memory
 from prefixmemory.attention.sites import AttentionSite

@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 
+from prefixmemory._shapes import Float
 from prefixmemory.analysis.inputs import check_ids, prefix_lengths, run
 from prefixmemory.analysis.observe import Call, observe
 from prefixmemory.errors import PrefixMemoryError

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import Cache
 
+from prefixmemory._shapes import Float
 from prefixmemory.analysis.inputs import check_ids, evaluating, run, text_sites
 from prefixmemory.errors import PrefixMemoryError
 

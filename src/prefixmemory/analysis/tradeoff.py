@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 
+from prefixmemory._shapes import Float
 from prefixmemory.analysis.inputs import check_ids, prefix_lengths, run, text_sites
 from prefixmemory.analysis.observe import Call, observe
 from prefixmemory.attention.sites import AttentionSite

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+
+from prefixmemory._shapes import Float
 
 TINY = 1e-12  # a squared length that is nothing: keeps the root away from 0, where it has no slope
 

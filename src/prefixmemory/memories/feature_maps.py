@@ -19,10 +19,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prefixmemory._shapes import Float
 from prefixmemory.errors import PrefixMemoryError, check_choice
 
 FeatureMapFactory = Callable[[Tensor], Tensor] | type[nn.Module]

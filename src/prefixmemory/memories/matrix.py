@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from prefixmemory._shapes import Float
 from prefixmemory.memories.combination import build_mixing
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.feature_maps import build_feature_map

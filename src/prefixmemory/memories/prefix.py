@@ -7,9 +7,9 @@ Steps 1 to 3 of ``reference.py``. Inside the softmax the vectors stand beside th
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from prefixmemory._shapes import Float
 from prefixmemory.memories.combination import build_mixing
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.feature_maps import build_feature_map

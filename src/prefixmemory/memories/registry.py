@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from prefixmemory._shapes import Float
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.memories.combination import AnswerLimit, Mixing
 

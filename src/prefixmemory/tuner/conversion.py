@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from peft import PeftConfig, PeftModel, PeftType, PrefixTuningConfig, get_peft_model
 from peft.utils import load_peft_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefixmemory._shapes import Float
 from prefixmemory.attention.interface import OBSERVERS
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.memories.checkpoint import check_config_file

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from prefixmemory._shapes import Float
 from prefixmemory.attention.prepending import Prefix, in_front
 from prefixmemory.attention.sites import AttentionSite, placement
 from prefixmemory.errors import PrefixMemoryError, check_number
