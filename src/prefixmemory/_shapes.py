@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 else:
     try:
-        from jaxtyping import Bool, Float
+        from jaxtyping import Bool, Float, Int
     except ImportError:
-        Bool = Float = None
+        Bool = Float = Int = None
 
-__all__ = ["Bool", "Float"]
+__all__ = ["Bool", "Float", "Int"]
