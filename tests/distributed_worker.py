@@ -60,7 +60,7 @@ def held_here(model: nn.Module) -> dict[str, int]:
 
 def means_apart(model: nn.Module) -> float:
     """Largest difference between the means that two processes subtract."""
-    means = [mean.flatten() for name, mean in model.named_buffers() if name.endswith(".mean")]
+    means = [mean.flatten() for name, mean in model.named_parameters() if name.endswith(".mean")]
     if not means or not dist.is_initialized():
         return 0.0
     least, most = torch.cat(means), torch.cat(means)
@@ -277,7 +277,7 @@ def _compared(base: Path, config: dict[str, Any], split: dict[str, Any]) -> dict
     starts = [torch.cat([p.detach().flatten() for p in tiny.memory_parameters(m).values()]) for m in (whole, parts)]
     for model in (whole, parts):
         model.train()(input_ids=IDS[:4])  # takes the mean, if the config asks for it
-    means = [[mean for n, mean in m.named_buffers() if n.endswith(".mean")] for m in (whole, parts)]
+    means = [[mean for n, mean in m.named_parameters() if n.endswith(".mean")] for m in (whole, parts)]
     apart = max((float((a - b).abs().max()) for a, b in zip(*means, strict=True)), default=0.0)
     means_found = torch.tensor([apart, -float(all(bool(mean.any()) for mean in means[1]))])
     dist.all_reduce(means_found, dist.ReduceOp.MAX)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, reference
-from prefixmemory.memories.combination import AnswerLimit
+from prefixmemory.kernels.read import add
 
 LIMIT = 0.3
 
@@ -74,7 +73,7 @@ def test_the_module_and_the_reference_are_the_formula(limit):
     answer, own = torch.randn(2, 4, 5, 8) * torch.logspace(-4, 4, 5)[:, None], torch.randn(2, 4, 5, 8)
     expected = answer / (1 + (length(answer) / (limit * length(own))) ** 2).sqrt()
     torch.testing.assert_close(reference.limited(answer, own, limit), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(AnswerLimit(limit)(answer, own), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(add(own, answer, limit, onto=torch.zeros_like(own)), expected, rtol=1e-5, atol=0)
     assert (length(expected) < limit * length(own) * (1 + 1e-6)).all()
 
 
@@ -82,9 +81,9 @@ def test_the_module_and_the_reference_are_the_formula(limit):
 def test_half_precision_gives_what_full_precision_gives(dtype):
     """Squares of such answers overflow in float16, and the factor is below its smallest normal number."""
     answer, own = (torch.randn(3, 4, 8) * 1e4).to(dtype), (torch.randn(3, 4, 8) * 1e-3).to(dtype)
-    limited = AnswerLimit(LIMIT)(answer, own)
+    limited = add(own, answer, LIMIT, onto=torch.zeros_like(own))
     assert limited.dtype == dtype
-    expected = AnswerLimit(LIMIT)(answer.float(), own.float())
+    expected = add(own.float(), answer.float(), LIMIT, onto=torch.zeros_like(own.float()))
     torch.testing.assert_close(limited.float(), expected, rtol=0.02, atol=1e-6)
 
 
@@ -165,25 +164,6 @@ def test_every_precision_trains_without_nan(base, autocast):
     assert torch.isfinite(loss)
     for name, parameter in tiny.memory_parameters(model).items():
         assert torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
-
-
-# Files
-
-
-@pytest.mark.parametrize("fields", [{}, {"prefix_length": 3}, {"mixing": "head"}], ids=str)
-@pytest.mark.parametrize("read", [PrefixMemoryConfig.from_pretrained, PeftConfig.from_pretrained])
-def test_a_file_from_before_the_limit_has_none(fields, read, tmp_path):
-    PrefixMemoryConfig(**fields).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    written = json.loads(file.read_text())
-    assert written["answer_limit"] == (PrefixMemoryConfig.answer_limit if not fields else None)
-    del written["answer_limit"]
-    file.write_text(json.dumps(written))
-    config = read(tmp_path)
-    assert config.answer_limit is None and config.rank == written["rank"]
-    config.save_pretrained(tmp_path)
-    assert json.loads(file.read_text())["answer_limit"] is None
-    assert read(tmp_path) == config
 
 
 # Sums

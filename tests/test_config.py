@@ -58,9 +58,10 @@ MAPS = "elu, gelu, relu, silu, identity, softmax, mlp"
             "answer_limit=0.3 needs mixing='none': where λ mixes, λ sets the memory's share.",
         ),
         (
-            {"prefix_length": 3, "answer_limit": 0.3},
-            "answer_limit=0.3 needs prefix_length=None: it is made for a free memory.",
+            {"prefix_length": 3, "placement": "inside", "answer_limit": 0.3},
+            "answer_limit=0.3 needs placement='outside': inside, the softmax itself sets the prefix's share.",
         ),
+        ({"mix": 0.3}, "mix=0.3 needs mixing: without it nothing is mixed."),
         ({"feature_dim": 0}, "feature_dim=0 is out of range: give a positive integer, or None."),
         ({"target_modules": "("}, "target_modules='(' is not a valid regular expression"),
         ({"exclude_modules": "*a"}, "exclude_modules='*a' is not a valid regular expression"),

@@ -104,7 +104,8 @@ def test_prefix_vectors_keep_their_values_on_the_way_to_the_kernel_form_and_the_
         for ours, theirs in zip(layer.memory("kernel").vectors(), layer.memory("default").vectors(), strict=True):
             assert torch.equal(ours, theirs)
         assert layer.scale["kernel"] == layer.scale["step4"] == layer.scale["default"]
-        assert (layer.memory("step4").mixing is None) == (layer.memory("default").mixing is None)
+        mixing = layer.prefix_memory_mixing
+        assert ("step4" in mixing) == ("default" in mixing) == ("mixing" in fields)
     if not config.normalizer:
         model.set_adapter("kernel")
         expected = logits(model)

@@ -222,7 +222,7 @@ def compare(
     assert len(parameters) == tensors * model.config.num_hidden_layers
     ids, mask = padded_batch(length, device)
     ours = run_adapter(model, ids, mask, backward)
-    means = {name: mean for name, mean in model.named_buffers() if name.endswith(".mean")}
+    means = {name: mean for name, mean in model.named_parameters() if name.endswith(".mean")}
     assert all(mean.any() for mean in means.values()), "a mean of zero would test nothing"
     assert len(means) == (model.config.num_hidden_layers if config.get("normalize") == "feature_mean" else 0)
     theirs = run_oracle(family, model.peft_config["default"], parameters, ids, mask, means=means)
@@ -312,7 +312,7 @@ def test_flex_attention_equals_the_oracle_in_gradients(config, monkeypatch):
 def test_negative_control_another_mean_is_far_away():
     model = with_memory(family_model("llama_gqa", "eager"), normalize="feature_mean")
     parameters, config = memory_parameters(model), model.peft_config["default"]
-    means = {name: mean.roll(1, 0) for name, mean in model.named_buffers() if name.endswith(".mean")}
+    means = {name: mean.roll(1, 0) for name, mean in model.named_parameters() if name.endswith(".mean")}
     ids, mask = padded_batch()
     theirs = run_oracle("llama_gqa", config, parameters, ids, mask, means=means)  # the next head's μ
     assert (run_adapter(model, ids, mask).logits - theirs.logits).abs().max() > 1e3 * TOLERANCE

@@ -86,38 +86,6 @@ def test_a_saved_adapter_comes_back_bit_equal(variant, tmp_path):
         assert getattr(loaded.peft_config["default"], name) == VARIANTS[variant][name]
 
 
-#: ``adapter_config.json`` of when a memory was full and had no limit; its fingerprint and checksum left out.
-FROM_BEFORE = """{
-  "auto_mapping": null, "base_model_fingerprint": null, "base_model_name_or_path": null, "dropout": 0.0,
-  "exclude_modules": null, "feature_dim": null, "feature_map": "elu", "inference_mode": true, "layers_pattern": null,
-  "layers_to_transform": null, "mix": 0.5, "mixing": "none", "modules_to_save": null, "normalize": "none",
-  "normalizer": false, "peft_type": "PREFIX_MEMORY", "peft_version": "0.21.2", "placement": "outside",
-  "prefix_length": null, "query": "content", "rank": null, "reparameterize": null, "revision": null, "scale": 1.0,
-  "share_heads": false, "similarity": "feature_map", "target_modules": ["self_attn"], "task_type": "CAUSAL_LM",
-  "weights_sha256": null
-}"""
-
-
-def test_an_adapter_from_before_rank_and_limit_loads_as_the_full_memory_that_it_is(tmp_path):
-    full = tiny.with_memory(tiny.build(), fill=False)
-    tensors = {}
-    for number, layer in enumerate(memory_layers(full)):
-        matrix = torch.randn(4, 8, 8) * 0.3
-        layer.memory("default").M.data.copy_(matrix)
-        tensors[f"base_model.model.model.layers.{number}.self_attn.prefix_memory.prefix_memory_bank.M"] = matrix
-    (tmp_path / CONFIG).write_text(FROM_BEFORE)
-    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
-
-    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path)
-    assert loaded.peft_config["default"].rank is None and loaded.peft_config["default"].answer_limit is None
-    assert torch.equal(logits(loaded), logits(full))
-    assert different(logits(loaded), logits(tiny.build()))
-    loaded.save_pretrained(tmp_path / "again")
-    again = json.loads((tmp_path / "again" / CONFIG).read_text())
-    assert again["rank"] is None and again["answer_limit"] is None
-    assert load_file(tmp_path / "again" / WEIGHTS).keys() == tensors.keys()
-
-
 def test_what_is_saved_again_is_what_was_loaded(tmp_path):
     saved(tmp_path / "first")
     loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / "first")

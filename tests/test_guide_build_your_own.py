@@ -172,7 +172,7 @@ def test_what_the_new_process_printed_is_what_the_instruments_measure(guide: Run
 
     opened = []
     for layer in memory_layers(adapter.model):
-        module = layer.memory("default").module
+        module = layer.memory("default")
 
         def see(own: Any, args: tuple[torch.Tensor], output: torch.Tensor, module: Any = module) -> None:
             opened.append(torch.sigmoid((args[0] * module.w).sum(dim=-1) + module.b))

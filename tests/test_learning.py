@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import tiny
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.memories.matrix import Memory
+from prefixmemory.memories.matrix import MatrixMemory
+from prefixmemory.memories.registry import MemorySite
 
 FAMILIES = ["llama_gqa", "qwen3", "phi3", "gpt2"]
 #: Config of each variant, and which of its parameters move in the first step. The others have a gradient of exactly
@@ -131,8 +132,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_dropout_keeps_the_expectation_of_the_read():
-    config = PrefixMemoryConfig(rank=None, dropout=0.3)
-    memory = Memory(config, heads=2, kv_heads=2, head_dim=8, value_dim=4)
+    memory = MatrixMemory(MemorySite(heads=2, kv_heads=2, head_dim=8, value_dim=4), rank=None, dropout=0.3)
     nn.init.normal_(memory.M)
     query = torch.randn(1, 2, 8)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_a_bfloat16_base_trains_with_an_fp32_adapter(variant):
     model = adapted_model("llama_gqa", dtype=torch.bfloat16, **VARIANTS[variant][0])
     memory = tiny.memory_parameters(model)
     assert {p.dtype for p in memory.values()} == {torch.float32}
-    base = {name: p.detach().clone() for name, p in model.named_parameters() if name not in memory}
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if "prefix_memory" not in name}
     assert {p.dtype for p in base.values()} == {torch.bfloat16}
 
     optimizer = optimizer_of(model)
@@ -166,9 +166,11 @@ def test_a_bfloat16_base_trains_with_an_fp32_adapter(variant):
 @pytest.mark.parametrize(("rank", "zero"), [(None, "M"), (16, "B")])
 @pytest.mark.parametrize("feature_map", ["elu", "mlp"])
 def test_a_memory_starts_at_zero_and_its_other_factors_at_their_documented_size(feature_map, rank, zero):
-    config = PrefixMemoryConfig(rank=rank, feature_map=feature_map, feature_dim=48 if feature_map == "mlp" else None)
-    memory = Memory(config, heads=8, kv_heads=8, head_dim=64, value_dim=32)
+    site = MemorySite(heads=8, kv_heads=8, head_dim=64, value_dim=32)
+    size = 48 if feature_map == "mlp" else None
+    memory = MatrixMemory(site, rank=rank, feature_map=feature_map, feature_dim=size)
     starts = dict(memory.named_parameters())
+    assert not starts.pop("mean").any()
     feature_dim = 48 if feature_map == "mlp" else 64
     assert not starts.pop(zero).any()
     assert not memory.matrix().any()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import tiny
@@ -19,7 +19,7 @@ from own_memories import FIELDS, GATED, OWN, Gated, different, logits, registere
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, register_memory, set_scale
 from prefixmemory.adapters.loading import load_adapter
 from prefixmemory.memories.checkpoint import check_config_file
-from prefixmemory.memories.registry import MEMORIES, ContextMemory
+from prefixmemory.memories.registry import MEMORIES
 from prefixmemory.training.methods import method_config
 from prefixmemory.tuner.layer import memory_layers
 from processes import run_python
@@ -66,9 +66,13 @@ def test_its_answer_is_added_to_the_heads_outputs(mixing):
         base = heads_output(model)
     with torch.no_grad():
         q = content_query(model)
-        answer, ungated = by_hand(q, memory.module), by_hand(q, memory.module, gated=False)
+        answer, ungated = by_hand(q, memory), by_hand(q, memory, gated=False)
         if mixing:
-            share = 0.3 if mixing["mixing"] == "fixed" else torch.sigmoid(memory.mixing.logit)[:, None]
+            share = (
+                0.3
+                if mixing["mixing"] == "fixed"
+                else torch.sigmoid(memory_layers(model)[0].prefix_memory_mixing["default"].logit)[:, None]
+            )
             answer, ungated = ((1 - share) * (x - base) for x in (answer, ungated))
     added = heads_output(model) - base
     torch.testing.assert_close(added, 0.5 * answer, atol=1e-5, rtol=0)
@@ -82,13 +86,6 @@ def test_the_query_is_chosen_as_for_every_memory(query):
     at = torch.arange(9)[None]
     moved = different(logits(model, ids, position_ids=at), logits(model, ids, position_ids=at + 37))
     assert moved == (query == "rotary")
-
-
-def test_it_is_what_the_layer_asks_for():
-    for fields in (GATED, {}, dict(prefix_length=3), dict(placement="inside", prefix_length=3)):
-        model = tiny.with_memory(tiny.build(), **fields)
-        assert all(isinstance(layer.memory("default"), ContextMemory) for layer in memory_layers(model))
-    assert not isinstance(nn.Linear(1, 1), ContextMemory)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "gpt_neox"])
@@ -278,7 +275,8 @@ def test_an_adapter_whose_memory_is_not_registered_is_refused_in_one_line(tmp_pa
     model = tiny.with_memory(tiny.build(), **GATED)
     model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(tmp_path / "adapter")
-    MEMORIES.clear()
+    for name in OWN:
+        del MEMORIES[name]
     loads = (
         lambda: PeftModel.from_pretrained(tiny.build(), tmp_path / "adapter"),
         lambda: PrefixMemoryConfig.from_pretrained(tmp_path / "adapter"),
@@ -288,7 +286,7 @@ def test_an_adapter_whose_memory_is_not_registered_is_refused_in_one_line(tmp_pa
     for load in loads:
         with pytest.raises(PrefixMemoryError) as refusal:
             load()
-        assert str(refusal.value) == NOT_REGISTERED.format("none")
+        assert str(refusal.value) == NOT_REGISTERED.format("matrix, prefix")
     register_memory("gate")(Gated)
     with pytest.raises(PrefixMemoryError, match=re.escape("is not registered. Did you mean 'gate'? Import the module")):
         PrefixMemoryConfig(memory="gated")
@@ -320,7 +318,7 @@ with torch.no_grad():
     print(model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).logits.double().sum().item())
 """
     refusal, total = run_python("-c", script, folder=tmp_path, PYTHONPATH=str(tmp_path)).splitlines()
-    assert refusal == NOT_REGISTERED.format("none").replace("gated", "offset")
+    assert refusal == NOT_REGISTERED.format("matrix, prefix").replace("gated", "offset")
     assert float(total) == pytest.approx(logits(model, torch.tensor([[5, 6, 7]])).double().sum().item(), abs=1e-4)
 
 
@@ -334,14 +332,14 @@ def test_what_layers_share_is_saved_once_and_learns_from_all_of_them(tmp_path):
     assert [name.rpartition(".")[2] for name in names] == ["M", "size", "size"]
     model.train()
     (100 * model(input_ids=tiny.tokens(), labels=tiny.tokens(), use_cache=False).loss).backward()
-    whole = memory_layers(model)[0].memory("default").module.M.grad
+    whole = memory_layers(model)[0].memory("default").M.grad
 
     apart = tiny.with_memory(tiny.build(), memory="offset", fill=False)  # the same as a memory for each layer
     apart.add_adapter("free", PrefixMemoryConfig(task_type="CAUSAL_LM", rank=None, normalize="none", answer_limit=None))
     apart.base_model.set_adapter("free")
     parts = []
     for ours, theirs in zip(memory_layers(model), memory_layers(apart), strict=True):
-        first, module = memory_layers(model)[0].memory("default").module, ours.memory("default").module
+        first, module = memory_layers(model)[0].memory("default"), ours.memory("default")
         with torch.no_grad():
             theirs.memory("free").M.copy_(first.M * module.size[:, None, None])
         parts.append((theirs.memory("free").M, module.size))
@@ -360,9 +358,9 @@ def test_a_copy_and_another_adapter_share_nothing_with_it():
     twin = copy.deepcopy(model)
     tiny.randomize(twin, "default", seed=9)
     assert torch.equal(logits(model), before) and different(logits(twin), before)
-    assert all(len(layer.memory("default").site.first) == (n > 0) for n, layer in enumerate(memory_layers(twin)))
-    held = memory_layers(twin)[1].memory("default").site.first[0]
-    assert held is memory_layers(twin)[0].memory("default").module
+    assert all(len(layer.sites["default"].first) == (n > 0) for n, layer in enumerate(memory_layers(twin)))
+    held = memory_layers(twin)[1].sites["default"].first[0]
+    assert held is memory_layers(twin)[0].memory("default")
     tiny.randomize(model, "default", seed=9)
     assert torch.equal(logits(model), logits(twin))
     assert torch.equal(run_as(model, "second"), second)

@@ -17,7 +17,7 @@ from own_memories import GATED, Gated, Offset, logits, registered, several  # no
 from prefixmemory import MemorySite, PrefixMemoryConfig, PrefixMemoryError, register_memory
 from prefixmemory.analysis import ablate, readout, shift, spectrum, tradeoff
 from prefixmemory.analysis.readout import text_loss
-from prefixmemory.memories.registry import MEMORIES, check_memory
+from prefixmemory.memories.registry import MEMORIES, memory_kind
 from prefixmemory.tuner.conversion import memory_from_prefix
 from prefixmemory.tuner.layer import memory_layers
 
@@ -27,7 +27,7 @@ from prefixmemory.tuner.layer import memory_layers
 def test_a_name_is_never_overwritten():
     with pytest.raises(PrefixMemoryError, match=re.escape("memory='gated' is registered already. Choose another name")):
         register_memory("gated")(Offset)
-    assert MEMORIES["gated"] is Gated
+    assert MEMORIES["gated"].factory is Gated
     assert register_memory("mine")(Offset) is Offset
 
 
@@ -49,7 +49,7 @@ def test_a_name_is_never_overwritten():
         (dict(memory="gated", memory_options={"bias": float("nan")}), "memory_options['bias']=nan is no number"),
         (dict(memory_options={"bias": 1.0}), "memory_options={'bias': 1.0} needs memory: they are arguments of a"),
         *(
-            ({**GATED, **field}, f"{name}={value!r} needs memory=None, not 'gated': a registered memory {why}")
+            ({**GATED, **field}, f"{name}={value!r} needs memory='matrix', not 'gated': a registered memory {why}")
             for why, choices in {
                 "brings its own way to answer": dict(
                     feature_map="gelu",
@@ -58,7 +58,6 @@ def test_a_name_is_never_overwritten():
                     rank=2,
                     share_heads=True,
                     dropout=0.1,
-                    answer_limit=0.37,
                 ),
                 "answers queries outside the softmax and has no prefix vectors": dict(
                     placement="inside", prefix_length=4, similarity="softmax", normalizer=True, reparameterize=8
@@ -82,7 +81,7 @@ def test_an_option_without_a_default_must_be_given():
     def wide(site: MemorySite, width: int) -> nn.Module:
         return Offset(site)
 
-    check_memory("wide", {"width": 3})
+    memory_kind("wide").check_options({"width": 3})
     with pytest.raises(PrefixMemoryError, match="do not suit memory='wide': missing a required argument: 'width'"):
         PrefixMemoryConfig(memory="wide")
 
@@ -191,7 +190,7 @@ def test_the_tradeoff_is_that_of_its_answer():
         handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0].unflatten(-1, (4, -1))))
         logits(model, ids)
         handle.remove()
-    b = memory_layers(model)[0].memory("default").module.b.detach()
+    b = memory_layers(model)[0].memory("default").b.detach()
     expected = (b.norm(dim=-1) / seen[0][0, -3:].norm(dim=-1)).mean(dim=0)
     torch.testing.assert_close(torch.tensor(found.values[1][0]), expected, atol=1e-5, rtol=1e-4)
 
@@ -210,7 +209,7 @@ def test_the_readout_is_that_of_its_matrix():
     own, free = tiny.with_memory(tiny.build(), scale=0.5, **GATED), tiny.with_memory(tiny.build(), scale=0.5)
     with torch.no_grad():
         for ours, theirs in zip(memory_layers(own), memory_layers(free), strict=True):
-            theirs.memory("default").M.copy_(ours.memory("default").module.M)
+            theirs.memory("default").M.copy_(ours.memory("default").M)
     assert readout(own, tiny.tokenizer()) == readout(free, tiny.tokenizer())
 
 
@@ -223,7 +222,7 @@ def test_a_memory_that_does_not_say_what_it_holds_is_ablated_but_not_read_out():
         "[heads, features, value_dim], or look at its trade-off and spectrum."
     )
     found = ablate(model, lambda: text_loss(model, ids))
-    memory = memory_layers(model)[1].memory("default").module
+    memory = memory_layers(model)[1].memory("default")
     with torch.no_grad():
         memory.b[2] = 0
     assert found.change[1][2] == pytest.approx(text_loss(model, ids) - found.loss, abs=1e-6)

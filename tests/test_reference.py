@@ -92,7 +92,7 @@ def test_a_new_memory_is_compared_with_the_base_model(base, tmp_path, kind):
 def test_a_continued_memory_is_compared_with_itself_as_it_was(base, adapter, tmp_path, kind):
     trainer = trainer_for(kind, base, tmp_path, model=continued(base, adapter))
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    means = {name: b.clone() for name, b in trainer.model.named_buffers() if name.endswith(".mean")}
+    means = {name: b.clone() for name, b in trainer.model.named_parameters() if name.endswith(".mean")}
     assert len(means) == 4 and all(mean.any() for mean in means.values())
     assert all(torch.equal(means[name], means[name.replace(".ref.", ".default.")]) for name in means)
     trainer.train()

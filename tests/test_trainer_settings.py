@@ -93,7 +93,7 @@ def test_the_model_holds_the_best_memory_in_the_end(early_stopped):
     best = saved(Path(trainer.state.best_model_checkpoint))
     last = saved(Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}")
     held = tiny.memory_parameters(trainer.model)
-    means = {name: mean for name, mean in trainer.model.named_buffers() if name.endswith(".mean")}
+    means = {name: mean for name, mean in trainer.model.named_parameters() if name.endswith(".mean")}
     assert held.keys() | means.keys() == best.keys() == last.keys()
     assert len(means) == 2
     for name, mean in means.items():  # of the first batch, then left alone

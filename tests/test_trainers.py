@@ -117,7 +117,7 @@ def test_the_checkpoint_holds_the_adapter_alone(run, kind):
     weights = {name for name in files if name.endswith((".safetensors", ".bin"))} - {"training_args.bin"}
     assert weights == {WEIGHTS}
     saved = load_file(made.checkpoint / WEIGHTS)
-    means = {name: buffer for name, buffer in made.model.named_buffers() if name.endswith("default.mean")}
+    means = {name: buffer for name, buffer in made.model.named_parameters() if name.endswith("default.mean")}
     assert len(means) == 2 and all(mean.any() for mean in means.values())
     trained = made.trained() | means
     assert len(saved) == len(trained)

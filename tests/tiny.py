@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import torch
@@ -39,8 +40,11 @@ _COMMON = dict(
 )
 _GQA = dict(num_key_value_heads=2)
 
+#: The parameters of an adapter, by their names.
+IN_ADAPTER = re.compile(r"\.prefix_memory_(bank|mixing)\.ADAPTER\.")
+
 #: What makes the memory of ``with_memory`` the default one.
-DEFAULT = {name: getattr(PrefixMemoryConfig, name) for name in ("rank", "answer_limit", "normalize")}
+DEFAULT = {name: getattr(PrefixMemoryConfig(), name) for name in ("rank", "answer_limit", "normalize")}
 
 #: Config of each family by the name that the tests use.
 CONFIGS = {
@@ -86,16 +90,19 @@ def randomize(model: PeftModel, adapter: str = "default", seed: int = 2, std: fl
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if f".prefix_memory_bank.{adapter}." in name:
+            if IN_ADAPTER.search(name.replace(f".{adapter}.", ".ADAPTER.")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-        for name, buffer in model.named_buffers():
-            if f".prefix_memory_bank.{adapter}.mean" in name:
-                buffer.copy_(torch.randn(buffer.shape, generator=generator) * std)
 
 
 def memory_parameters(model: PeftModel, adapter: str = "default") -> dict[str, torch.nn.Parameter]:
-    """Parameters of one adapter by name."""
-    return {n: p for n, p in model.named_parameters() if f".prefix_memory_bank.{adapter}." in n}
+    """What one adapter trains, by name."""
+    found = {n: p for n, p in model.named_parameters() if IN_ADAPTER.search(n.replace(f".{adapter}.", ".ADAPTER."))}
+    return {n: p for n, p in found.items() if not n.endswith(".mean")}
+
+
+def means(model: PeftModel, adapter: str = "default") -> dict[str, torch.nn.Parameter]:
+    """What one adapter subtracts from its features, by name."""
+    return {n: p for n, p in model.named_parameters() if n.endswith(f".prefix_memory_bank.{adapter}.mean")}
 
 
 def save_tiny(folder: Path, family: str = "llama_gqa", seed: int = 0) -> Path:

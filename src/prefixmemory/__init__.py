@@ -10,6 +10,7 @@ from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.feature_maps import register_feature_map
 from prefixmemory.memories.registry import MemorySite, register_memory
+from prefixmemory.tuner.calibration import calibrate
 from prefixmemory.tuner.layer import set_scale
 from prefixmemory.tuner.model import PrefixMemoryModel, register
 
@@ -19,6 +20,7 @@ __all__ = [
     "PrefixMemoryConfig",
     "PrefixMemoryError",
     "PrefixMemoryModel",
+    "calibrate",
     "register_feature_map",
     "register_memory",
     "set_scale",

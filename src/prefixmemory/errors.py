@@ -12,6 +12,10 @@ class PrefixMemoryError(ValueError):
     """Something in the user's input is wrong; the message says what and how to mend it."""
 
 
+class UnknownFieldError(PrefixMemoryError, TypeError):
+    """A keyword that does not exist: a ``TypeError``, as Python's own, with a suggestion."""
+
+
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """`` Did you mean 'elu'?`` for the nearest of ``choices``, or an empty string when none is near."""
     near = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
@@ -32,3 +36,9 @@ def check_choice(field: str, value: object, choices: Iterable[str]) -> None:
         raise PrefixMemoryError(
             f"{field}={value!r} is not known.{did_you_mean(str(value), choices)} Choose one of: {', '.join(choices)}."
         )
+
+
+def check_positive_integer(field: str, value: object) -> None:
+    """Raise :class:`PrefixMemoryError` unless ``value`` is a positive integer or ``None``."""
+    if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        raise PrefixMemoryError(f"{field}={value!r} is out of range: give a positive integer, or None.")

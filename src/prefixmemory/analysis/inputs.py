@@ -18,6 +18,7 @@ from prefixmemory.attention.discovery import find_sites, left_out
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.prefix import PrefixVectors
+from prefixmemory.memories.registry import is_inside
 from prefixmemory.rows.collator import encode_prompt
 from prefixmemory.rows.data import northline
 from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
@@ -50,7 +51,7 @@ def prefix_lengths(model: nn.Module) -> dict[str, int]:
 
 def _inside(layer: PrefixMemoryLayer) -> int:
     memories = [layer.memory(name) for name in layer.answering()]
-    return sum(memory.sizes[1] for memory in memories if isinstance(memory, PrefixVectors) and memory.inside)
+    return sum(cast(PrefixVectors, memory).length for memory in memories if is_inside(memory))
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str | None, length: int | None) -> Int[Tensor, "1 n"]:

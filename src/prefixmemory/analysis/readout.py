@@ -16,9 +16,7 @@ from prefixmemory.analysis.inputs import base_of, check_ids, evaluating, text_si
 from prefixmemory.analysis.tradeoff import around_memory
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.memories.matrix import Memory
-from prefixmemory.memories.prefix import PrefixVectors
-from prefixmemory.memories.registry import ContextMemory, OwnMemory
+from prefixmemory.memories.registry import matrix_of
 from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
 
 DEFINITION = (
@@ -170,14 +168,13 @@ def _holders(model: nn.Module) -> dict[str, tuple[PrefixMemoryLayer, str]]:
     return found
 
 
-def _is_memory(memory: ContextMemory) -> bool:
+def _is_memory(memory: nn.Module) -> bool:
     """Whether features of the query are read against something: not by a softmax."""
-    return not isinstance(memory, PrefixVectors) or (not memory.inside and memory.feature_map is not None)
+    return not getattr(memory, "uses_softmax", False)
 
 
 def _bank(layer: PrefixMemoryLayer, name: str) -> Tensor:
-    memory = layer.memory(name)
-    bank = memory.kernel()[0] if isinstance(memory, PrefixVectors) else cast(Memory | OwnMemory, memory).matrix()
+    bank = matrix_of(layer.configs[name].memory, layer.memory(name), layer.sites[name])
     return bank.detach().float().repeat_interleave(layer.site.heads // bank.shape[0], dim=0) * layer.scale[name]
 
 

@@ -21,6 +21,7 @@ from prefixmemory.analysis.inputs import check_ids, prefix_lengths, run, text_si
 from prefixmemory.analysis.observe import Call, observe
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.memories.registry import is_inside
 from prefixmemory.tuner.layer import memory_layers
 
 DEFINITIONS = {
@@ -119,7 +120,7 @@ def _memories(model: nn.Module) -> dict[str, AttentionSite]:
         name: site
         for name, site in text_sites(model).items()
         if (layer := layers.get(id(site.module))) is not None
-        and any(not layer.memory(adapter).inside for adapter in layer.answering())
+        and any(not is_inside(layer.memory(adapter)) for adapter in layer.answering())
     }
 
 

@@ -22,13 +22,13 @@ class Prefix:
 
     Attributes:
         keys, values: ``[1 or batch, kv_heads, length, dim]``.
-        dose: ``[1 or batch, length]``, what is added to a prefix key's score: the logarithm of the adapter's scale,
-            ``-inf`` where a row has no such key. ``None``: nothing.
+        score_bias: ``[1 or batch, length]``, what is added to a prefix key's score: the logarithm of the adapter's
+            scale, ``-inf`` where a row has no such key. ``None``: nothing.
     """
 
     keys: Tensor
     values: Tensor
-    dose: Tensor | None
+    score_bias: Tensor | None
 
     @property
     def length(self) -> int:
@@ -36,7 +36,7 @@ class Prefix:
         return self.keys.shape[2]
 
 
-def in_front(
+def prepend_prefix(
     prefix: Prefix,
     module: nn.Module,
     query: Tensor,
@@ -70,7 +70,7 @@ def in_front(
 def _made_explicit(prefix: Prefix, query: Tensor, key: Tensor, causal: bool, counts_from_end: bool) -> Tensor | None:
     """What "no mask" means, as a mask: torch would count from the first key, which is the prefix's now."""
     batch, queries, keys = key.shape[0], query.shape[2], key.shape[2]
-    if prefix.dose is None and (not causal or queries == 1 or counts_from_end):
+    if prefix.score_bias is None and (not causal or queries == 1 or counts_from_end):
         return None
     if counts_from_end:
         return torch.ones(batch, keys, dtype=torch.long, device=key.device)
@@ -83,33 +83,33 @@ def _with_prefix(prefix: Prefix, query: Tensor, mask: Any) -> Any:
         return _block_mask(prefix, mask)
     if mask.ndim == 2:
         return torch.cat([_present(prefix, mask.shape[0], mask.dtype), mask], dim=1)
-    rows = max(mask.shape[0], 1 if prefix.dose is None else prefix.dose.shape[0])
+    rows = max(mask.shape[0], 1 if prefix.score_bias is None else prefix.score_bias.shape[0])
     shape = (rows, *mask.shape[1:3], prefix.length)
     if mask.dtype == torch.bool:
-        if prefix.dose is None:
+        if prefix.score_bias is None:
             return torch.cat([mask.new_ones(shape), mask.expand(rows, -1, -1, -1)], dim=3)
-        if not torch.any(torch.isfinite(prefix.dose) & (prefix.dose != 0)):
-            present = torch.isfinite(prefix.dose)[:, None, None, :].expand(shape)
+        if not torch.any(torch.isfinite(prefix.score_bias) & (prefix.score_bias != 0)):
+            present = torch.isfinite(prefix.score_bias)[:, None, None, :].expand(shape)
             return torch.cat([present, mask.expand(rows, -1, -1, -1)], dim=3)
         lowest = torch.finfo(query.dtype).min
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
-    dose = mask.new_zeros(shape)
-    if prefix.dose is not None:
+    bias = mask.new_zeros(shape)
+    if prefix.score_bias is not None:
         lowest = torch.finfo(mask.dtype).min
-        dose = prefix.dose.to(mask.dtype).clamp(min=lowest)[:, None, None, :].expand(shape)
-    return torch.cat([dose, mask.expand(rows, -1, -1, -1)], dim=3)
+        bias = prefix.score_bias.to(mask.dtype).clamp(min=lowest)[:, None, None, :].expand(shape)
+    return torch.cat([bias, mask.expand(rows, -1, -1, -1)], dim=3)
 
 
 def _present(prefix: Prefix, rows: int, dtype: torch.dtype) -> Tensor:
     """Which prefix keys a row has, ``[rows, length]``, for masks that can only leave keys out."""
-    if prefix.dose is None:
+    if prefix.score_bias is None:
         return torch.ones(rows, prefix.length, dtype=dtype, device=prefix.keys.device)
-    if torch.any(torch.isfinite(prefix.dose) & (prefix.dose != 0)):
+    if torch.any(torch.isfinite(prefix.score_bias) & (prefix.score_bias != 0)):
         raise PrefixMemoryError(
             "A prefix inside the softmax cannot be given another scale than 0 or 1 with this attention backend, which "
             "takes no bias. Use attn_implementation='sdpa' or 'eager'."
         )
-    return torch.isfinite(prefix.dose).to(dtype).expand(rows, -1)
+    return torch.isfinite(prefix.score_bias).to(dtype).expand(rows, -1)
 
 
 def _block_mask(prefix: Prefix, mask: Any) -> Any:

@@ -12,7 +12,7 @@ base model is replaced: hooks read and add, and are removed again by ``unload``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -59,6 +59,11 @@ class AttentionSite:
     kv_heads: int
     head_dim: int
     value_dim: int
+
+    def __post_init__(self) -> None:
+        # every step from ``module`` to the hooked modules: the children of the parent, the name, the child
+        steps = (step for path in (self.query_path, self.output_path) for step in _steps(self.module, path))
+        object.__setattr__(self, "_links", tuple((parent._modules, name, child) for parent, name, child in steps))
 
     @property
     def scaling(self) -> float:
@@ -112,10 +117,8 @@ class AttentionSite:
 
     def intact(self) -> bool:
         """Whether the hooked modules are still where they were found (nothing wrapped them since)."""
-        return (
-            descendant(self.module, self.query_path) is self.query_source
-            and descendant(self.module, self.output_path) is self.output_projection
-        )
+        links: tuple[Any, ...] = self.__dict__["_links"]
+        return all(children.get(name) is child for children, name, child in links)
 
     def attach(self, layer: nn.Module) -> None:
         """Hang a memory layer into the module, where the query tap finds it too."""
@@ -132,17 +135,17 @@ class AttentionSite:
         self,
         on_start: Callable[..., None],
         on_query: Callable[..., None],
-        on_output: Callable[..., tuple[Any, ...]],
+        on_output: Callable[..., tuple[Any, ...] | None],
         on_end: Callable[..., None],
     ) -> tuple[RemovableHandle, ...]:
-        """Call ``on_start(module, args)`` before and ``on_end(module, args, output)`` after the attention module,
-        ``on_query(module, args, output)`` after the query source, and ``on_output(module, args)`` before the output
-        projection; the last returns the changed arguments."""
+        """Call ``on_start(module, args)`` before and ``on_end(module, args, output)`` after the attention module, also
+        when it raises (``output`` is then ``None``), ``on_query(module, args, output)`` after the query source, and
+        ``on_output(module, args)`` before the output projection; the last returns the changed arguments."""
         return (
             self.module.register_forward_pre_hook(on_start),
             self.query_source.register_forward_hook(on_query),
             self.output_projection.register_forward_pre_hook(on_output),
-            self.module.register_forward_hook(on_end),
+            self.module.register_forward_hook(on_end, always_call=True),
         )
 
 
@@ -154,6 +157,15 @@ def descendant(module: nn.Module, path: str) -> nn.Module | None:
             return None
         module = child
     return module
+
+
+def _steps(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Parent, name and child along a dotted name."""
+    for name in path.split("."):
+        child = module._modules[name]
+        assert child is not None
+        yield module, name, child
+        module = child
 
 
 def placement(site: AttentionSite) -> tuple[torch.device | None, torch.dtype | None]:

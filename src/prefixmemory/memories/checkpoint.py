@@ -97,6 +97,31 @@ def check_weights_file(folder: Path, expected_sha256: str | None, hub_id: str | 
         )
 
 
+def check_hub_weights(hub_id: str, subfolder: str | None, expected_sha256: str, options: Mapping[str, Any]) -> None:
+    """Fetch the weights file of an adapter into the Hub's cache, where PEFT will find it, and check it.
+
+    Args:
+        hub_id: ``user/name``.
+        subfolder: of the repository.
+        expected_sha256: checksum from the config.
+        options: of ``hf_hub_download`` (revision, token, ...).
+
+    Raises:
+        PrefixMemoryError: it is missing there, truncated or changed since it was saved.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        file = hf_hub_download(hub_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **options)
+    except EntryNotFoundError as error:
+        raise PrefixMemoryError(
+            f"{hub_id!r} on the Hub has no {SAFETENSORS_WEIGHTS_NAME} beside its {CONFIG_NAME}, or the Hub "
+            "cannot be reached. Check the network, or push the adapter again."
+        ) from error
+    check_weights_file(Path(file).parent, expected_sha256, hub_id)
+
+
 def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], also_known: Iterable[str]) -> None:
     """Compare the tensors of a checkpoint with those of the adapter: names and shapes.
 

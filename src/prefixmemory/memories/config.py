@@ -8,30 +8,36 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from prefixmemory.errors import PrefixMemoryError, check_choice, check_number, did_you_mean
+import prefixmemory.memories.matrix  # the built-in memories register themselves
+import prefixmemory.memories.prefix  # noqa: F401
+from prefixmemory.errors import (
+    PrefixMemoryError,
+    UnknownFieldError,
+    check_choice,
+    check_number,
+    check_positive_integer,
+    did_you_mean,
+)
 from prefixmemory.memories import checkpoint
 from prefixmemory.memories.feature_maps import FEATURE_MAPS
+from prefixmemory.memories.matrix import Normalize
+from prefixmemory.memories.mixing import MixingKind
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
-from prefixmemory.memories.registry import check_memory
+from prefixmemory.memories.prefix import Placement, Similarity
+from prefixmemory.memories.registry import AUTO, MEMORY_FIELDS, MemoryKind, memory_kind
 
 Query = Literal["content", "rotary"]
-Normalize = Literal["none", "query_rms", "feature_l2", "feature_mean"]
-Placement = Literal["outside", "inside"]
-Similarity = Literal["feature_map", "softmax"]
-MixingKind = Literal["none", "fixed", "layer", "head"]
+Auto = Literal["auto"]
 
-_ITS_OWN = "a registered memory brings its own way to answer; give it what it needs in memory_options"
-_NO_KEYS = "a registered memory answers queries outside the softmax and has no prefix vectors"
-#: Fields that mean nothing to a registered memory, and why.
-OF_THE_PACKAGE = {
-    **dict.fromkeys(("feature_map", "feature_dim", "normalize", "rank", "share_heads"), _ITS_OWN),
-    **dict.fromkeys(("answer_limit", "dropout"), _ITS_OWN),
-    **dict.fromkeys(("placement", "prefix_length", "similarity", "normalizer", "reparameterize"), _NO_KEYS),
+#: Words from habit, and ours.
+HABITS = {
+    "r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "scale",
+    "alpha": "scale",
+    "num_virtual_tokens": "prefix_length",
 }
 
 
@@ -92,24 +98,24 @@ class PrefixMemoryConfig(PeftConfig):
         weights_sha256: written when saving: checksum of the weights file, by which loading refuses a damaged one.
     """
 
-    feature_map: str = "elu"
-    feature_dim: int | None = None
-    normalize: Normalize = "feature_mean"
-    query: Query = "content"
-    rank: int | None = 8
-    answer_limit: float | None = 0.5
-    share_heads: bool = False
-    placement: Placement = "outside"
-    prefix_length: int | None = None
-    similarity: Similarity | None = None
-    normalizer: bool = False
-    mixing: MixingKind = "none"
-    mix: float = 0.5
-    reparameterize: int | None = None
-    memory: str | None = None
+    memory: str = AUTO
     memory_options: dict[str, Any] | None = None
+    feature_map: str | None = AUTO
+    feature_dim: int | Auto | None = AUTO
+    normalize: Normalize | Auto = AUTO
+    query: Query = "content"
+    rank: int | Auto | None = AUTO
+    answer_limit: float | Auto | None = AUTO
+    share_heads: bool | Auto = AUTO
+    placement: Placement | Auto = AUTO
+    prefix_length: int | Auto | None = AUTO
+    similarity: Similarity | Auto | None = AUTO
+    normalizer: bool | Auto = AUTO
+    reparameterize: int | Auto | None = AUTO
+    mixing: MixingKind = "none"
+    mix: float | Auto | None = AUTO
     scale: float = 1.0
-    dropout: float = 0.0
+    dropout: float | Auto = AUTO
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -125,45 +131,71 @@ class PrefixMemoryConfig(PeftConfig):
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:
-                raise PrefixMemoryError(
-                    f"PrefixMemoryConfig has no field {name!r}.{did_you_mean(name, known)} "
+                meant = f" Did you mean {HABITS[name]!r}?" if name in HABITS else did_you_mean(name, known)
+                raise UnknownFieldError(
+                    f"PrefixMemoryConfig has no field {name!r}.{meant} "
                     "If a newer prefixmemory wrote it, upgrade with `pip install -U prefixmemory`."
                 )
-        config = cast(PrefixMemoryConfig, super().__new__(cls))
-        if "weights_sha256" in kwargs and "answer_limit" not in kwargs:  # a file from before there was a limit
-            config.__dict__["_never_limited"] = True
-        return config
+        return cast(PrefixMemoryConfig, super().__new__(cls))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PREFIX_MEMORY
         # Not a field: read from a file whose tensors are not loaded yet, so that a refusal takes the adapter with it.
         self.awaits_weights = self.weights_sha256 is not None
-        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
-        check_choice("normalize", self.normalize, get_args(Normalize))
-        check_choice("query", self.query, get_args(Query))
-        check_choice("placement", self.placement, get_args(Placement))
-        if self.similarity is not None:
+        self._check_values()
+        self._check_targets()
+        if self.memory == AUTO:
+            self.memory = "matrix" if self.prefix_length in (None, AUTO) else "prefix"
+        kind = self.kind
+        if kind.says("is_builtin"):
+            if self.memory_options is not None:
+                raise PrefixMemoryError(
+                    f"memory_options={self.memory_options!r} needs memory: they are arguments of a registered memory."
+                )
+        else:
+            kind.check_options(self.memory_options)
+        if (settle := kind.says("settle")) is not None:
+            settle(self)
+        kind.settle(self)
+        if self.feature_map is None and kind.says("is_builtin") and self.similarity != "softmax":
+            check_choice("feature_map", None, FEATURE_MAPS)
+        self._settle_combination(kind)
+
+    @property
+    def kind(self) -> MemoryKind:
+        """The registered memory that the config asks for."""
+        return memory_kind(self.memory)
+
+    def _check_values(self) -> None:
+        """Refuse values that no memory takes."""
+
+        def given(name: str) -> Any:
+            value = getattr(self, name)
+            return None if value == AUTO else value
+
+        choices = {"feature_map": FEATURE_MAPS, "normalize": get_args(Normalize), "placement": get_args(Placement)}
+        for name, known in choices.items():
+            if getattr(self, name) not in (AUTO, MEMORY_FIELDS[name][0]):
+                check_choice(name, getattr(self, name), known)
+        if given("similarity") is not None:
             check_choice("similarity", self.similarity, get_args(Similarity))
+        check_choice("query", self.query, get_args(Query))
         check_choice("mixing", self.mixing, get_args(MixingKind))
-        check_number("mix", self.mix, 1e-6, 1.0, "a share in (0, 1)")
         check_number("scale", self.scale)
-        check_number("dropout", self.dropout, 0.0, 1.0, "a probability in [0, 1)")
-        # Defaults of a free memory that is added; they go, so that the saved config of another is true.
-        is_free = self.prefix_length is None and self.memory is None
-        if not is_free and self.rank == type(self).rank:
-            self.rank = None
-        if not is_free and self.normalize == type(self).normalize:
-            self.normalize = "none"
-        never_limited = self.__dict__.pop("_never_limited", False) or not is_free or self.mixing != "none"
-        if never_limited and self.answer_limit == type(self).answer_limit:
-            self.answer_limit = None
-        if self.answer_limit is not None:
+        if self.mix not in (AUTO, None):
+            check_number("mix", self.mix, 1e-6, 1.0, "a share in (0, 1)")
+        if self.dropout != AUTO:
+            check_number("dropout", self.dropout, 0.0, 1.0, "a probability in [0, 1)")
+        if given("answer_limit") is not None:
             check_number("answer_limit", self.answer_limit, 1e-6, 1e6, "a number above 0, or None")
         for name in ("rank", "feature_dim", "prefix_length", "reparameterize"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value > 0):
-                raise PrefixMemoryError(f"{name}={value!r} is out of range: give a positive integer, or None.")
+            check_positive_integer(name, given(name))
+        for name in ("share_heads", "normalizer"):
+            if getattr(self, name) not in (True, False, AUTO):
+                raise PrefixMemoryError(f"{name}={getattr(self, name)!r} is no truth value: give true or false.")
+
+    def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):
@@ -176,6 +208,7 @@ class PrefixMemoryConfig(PeftConfig):
                         f"{name}={value!r} is not a valid regular expression ({error}). "
                         f"Give a list of names, such as {name}=['self_attn'], or mend the expression."
                     ) from error
+        self.layers_pattern = self.layers_pattern or None  # an empty one means none, as in PEFT
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise PrefixMemoryError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: give the layer indices too."
@@ -186,54 +219,20 @@ class PrefixMemoryConfig(PeftConfig):
                 f"target_modules={self.target_modules!r}: give a list of names, or select the layers in the expression."
             )
 
-        self._check_combination()
-        if self.similarity is None and self.memory is None:
-            self.similarity = "softmax" if self.placement == "inside" else "feature_map"
-
-    def _check_combination(self) -> None:
-        """Refuse choices that exclude each other, with the reason."""
-        free, inside = self.prefix_length is None, self.placement == "inside"
-        features = not inside and self.similarity != "softmax"
-
-        def refuse(field: str, needs: str, why: str) -> None:
-            raise PrefixMemoryError(f"{field}={getattr(self, field)!r} needs {needs}: {why}.")
-
-        if self.memory is not None:
-            check_memory(self.memory, self.memory_options)
-            for name, why in OF_THE_PACKAGE.items():
-                if getattr(self, name) not in (None, "none", getattr(type(self), name)):
-                    refuse(name, f"memory=None, not {self.memory!r}", why)
-            return
-        if self.memory_options is not None:
-            refuse("memory_options", "memory", "they are arguments of a registered memory")
-        if inside and free:
-            refuse("placement", "prefix_length", "a free memory has no keys that could compete inside the softmax")
-        if free and self.similarity == "softmax":
-            refuse("similarity", "prefix_length", "a free memory has no keys to compare the query with")
-        if free and self.reparameterize is not None:
-            refuse("reparameterize", "prefix_length", "it is a way to train prefix vectors")
-        if free and self.normalizer:
-            refuse("normalizer", "prefix_length", "a free memory absorbs the normaliser (step 4 of the paper)")
-        if self.normalizer and not features:
-            refuse("normalizer", "similarity='feature_map' outside the softmax", "a softmax is normalised already")
-        if inside and self.similarity == "feature_map":
-            refuse("similarity", "placement='outside'", "inside, prefix and input share one softmax")
-        if inside and self.mixing != "none":
-            refuse("mixing", "placement='outside'", "inside, the softmax itself sets the prefix's share")
-        if inside and self.scale < 0:
-            refuse("scale", "placement='outside'", "inside, the scale multiplies the prefix's weights in the softmax")
-        if not free and self.rank is not None:
-            refuse("rank", "prefix_length=None", "prefix vectors are p keys and values; p is their rank")
-        if not free and self.answer_limit is not None:
-            refuse("answer_limit", "prefix_length=None", "it is made for a free memory")
-        if self.mixing != "none" and self.answer_limit is not None:
-            refuse("answer_limit", "mixing='none'", "where λ mixes, λ sets the memory's share")
-        if not free and self.share_heads:
-            refuse("share_heads", "prefix_length=None", "prefix vectors are one set per key/value head anyhow")
-        if not free and self.normalize != "none":
-            refuse("normalize", "prefix_length=None", "only a free memory's features are normalised")
-        if not free and self.dropout:
-            refuse("dropout", "prefix_length=None", "it drops features of a free memory's queries")
+    def _settle_combination(self, kind: MemoryKind) -> None:
+        """How the memory's output joins the head's own: limited, or mixed with it."""
+        if self.mixing == "none":
+            if self.mix not in (AUTO, None):
+                raise PrefixMemoryError(f"mix={self.mix!r} needs mixing: without it nothing is mixed.")
+            self.mix = None
+        elif self.mix in (AUTO, None):
+            self.mix = 0.5
+        if self.answer_limit == AUTO:
+            self.answer_limit = kind.says("answer_limit") if self.mixing == "none" else None
+        elif self.answer_limit is not None and self.mixing != "none":
+            raise PrefixMemoryError(
+                f"answer_limit={self.answer_limit!r} needs mixing='none': where λ mixes, λ sets the memory's share."
+            )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json``, with the checksum of the weights file that lies beside it.
@@ -271,15 +270,7 @@ class PrefixMemoryConfig(PeftConfig):
         if folder.is_dir():
             checkpoint.check_weights_file(folder, config.weights_sha256)
         elif config.weights_sha256 is not None:
-            # into the Hub's cache, where PEFT finds it when it comes to the weights
-            hub_id, options = str(pretrained_model_name_or_path), cls._split_kwargs(kwargs)[0]
-            try:
-                file = hf_hub_download(hub_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **options)
-            except EntryNotFoundError as error:
-                raise PrefixMemoryError(
-                    f"{hub_id!r} on the Hub has no {SAFETENSORS_WEIGHTS_NAME} beside its {CONFIG_NAME}, or the Hub "
-                    "cannot be reached. Check the network, or push the adapter again."
-                ) from error
-            checkpoint.check_weights_file(Path(file).parent, config.weights_sha256, hub_id)
+            hub = cls._split_kwargs(kwargs)[0]
+            checkpoint.check_hub_weights(str(pretrained_model_name_or_path), subfolder, config.weights_sha256, hub)
         config.awaits_weights = True
         return config

@@ -1,23 +1,39 @@
-"""The trainable memory of one attention layer: parameters, start values, read."""
+"""The free memory: a trainable matrix per head, in full or in two factors (step 4 of ``reference.py``)."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from functools import reduce
+from typing import Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prefixmemory._shapes import Float
-from prefixmemory.memories.combination import build_mixing
-from prefixmemory.memories.config import PrefixMemoryConfig
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.kernels.read import memory_output
 from prefixmemory.memories.feature_maps import build_feature_map
+from prefixmemory.memories.registry import MemorySite, register_memory
 
 EPS = 1e-6
 
+Normalize = Literal["none", "query_rms", "feature_l2", "feature_mean"]
 
-class Memory(nn.Module):
-    """φ(q)ᵀM for the heads of one attention layer (step 4 of ``reference.py``).
+
+@register_memory(
+    "matrix",
+    instead="prefix_length",
+    lacks={
+        "prefix_length": "it has no prefix vectors",
+        "placement": "a free memory has no keys that could compete inside the softmax",
+        "similarity": "a free memory has no keys to compare the query with",
+        "reparameterize": "it is a way to train prefix vectors",
+        "normalizer": "a free memory absorbs the normaliser (step 4 of the paper)",
+    },
+)
+class MatrixMemory(nn.Module):
+    """φ(q)ᵀM for the heads of one attention module.
 
     Parameters, with ``groups`` memories (one per query head, or one per key/value group with ``share_heads``):
 
@@ -25,99 +41,116 @@ class Memory(nn.Module):
     - ``rank=r``: ``A [groups, feature_dim, r]``, starts as N(0, 1/feature_dim), and ``B [groups, r, value_dim]``,
       starts at zero, M = A·B;
     - ``feature_map``: the map's own parameters, if it has any;
-    - ``normalize="feature_mean"``: a buffer ``mean [groups, feature_dim]``, zero until training begins.
+    - ``normalize="feature_mean"``: ``mean [groups, feature_dim]``, not trained, zero until training begins.
 
     Zero start means that an untrained memory leaves the base model as it is.
     """
 
-    mean: Tensor
+    is_builtin = is_linear = is_divisible = True
+    answer_limit = 0.5
 
-    def __init__(self, config: PrefixMemoryConfig, heads: int, kv_heads: int, head_dim: int, value_dim: int) -> None:
+    def __init__(
+        self,
+        site: MemorySite,
+        *,
+        feature_map: str = "elu",
+        feature_dim: int | None = None,
+        normalize: Normalize = "feature_mean",
+        rank: int | None = 8,
+        share_heads: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.query = config.query
-        self.inside = False
-        self.mixing = build_mixing(config.mixing, heads, config.mix, config.answer_limit)
-        self.normalize = config.normalize
-        self.heads = heads
-        self.groups = kv_heads if config.share_heads else heads
-        self.feature_map = build_feature_map(config.feature_map, self.groups, head_dim, config.feature_dim)
+        self.normalize, self.rank, self.dropout = normalize, rank, dropout
+        self.groups = site.kv_heads if share_heads else site.heads
+        self.feature_map = build_feature_map(feature_map, self.groups, site.head_dim, feature_dim)
         feature_dim = int(self.feature_map.feature_dim)  # type: ignore[arg-type]
-        self.dropout = nn.Dropout(config.dropout)
-        self.rank = config.rank
-        self.takes_mean = self.has_mean = config.normalize == "feature_mean"
-        self.is_divided = False  # among tensor-parallel processes, each of which answers for some of the groups
-        if self.has_mean:
-            # not persistent: accelerate's FSDP2 takes such tensors for parameters; it is saved all the same, below
-            self.register_buffer("mean", torch.zeros(self.groups, feature_dim), persistent=False)
-        if config.rank is None:
-            self.M = nn.Parameter(torch.zeros(self.groups, feature_dim, value_dim))
+        self.mean: nn.Parameter | None = None
+        if normalize == "feature_mean":
+            self.mean = nn.Parameter(torch.zeros(self.groups, feature_dim), requires_grad=False)
+        if rank is None:
+            self.M = nn.Parameter(torch.zeros(self.groups, feature_dim, site.value_dim))
         else:
-            self.A = nn.Parameter(torch.randn(self.groups, feature_dim, config.rank) * feature_dim**-0.5)
-            self.B = nn.Parameter(torch.zeros(self.groups, config.rank, value_dim))
+            self.A = nn.Parameter(torch.randn(self.groups, feature_dim, rank) * feature_dim**-0.5)
+            self.B = nn.Parameter(torch.zeros(self.groups, rank, site.value_dim))
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.has_mean and not self.mean.is_meta:  # accelerate asks on the meta device which parameters to fill
-            destination[prefix + "mean"] = self.mean if keep_vars else self.mean.detach()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        held = self.has_mean and (prefix + "mean" in state_dict or not self.mean.is_meta)
-        self._non_persistent_buffers_set -= {"mean"} if held else set()
-        try:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-        finally:
-            self._non_persistent_buffers_set |= {"mean"} if held else set()
-        if held and not self.mean.is_meta and self.mean.any():
-            self.takes_mean = False
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """What M is the product of."""
+        return (self.M,) if self.rank is None else (self.A, self.B)
 
     def matrix(self) -> Float[Tensor, "g f v"]:
         """M, multiplied out if it is stored in two factors."""
         return self.M if self.rank is None else self.A @ self.B
 
-    def features(self, q: Float[Tensor, "*batch g r d"]) -> Float[Tensor, "*batch g r f"]:
-        """φ(q), with the normalisation that the config asks for."""
+    def features(self, query: Float[Tensor, "*b g r d"]) -> Float[Tensor, "*b g r f"]:
+        """φ(q), normalised as asked for, its mean not yet subtracted."""
         if self.normalize == "query_rms":
-            q = q * torch.rsqrt(q.float().pow(2).mean(dim=-1, keepdim=True) + EPS).to(q.dtype)  # squares overflow fp16
-        features: Tensor = self.feature_map(q)
+            # squares overflow float16
+            query = query * torch.rsqrt(query.float().pow(2).mean(dim=-1, keepdim=True) + EPS).to(query.dtype)
+        features: Tensor = self.feature_map(query)
         if self.normalize == "feature_l2":
             length = torch.rsqrt(features.float().pow(2).sum(dim=-1, keepdim=True) + EPS)
             features = features * length.to(features.dtype)
-        if self.has_mean:
-            if self.takes_mean and self.training and torch.is_grad_enabled():
-                self._take_mean(features.detach())
-            features = features - self.mean[:, None].to(features.dtype)
         return features
 
-    def share_mean(self, other: Memory) -> None:
-        """Subtract what ``other`` subtracts, if that is known already."""
-        if self.has_mean and not (self.mean.is_meta or other.mean.is_meta) and other.mean.any():
-            self.mean.copy_(other.mean)
-            self.takes_mean = False
+    def forward(self, query: Float[Tensor, "*b h d"]) -> Float[Tensor, "*b h v"]:
+        """(φ(q) − μ)ᵀM for every token and head, computed in the dtype of the memory (autocast applies)."""
+        factors = self.factors
+        query = query.to(factors[0].dtype)
+        if self.dropout and self.training:
+            return memory_output(query, factors, self._dropped)
+        return memory_output(query, factors, self.features, self.mean)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _take_mean(self, features: Tensor) -> None:
-        """Keep the mean of φ(q) over the first batch that is trained on, padding included, unless it has been loaded.
+    def _dropped(self, query: Tensor) -> Tensor:
+        """Centred features, some of them dropped."""
+        features = self.features(query)
+        if self.mean is not None:
+            features = features - self.mean[:, None].to(features.dtype)
+        return functional.dropout(features, self.dropout)
 
-        Nothing has been learned by then, so that no answer changes; a memory that has learned without a mean goes on
-        without one. Processes that train together, each on its part of the batch, take the mean of all parts.
+    @torch.no_grad()
+    def set_to_sum(self, memories: Sequence[MatrixMemory], weights: Sequence[float]) -> None:
+        """Become Σ wₙ·Mₙ, with the features of ``memories``, which must have the same; ranks add up.
+
+        Raises:
+            PrefixMemoryError: they subtract different means from their features, and no one mean stands for all.
         """
-        blank = not (self.M if self.rank is None else self.B).any()
-        if blank and not self.mean.any():
-            features = features.float().flatten(end_dim=-4)
-            sound = features.isfinite().all(dim=-1)  # a row that is all padding may have no finite query
-            sums = torch.where(sound[..., None], features, 0.0).sum(dim=(0, 2))
-            counts = sound.sum(dim=(0, 2)).float()
-            if dist.is_available() and dist.is_initialized() and not self.is_divided:
-                dist.all_reduce(sums)
-                dist.all_reduce(counts)
-            self.mean.copy_(sums / counts.clamp(min=1.0)[:, None])
-        self.takes_mean = False
+        self.to(reduce(torch.promote_types, (p.dtype for memory in memories for p in memory.parameters())))
+        self.feature_map.load_state_dict(memories[0].feature_map.state_dict())
+        if self.rank is None:
+            self.M.copy_(torch.stack([w * m.matrix() for w, m in zip(weights, memories, strict=True)]).sum(dim=0))
+        else:
+            self.A.copy_(torch.cat([memory.A for memory in memories], dim=2))
+            self.B.copy_(torch.cat([w * memory.B for w, memory in zip(weights, memories, strict=True)], dim=1))
+        if self.mean is not None:
+            self.mean.copy_(self._common_mean(memories, weights))
 
-    def forward(self, query: Float[Tensor, "*batch h d"]) -> Float[Tensor, "*batch h v"]:
-        """φ(q)ᵀM for every token and head, computed in the dtype of the memory (autocast applies)."""
-        parameter = self.M if self.rank is None else self.A
-        q = query.to(parameter.dtype).unflatten(-2, (-1, self.heads // self.groups))
-        features = self.dropout(self.features(q))
-        if self.rank is not None:
-            features = torch.einsum("...grf,gfk->...grk", features, self.A)
-        return torch.einsum("...grf,gfv->...grv", features, self.M if self.rank is None else self.B).flatten(-3, -2)
+    def _common_mean(self, memories: Sequence[MatrixMemory], weights: Sequence[float]) -> Tensor:
+        """The μ with which the sum of memories answers (φ − μ)ᵀΣM as all of them together: μᵀΣM = Σ μₙᵀMₙ.
+
+        Raises:
+            PrefixMemoryError: there is none.
+        """
+        assert self.mean is not None
+        means = [memory.mean for memory in memories if memory.mean is not None]
+        if all(torch.equal(mean, means[0]) for mean in means):
+            return means[0]
+        if self.rank is None:
+            whole = self.M.double()
+            matrices = [weight * memory.matrix().double() for weight, memory in zip(weights, memories, strict=True)]
+            parts = [mean.double()[:, None] @ matrix for mean, matrix in zip(means, matrices, strict=True)]
+            said = torch.stack(parts).sum(dim=0)
+        else:  # factor by factor: μᵀAₙ = μₙᵀAₙ
+            whole = self.A.double()
+            parts = [mean.double()[:, None] @ memory.A.double() for mean, memory in zip(means, memories, strict=True)]
+            said = torch.cat(parts, dim=-1)
+        whole, said = whole.transpose(1, 2).cpu(), said.transpose(1, 2).cpu()
+        mean = (torch.linalg.pinv(whole, rtol=1e-6) @ said).to(self.mean.dtype)  # as it will be stored
+        if not torch.allclose(whole @ mean.double(), said, rtol=1e-4, atol=1e-6):
+            raise PrefixMemoryError(
+                "These adapters cannot be summed: they subtract different means from their features, and no one mean "
+                "stands for all of them. Activate several with base_model.set_adapter([...]) instead: their answers "
+                "add."
+            )
+        return cast(Tensor, mean[..., 0].to(self.mean))

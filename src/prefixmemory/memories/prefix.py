@@ -6,19 +6,34 @@ Steps 1 to 3 of ``reference.py``. Inside the softmax the vectors stand beside th
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
 from prefixmemory._shapes import Float
-from prefixmemory.memories.combination import build_mixing
-from prefixmemory.memories.config import PrefixMemoryConfig
+from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.feature_maps import build_feature_map
+from prefixmemory.memories.registry import AUTO, MemorySite, register_memory
 
 EPS = 1e-6
 
+Placement = Literal["outside", "inside"]
+Similarity = Literal["feature_map", "softmax"]
 
+
+@register_memory(
+    "prefix",
+    instead="prefix_length=None",
+    lacks={
+        "rank": "prefix vectors are p keys and values; p is their rank",
+        "share_heads": "prefix vectors are one set per key/value head anyhow",
+        "normalize": "only a free memory's features are normalised",
+        "dropout": "it drops features of a free memory's queries",
+    },
+)
 class PrefixVectors(nn.Module):
-    """The prefix of one attention layer.
+    """The prefix of one attention module.
 
     Parameters, with one set per key/value head (query heads of a group share it, as they share the input's keys):
 
@@ -28,46 +43,82 @@ class PrefixVectors(nn.Module):
       (2021) trained them; one MLP a layer here, one for all layers there.
     """
 
+    is_builtin = True
+
     def __init__(
-        self, config: PrefixMemoryConfig, heads: int, kv_heads: int, head_dim: int, value_dim: int, scaling: float
+        self,
+        site: MemorySite,
+        *,
+        prefix_length: int,
+        placement: Placement = "outside",
+        similarity: Similarity | None = None,
+        normalizer: bool = False,
+        reparameterize: int | None = None,
+        feature_map: str | None = "elu",
+        feature_dim: int | None = None,
     ) -> None:
         super().__init__()
-        assert config.prefix_length is not None
-        self.query = config.query
-        self.inside = config.placement == "inside"
-        self.normalizer = config.normalizer
-        self.mixing = build_mixing(config.mixing, heads, config.mix)
-        self.repeat, self.groups, self.scaling = heads // kv_heads, kv_heads, scaling
-        self.sizes = (kv_heads, config.prefix_length, head_dim, value_dim)
+        self.inside = placement == "inside"
+        self.normalizer, self.length = normalizer, prefix_length
+        self.groups, self.scaling = site.kv_heads, site.scaling
+        self.head_dim = site.head_dim
         self.feature_map: nn.Module | None = None
-        if config.similarity == "feature_map":
-            self.feature_map = build_feature_map(config.feature_map, kv_heads, head_dim, config.feature_dim)
+        if not self.inside and similarity != "softmax":
+            self.feature_map = build_feature_map(str(feature_map), site.kv_heads, site.head_dim, feature_dim)
+        self.uses_softmax = self.feature_map is None
         self.mlp = None
-        if config.reparameterize is None:
-            self.keys = nn.Parameter(torch.randn(kv_heads, config.prefix_length, head_dim))
-            self.values = nn.Parameter(torch.zeros(kv_heads, config.prefix_length, value_dim))
+        if reparameterize is None:
+            self.keys = nn.Parameter(torch.randn(site.kv_heads, prefix_length, site.head_dim))
+            self.values = nn.Parameter(torch.zeros(site.kv_heads, prefix_length, site.value_dim))
         else:
-            width = config.reparameterize
-            self.embedding = nn.Parameter(torch.randn(config.prefix_length, width))
-            last = nn.Linear(width, kv_heads * (head_dim + value_dim))
-            self.mlp = nn.Sequential(nn.Linear(width, width), nn.Tanh(), last)
+            self.embedding = nn.Parameter(torch.randn(prefix_length, reparameterize))
+            last = nn.Linear(reparameterize, site.kv_heads * (site.head_dim + site.value_dim))
+            self.mlp = nn.Sequential(nn.Linear(reparameterize, reparameterize), nn.Tanh(), last)
             with torch.no_grad():  # values start at zero here too
-                last.weight[kv_heads * head_dim :] = 0
-                last.bias[kv_heads * head_dim :] = 0
+                last.weight[site.kv_heads * site.head_dim :] = 0
+                last.bias[site.kv_heads * site.head_dim :] = 0
+
+    @staticmethod
+    def settle(config: Any) -> None:
+        """Refuse choices that exclude each other, with the reason; without a similarity, take the one that is left."""
+        inside = config.placement == "inside"
+
+        def refuse(field: str, needs: str, why: str) -> None:
+            raise PrefixMemoryError(f"{field}={getattr(config, field)!r} needs {needs}: {why}.")
+
+        if config.similarity in (None, AUTO):
+            config.similarity = "softmax" if inside else "feature_map"
+        if inside:
+            outside = "placement='outside'"
+            if config.similarity == "feature_map":
+                refuse("similarity", outside, "inside, prefix and input share one softmax")
+            if config.mixing != "none":
+                refuse("mixing", outside, "inside, the softmax itself sets the prefix's share")
+            if config.scale < 0:
+                refuse("scale", outside, "inside, the scale multiplies the prefix's weights in the softmax")
+            if config.answer_limit not in (None, AUTO):
+                refuse("answer_limit", outside, "inside, the softmax itself sets the prefix's share")
+        if config.similarity == "softmax":
+            by_features = "similarity='feature_map' outside the softmax"
+            if config.normalizer is True:
+                refuse("normalizer", by_features, "a softmax is normalised already")
+            for field in ("feature_map", "feature_dim"):
+                if getattr(config, field) not in (None, AUTO):
+                    refuse(field, by_features, "a softmax compares queries and keys as they are")
+                setattr(config, field, None)
 
     def vectors(self) -> tuple[Float[Tensor, "g p d"], Float[Tensor, "g p v"]]:
         """Keys and values."""
         if self.mlp is None:
             return self.keys, self.values
-        groups, length, head_dim, _ = self.sizes
-        keys, values = self.mlp(self.embedding).tensor_split([groups * head_dim], dim=-1)
-        by_group = (length, groups, -1)
+        keys, values = self.mlp(self.embedding).tensor_split([self.groups * self.head_dim], dim=-1)
+        by_group = (self.length, self.groups, -1)
         return keys.view(by_group).transpose(0, 1), values.view(by_group).transpose(0, 1)
 
     def forward(self, query: Float[Tensor, "*batch h d"]) -> Float[Tensor, "*batch h v"]:
         """Prefix attention normalised on its own (step 2), or its kernel form (step 3)."""
         keys, values = self.vectors()
-        q = query.to(keys.dtype).unflatten(-2, (-1, self.repeat))
+        q = query.to(keys.dtype).unflatten(-2, (self.groups, -1))
         if self.feature_map is None:
             weights = torch.softmax(torch.einsum("...grd,gpd->...grp", q, keys).float() * self.scaling, dim=-1)
             return torch.einsum("...grp,gpv->...grv", weights.to(values.dtype), values).flatten(-3, -2)
@@ -86,3 +137,7 @@ class PrefixVectors(nn.Module):
         keys, values = self.vectors()
         features = self.feature_map(keys)
         return torch.einsum("gpf,gpv->gfv", features, values), features.sum(dim=1)
+
+    def matrix(self) -> Float[Tensor, "g f v"]:
+        """B of the kernel form, for the read-out."""
+        return self.kernel()[0]

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel, PeftType, PrefixTuningConfig, get_peft_model
 from peft.utils import load_peft_weights
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixmemory._shapes import Float
@@ -23,9 +23,8 @@ from prefixmemory.attention.interface import OBSERVERS
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.memories.checkpoint import check_config_file
 from prefixmemory.memories.config import PrefixMemoryConfig
-from prefixmemory.memories.matrix import Memory
+from prefixmemory.memories.matrix import MatrixMemory
 from prefixmemory.memories.prefix import PrefixVectors
-from prefixmemory.memories.registry import ContextMemory
 from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
 
 # Along the path: step 1 or 2 -> step 3 -> step 4
@@ -58,6 +57,7 @@ def kernel_from_prefix(model: PeftModel, adapter: str, new_adapter: str, feature
         query="rotary" if inside else old.query,
         reparameterize=None,
         feature_dim=old.feature_dim if feature_map == old.feature_map else None,
+        answer_limit=None if inside else old.answer_limit,
         weights_sha256=None,
     )
     for source, target in _added(model, adapter, new_adapter, config):
@@ -65,7 +65,6 @@ def kernel_from_prefix(model: PeftModel, adapter: str, new_adapter: str, feature
         keys, values = vectors.vectors()
         new.keys.copy_(keys)
         new.values.copy_(values)
-        _copy_mixing(vectors, new)
 
 
 @torch.no_grad()
@@ -93,17 +92,16 @@ def memory_from_prefix(model: PeftModel, adapter: str, new_adapter: str, share_h
             "kernel_from_prefix first, and convert the adapter that it adds."
         )
     config = replace(
-        old, prefix_length=None, rank=None, normalizer=False, reparameterize=None, share_heads=share_heads,
-        weights_sha256=None,
+        old, memory="auto", prefix_length=None, similarity=None, rank=None, normalizer=False, reparameterize=None,
+        share_heads=share_heads, weights_sha256=None,
     )  # fmt: skip
     for source, target in _added(model, adapter, new_adapter, config):
-        vectors, memory = cast(PrefixVectors, source), cast(Memory, target)
+        vectors, memory = cast(PrefixVectors, source), cast(MatrixMemory, target)
         repeat = memory.groups // vectors.groups
         memory.M.copy_(vectors.kernel()[0].repeat_interleave(repeat, dim=0))
         assert vectors.feature_map is not None
         parameters = vectors.feature_map.state_dict()  # one set a memory
         memory.feature_map.load_state_dict({n: p.repeat_interleave(repeat, dim=0) for n, p in parameters.items()})
-        _copy_mixing(vectors, memory)
 
 
 def _prefix_config(model: PeftModel, adapter: str) -> PrefixMemoryConfig:
@@ -123,7 +121,7 @@ def _prefix_config(model: PeftModel, adapter: str) -> PrefixMemoryConfig:
 
 def _added(
     model: PeftModel, adapter: str, new_adapter: str, config: PrefixMemoryConfig
-) -> list[tuple[ContextMemory, ContextMemory]]:
+) -> list[tuple[nn.Module, nn.Module]]:
     """Add ``new_adapter`` to the layers of ``adapter``; what each layer holds of both."""
     if new_adapter in model.peft_config:
         raise PrefixMemoryError(f"The adapter name {new_adapter!r} is taken. Delete it first, or choose another.")
@@ -135,13 +133,10 @@ def _added(
     model.add_adapter(new_adapter, config)
     layers = [layer for layer in memory_layers(model) if adapter in layer.prefix_memory_bank]
     for layer in layers:
-        layer.scale[new_adapter] = layer.scale[adapter]
+        layer.set_scale(new_adapter, layer.scale[adapter])
+        if adapter in layer.prefix_memory_mixing:
+            layer.prefix_memory_mixing[new_adapter].load_state_dict(layer.prefix_memory_mixing[adapter].state_dict())
     return [(layer.memory(adapter), layer.memory(new_adapter)) for layer in layers]
-
-
-def _copy_mixing(source: ContextMemory, target: ContextMemory) -> None:
-    if source.mixing is not None and target.mixing is not None:
-        target.mixing.load_state_dict(source.mixing.state_dict())
 
 
 # From PEFT's Prefix-Tuning

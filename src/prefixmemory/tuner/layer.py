@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from prefixmemory._shapes import Float
-from prefixmemory.attention.prepending import Prefix, in_front
+from prefixmemory.attention.prepending import Prefix, prepend_prefix
 from prefixmemory.attention.sites import AttentionSite, placement
 from prefixmemory.errors import PrefixMemoryError, check_number
-from prefixmemory.memories.matrix import Memory
-from prefixmemory.memories.prefix import PrefixVectors
-from prefixmemory.memories.registry import ContextMemory, OwnMemory
+from prefixmemory.memories.config import PrefixMemoryConfig
+from prefixmemory.memories.mixing import Mixing
+from prefixmemory.memories.registry import MemorySite, ask, is_inside
+from prefixmemory.tuner.calls import Call, RowAdapters, close_call, current_call, open_call, row_adapters
+from prefixmemory.tuner.plan import Plan, Step, score_bias
 from prefixmemory.tuner.tensor_parallel import HeadShare
 
 BASE_MODEL = "__base__"  # PEFT's word for "no adapter" in ``adapter_names``
@@ -34,203 +35,237 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
 
     The layer is a child of the attention module (``self_attn.prefix_memory``) and wraps nothing: hooks hand it the
     query, let it add to what the output projection reads, and see that this was done. So the base model keeps its
-    modules, their names and its state-dict keys.
+    modules, their names and its state-dict keys. Nothing of a forward pass stays here: see ``calls.py``.
     """
 
     site: AttentionSite
     live_site: AttentionSite
-    adapter_layer_names = ("prefix_memory_bank",)
-    other_param_names = ("scale",)
+    adapter_layer_names = ("prefix_memory_bank", "prefix_memory_mixing")
+    other_param_names = ("fixed", "scale", "configs", "sites")
 
     def __init__(self, site: AttentionSite, share: HeadShare | None = None) -> None:
         super().__init__()
         self.share = share
         self.prefix_memory_bank = nn.ModuleDict()
+        self.prefix_memory_mixing = nn.ModuleDict()
         self.scale: dict[str, float] = {}
-        self.content_query: Tensor | None = None
-        self.rotary_query: Tensor | None = None
-        self.was_read = self.was_inside = False  # in the pass that is going on
-        self.row_beams = 1
-        self.row_adapters: list[str] | None = None  # one adapter name per row of the batch, during such a call only
+        self.configs: dict[str, PrefixMemoryConfig] = {}
+        self.sites: dict[str, MemorySite] = {}
+        self.fixed: dict[str, list[str]] = {}  # parameters that do not learn, by adapter
+        self._plan: Plan | None = None  # for the active adapters; ``None``: to be made
+        self.first_batch: Any = None  # waits for it to take the means of features, see ``calibration.py``
         self._active_adapter: list[str] = []
         # past nn.Module.__setattr__: the attention module is our parent, not our child
         self.__dict__["site"] = site
         self.__dict__["live_site"] = site if share is None else share.of_site(site)  # what a forward pass shows
-        self._handles = site.hook(self._start, self._take_query, self._add_read, self._check_read)
+        self._handles = site.hook(self._enter, self._show_query, self._add_outputs, self._leave)
         site.attach(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A forward pass that was broken off leaves its query behind; copies must not take it along.
-        return {**self.__dict__, "content_query": None, "rotary_query": None}
+        return {**self.__dict__, "_plan": None}
 
     def detach(self) -> None:
         """Remove the hooks and leave the attention module as it was found."""
         for handle in self._handles:
             handle.remove()
+        if self.first_batch is not None:
+            self.first_batch.leave()
         self.site.detach()
 
     def active_names(self) -> list[str]:
         """Names of the active adapters."""
         return cast(list[str], self.active_adapters)
 
-    def memory(self, adapter_name: str) -> ContextMemory:
-        """The memory, or the prefix vectors, of one adapter."""
-        return cast(ContextMemory, self.prefix_memory_bank[adapter_name])
+    def memory(self, adapter_name: str) -> nn.Module:
+        """The memory of one adapter."""
+        return self.prefix_memory_bank[adapter_name]
+
+    def answering(self) -> list[str]:
+        """The active adapters of this layer whose scale is not 0."""
+        return [name for name in self.active_names() if self.scale.get(name, 0) != 0]
+
+    # What is to be done
+
+    def _plan_now(self) -> Plan | None:
+        if self.disable_adapters:
+            return None
+        if self._plan is None:
+            self._plan = Plan(self._step(name) for name in self.active_names() if name in self.prefix_memory_bank)
+        return self._plan or None
+
+    def _plan_of_rows(self, rows: RowAdapters) -> Plan | None:
+        if self.disable_adapters:
+            return None
+        plan = rows.plans.get(self)
+        if plan is None:
+            names = [name for name in rows.distinct if name in self.prefix_memory_bank]
+            plan = rows.plans[self] = Plan(self._step(name) for name in names)
+        return plan or None
+
+    def _step(self, name: str) -> Step:
+        config, memory = self.configs[name], self.memory(name)
+        answers: Callable[..., Tensor]
+        if self.share is not None:
+            answers = partial(self.share.read, memory)
+        elif config.kind.says("is_builtin"):
+            answers = memory
+        else:
+            answers = partial(ask, config.memory, memory, self.sites[name])
+        return Step(
+            name=name,
+            memory=memory,
+            ask=answers,
+            queries=tuple(getattr(memory, "queries", (config.query,))),
+            scale=self.scale[name],
+            limit=cast(float | None, config.answer_limit),
+            mixing=cast(Mixing, self.prefix_memory_mixing[name]) if name in self.prefix_memory_mixing else None,
+        )
 
     # What happens in a forward pass
 
-    def _start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if module is not self.site.module:
             raise PrefixMemoryError(
-                "nn.DataParallel runs copies of the model in threads, whose queries would mix in one memory. Start one "
+                "nn.DataParallel runs copies of the model in threads, which share one memory. Start one "
                 "process a GPU with torchrun or accelerate launch, or use one GPU: CUDA_VISIBLE_DEVICES=0."
             )
-        self.content_query = self.rotary_query = None  # a pass that was broken off may have left one
-        self.was_read = self.was_inside = False
+        rows = row_adapters()
+        plan = self._plan_now() if rows is None else self._plan_of_rows(rows)
+        if plan is not None and not self.site.intact():
+            raise PrefixMemoryError(
+                f"A projection of {type(self.site.module).__name__} was wrapped or replaced after its memory was "
+                "made, so the memory would read and write beside it. Make the memory last: inject LoRA first, and "
+                "keep modules_to_save outside of attention."
+            )
+        open_call(self, plan, rows)
+
+    def _show_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
+        call = current_call(self)
+        # the first alone: some project further vectors later on (DeBERTa v2: relative positions)
+        if call is not None and call.plan is not None and call.projected is None:
+            call.projected = (output, args[0])
 
     def on_attention(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, is_causal: bool | None, implementation: str
     ) -> tuple[Tensor, Tensor, Any]:
         """Called before the attention function: keeps the rotated query; returns keys, values and mask, with the
         prefix of the adapters inside the softmax in front of them."""
-        self.rotary_query = query.transpose(1, 2)  # [B, H, T, D] -> [B, T, H, D]
-        self.was_inside = True
-        prefix = None if self.disable_adapters else self._prefix(key.shape[0])
-        if prefix is None:
+        call = current_call(self)
+        if call is None or call.plan is None:
             return key, value, mask
+        call.was_inside = True
+        call.queries["rotary"] = query.transpose(1, 2)  # [B, H, T, D] -> [B, T, H, D]
+        if not call.plan.inside:
+            return key, value, mask
+        prefix = self._prefix(call.plan.inside, call.rows, key)
         counts_from_end = "flash" in implementation
-        return in_front(prefix, self.site.core, query, key, value, mask, is_causal, counts_from_end)
+        return prepend_prefix(prefix, self.site.core, query, key, value, mask, is_causal, counts_from_end)
 
-    def _prefix(self, batch: int) -> Prefix | None:
-        """The prefixes of the adapters inside the softmax, one behind the other; ``None`` if there are none."""
-        rows = self.row_adapters
-        names = self.answering() if rows is None else self._answering(dict.fromkeys(rows))
-        inside = [name for name in names if self.memory(name).inside]
-        if not inside:
-            return None
-        keys, values = zip(*(cast(PrefixVectors, self.memory(name)).vectors() for name in inside), strict=True)
-        dose = None
-        if rows is not None or any(self.scale[name] != 1 for name in inside):
-            own = [torch.full((k.shape[1],), math.log(self.scale[n])) for n, k in zip(inside, keys, strict=True)]
-            dose = torch.cat(own).to(keys[0].device)[None]
-            if rows is not None:
-                beams = self._beams(batch, rows)
-                belongs = [[name == row for name, k in zip(inside, keys, strict=True) for _ in k[0]] for row in rows]
-                here = torch.tensor(belongs, device=dose.device).repeat_interleave(beams, dim=0)
-                dose = dose.masked_fill(~here, -torch.inf)
-        return Prefix(torch.cat(keys, dim=1)[None], torch.cat(values, dim=1)[None], dose)
+    def _prefix(self, steps: list[Step], rows: RowAdapters | None, key: Tensor) -> Prefix:
+        """The prefixes of the adapters inside the softmax, one behind the other."""
+        keys, values = zip(*(cast(Any, step.memory).vectors() for step in steps), strict=True)
+        lengths = [k.shape[1] for k in keys]
+        bias = score_bias(steps, lengths, keys[0].float())
+        if rows is not None:
+            groups = rows.groups(key.shape[0], key.device)
+            here = [groups.has(step.name)[:, None].expand(-1, n) for step, n in zip(steps, lengths, strict=True)]
+            bias = keys[0].new_zeros(1, sum(lengths), dtype=torch.float32) if bias is None else bias
+            bias = bias.to(key.device).masked_fill(~torch.cat(here, dim=1), -torch.inf)
+        return Prefix(torch.cat(keys, dim=1)[None], torch.cat(values, dim=1)[None], bias)
 
-    def _take_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
-        # the first alone: some project further vectors later on (DeBERTa v2: relative positions)
-        if self.content_query is None and not self.disable_adapters:
-            self.content_query = self.live_site.query_from(output, args[0])
-
-    def _add_read(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not self.site.intact():
+    def _add_outputs(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        call = current_call(self)
+        if call is None:
+            if self._plan_now() is None:
+                return None
             raise PrefixMemoryError(
-                f"A projection of {type(self.site.module).__name__} was wrapped or replaced after its memory was "
-                "made, so the memory would read and write beside it. Make the memory last: inject LoRA first, and "
-                "keep modules_to_save outside of attention."
+                f"The output projection of {type(self.site.module).__name__} was called outside of its attention, so "
+                "its memory was not shown a query. Exclude it with exclude_modules."
             )
-        heads, *rest = args
-        self.was_read = True
-        queries: dict[str, Tensor] = {}
-        left: dict[str, Tensor | None] = {}
-        wanted = {self.memory(name).query for name in self.prefix_memory_bank if not self.disable_adapters}
-        for kind, query in (("content", self.content_query), ("rotary", self.rotary_query)):
-            if query is not None and kind in wanted:
-                queries[kind], left[kind] = self.live_site.take(query, heads)
-        self.content_query, self.rotary_query = left.get("content"), left.get("rotary")
-        if not self.was_inside and any(self.memory(name).inside for name in self.answering()):
+        call.was_read = True
+        if call.plan is None:
+            return None
+        if call.plan.inside and not call.was_inside:
             raise PrefixMemoryError(
                 f"{type(self.site.module).__name__} did not call its attention function through transformers' "
                 "interface, so its prefix inside the softmax was passed by. Exclude it with exclude_modules."
             )
-        read = self._read(queries, heads)
-        return args if read is None else (heads + read.reshape(heads.shape).to(heads.dtype), *rest)
+        if not call.plan.outside:
+            return None
+        heads, *rest = args
+        queries = {kind: self._query(call, kind, heads) for kind in call.plan.queries}
+        batch, tokens = next(iter(queries.values())).shape[:2]
+        outputs = heads.reshape(batch, tokens, self.live_site.heads, self.live_site.value_dim)
+        if call.rows is None:
+            new = outputs
+            for step in call.plan.outside:
+                new = step.add_to(new, outputs, queries)
+        else:
+            new = _add_by_row(call.plan, call.rows, outputs, queries)
+        return (new.reshape(heads.shape), *rest)
 
-    def _check_read(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.disable_adapters or not self.answering():
+    def _query(self, call: Call, kind: str, heads: Tensor) -> Tensor:
+        """The queries of the tokens whose heads' outputs are ``heads``; what is left is for the next such call."""
+        query = call.queries.pop(kind, None)
+        if query is None and kind == "content" and call.projected is not None and call.projected[0] is not None:
+            query = self.live_site.query_from(*call.projected)
+            call.projected = (None, call.projected[1])  # taken
+        if query is None:
+            raise PrefixMemoryError(
+                f"{type(self.site.module).__name__} reached its output projection without showing a {kind} query. "
+                "Its forward is not one that prefixmemory knows; exclude it with exclude_modules."
+            )
+        query, left = self.live_site.take(query, heads)
+        if left is not None:
+            call.queries[kind] = left
+        return query
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call = close_call(self)
+        if call is None or call.plan is None or output is None:  # nothing to do, or the call was broken off
             return
-        if not self.was_read or self.content_query is not None:
+        if not call.was_read or "content" in call.queries:
             raise PrefixMemoryError(
                 f"{type(module).__name__} finished without its output projection reading every head's output, so its "
                 "memory was passed by. Its forward is not one that prefixmemory knows; exclude it with exclude_modules."
             )
 
-    def _query(self, kind: str, queries: Mapping[str, Tensor]) -> Tensor:
-        if kind not in queries:
-            raise PrefixMemoryError(
-                f"{type(self.site.module).__name__} reached its output projection without showing a {kind} query. "
-                "Its forward is not one that prefixmemory knows; exclude it with exclude_modules."
-            )
-        return queries[kind]
-
-    def _read(self, queries: Mapping[str, Tensor], heads: Tensor) -> Float[Tensor, "*batch h v"] | None:
-        """Σ over adapters of scale·φ(q)ᵀM, or ``None`` when no adapter has anything to add."""
-        if self.disable_adapters:
-            return None
-        if self.row_adapters is not None:
-            return self._read_by_row(self.row_adapters, queries, heads)
-        return self._sum(
-            self.scale[name] * self._answer(name, self._query(self.memory(name).query, queries), heads)
-            for name in self._outside(self.active_names())
-        )
-
-    def _answer(self, name: str, query: Tensor, heads: Tensor) -> Tensor:
-        """What one adapter adds to the heads' outputs ``heads``, ``[batch, tokens, heads, value_dim]``."""
-        memory = self.memory(name)
-        answer = memory(query) if self.share is None else self.share.read(cast(Memory, memory), query)
-        if memory.mixing is not None:
-            answer = memory.mixing(answer, heads.reshape(answer.shape))
-        return answer
-
-    def answering(self) -> list[str]:
-        """The active adapters whose scale is not 0."""
-        return self._answering(self.active_names())
-
-    def _answering(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name in self.prefix_memory_bank and self.scale[name] != 0]
-
-    def _outside(self, names: Iterable[str]) -> list[str]:
-        return [name for name in self._answering(names) if not self.memory(name).inside]
-
-    @staticmethod
-    def _sum(reads: Iterable[Tensor]) -> Tensor | None:
-        total = None
-        for read in reads:
-            total = read if total is None else total + read
-        return total
-
-    def _beams(self, batch: int, names: Sequence[str]) -> int:
-        """Rows of the batch for each of ``names``: generate() repeats a row for its beams."""
-        if batch not in (len(names), len(names) * self.row_beams):
-            raise PrefixMemoryError(
-                f"adapter_names has {len(names)} entries for a batch of {batch} rows: give one a row."
-            )
-        return batch // len(names)
-
-    def _read_by_row(self, names: Sequence[str], queries: Mapping[str, Tensor], heads: Tensor) -> Tensor | None:
-        """A different adapter for each row: ``names`` has one entry a row, or a row has several beams."""
-        total: Tensor | None = None
-        for name in self._outside(dict.fromkeys(names)):
-            query = self._query(self.memory(name).query, queries)
-            beams = self._beams(query.shape[0], names)
-            rows = torch.tensor([n == name for n in names], device=query.device).repeat_interleave(beams)
-            read = self.scale[name] * self._answer(name, query[rows], heads.reshape(*query.shape[:2], -1)[rows])
-            if total is None:
-                total = read.new_zeros(*query.shape[:-1], read.shape[-1])
-            total[rows] = read.to(total.dtype)
-        return total
-
     # PEFT's lifecycle
 
-    def update_layer(self, adapter_name: str, memory: Memory | PrefixVectors | OwnMemory, scale: float) -> None:
-        """Add a memory under ``adapter_name``."""
+    def update_layer(self, adapter_name: str, memory: nn.Module, config: PrefixMemoryConfig, site: MemorySite) -> None:
+        """Add a memory, which was made for ``site``, under ``adapter_name``."""
+        self.fixed[adapter_name] = [name for name, p in memory.named_parameters() if not p.requires_grad]
         self.prefix_memory_bank[adapter_name] = memory
-        self.scale[adapter_name] = scale
+        if config.mixing != "none":
+            assert isinstance(config.mix, float)
+            self.prefix_memory_mixing[adapter_name] = Mixing(config.mixing, self.site.heads, config.mix)
+        self.scale[adapter_name] = config.scale
+        self.configs[adapter_name], self.sites[adapter_name] = config, site
         BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
-        BaseTunerLayer.set_adapter(self, self.active_names())
+        self.set_adapter(self.active_names())
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Give one adapter another scale."""
+        self.scale[adapter_name] = scale
+        self._plan = None
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        BaseTunerLayer.set_adapter(self, adapter_names, inference_mode)
+        self._plan = None
+
+    def enable_adapters(self, enabled: bool) -> None:
+        BaseTunerLayer.enable_adapters(self, enabled)
+        self._plan = None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        BaseTunerLayer.delete_adapter(self, adapter_name)
+        self._plan = None
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        """PEFT calls this wherever it has let all parameters of adapters learn."""
+        for adapter_name, parameters in self.fixed.items():
+            for name in parameters:
+                self.memory(adapter_name).get_parameter(name).requires_grad_(False)
 
     def get_base_layer(self) -> nn.Module:
         """The attention module that the layer hangs in."""
@@ -250,13 +285,29 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         return f"heads={site.heads}, kv_heads={site.kv_heads}, head_dim={site.head_dim}, value_dim={site.value_dim}"
 
 
+def _add_by_row(plan: Plan, rows: RowAdapters, outputs: Tensor, queries: dict[str, Tensor]) -> Tensor:
+    """The heads' outputs with what each row's own adapter adds."""
+    groups = rows.groups(outputs.shape[0], outputs.device)
+    if groups.order is not None:
+        outputs = outputs.index_select(0, groups.order)
+        queries = {kind: query.index_select(0, groups.order) for kind, query in queries.items()}
+    parts = []
+    for name, start, end in groups.slices:
+        part = outputs[start:end]
+        if name in plan.by_name:
+            part = plan.by_name[name].add_to(part, part, {kind: q[start:end] for kind, q in queries.items()})
+        parts.append(part)
+    new = torch.cat(parts)
+    return new if groups.back is None else new.index_select(0, groups.back)
+
+
 def memory_layers(model: nn.Module) -> list[PrefixMemoryLayer]:
     """All memory layers of a model, in its order."""
     return [module for module in model.modules() if isinstance(module, PrefixMemoryLayer)]
 
 
 def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -> None:
-    """Set the dose of a memory at run time; 0 gives the base model exactly.
+    """Set the scale of a memory at run time; 0 gives the base model exactly.
 
     Args:
         model: any model that holds memories, wrapped by PEFT or not.
@@ -273,6 +324,6 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -
     for layer in layers:
         for name in layer.active_names() if adapter_name is None else [adapter_name]:
             if name in layer.scale:
-                if scale < 0 and layer.memory(name).inside:
+                if scale < 0 and is_inside(layer.memory(name)):
                     raise PrefixMemoryError(f"scale={scale} is out of range: inside the softmax, give 0 or more.")
-                layer.scale[name] = float(scale)
+                layer.set_scale(name, float(scale))

@@ -10,7 +10,6 @@ from copy import deepcopy
 from functools import partial
 from typing import Any, cast
 
-import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -23,22 +22,21 @@ from prefixmemory.attention.interface import check_interface, install_tap
 from prefixmemory.attention.sites import CHILD, AttentionSite
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.memories import checkpoint
-from prefixmemory.memories.combination import build_mixing
 from prefixmemory.memories.config import PrefixMemoryConfig
-from prefixmemory.memories.matrix import Memory
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
-from prefixmemory.memories.prefix import PrefixVectors
-from prefixmemory.memories.registry import MemorySite, OwnMemory
+from prefixmemory.memories.registry import MemorySite, check_start
 from prefixmemory.models.quantization import keep_trainable
-from prefixmemory.tuner import weighted_adapter as summing
+from prefixmemory.tuner import weighted_adapter
+from prefixmemory.tuner.calibration import FirstBatch
+from prefixmemory.tuner.calls import RowAdapters, row_adapters, use_row_adapters
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
 from prefixmemory.tuner.tensor_parallel import head_share, same_start
 
 logger = logging.getLogger(__name__)
 
-#: Where the tensors of memories lie, below their attention module. In the model the adapter's name follows; in a
+#: Where the tensors of an adapter lie, below their attention module. In the model the adapter's name follows; in a
 #: checkpoint it is left out.
-BANK = f".{CHILD}.prefix_memory_bank."
+PLACES = tuple(f".{CHILD}.{place}." for place in PrefixMemoryLayer.adapter_layer_names)
 
 #: What torch's activation checkpointing adds to the names of modules and parameters, not to those in a state dict.
 WRAPPER = "_checkpoint_wrapped_module."
@@ -99,44 +97,27 @@ class PrefixMemoryModel(BaseTuner):
             raise PrefixMemoryError(
                 f"{current_key} is not a softmax attention: the tensors were made for another model."
             )
-        # before anything is attached: a feature map may refuse the config, tensor parallelism the memory
         share = head_share(self.model, current_key, site) if layer is None else layer.share
-        sizes = (site.heads, site.kv_heads, site.head_dim, site.value_dim)
-        memory: Memory | PrefixVectors | OwnMemory
-        if peft_config.memory is not None:
-            memory = self._own_memory(peft_config, adapter_name, site, layer)
-        elif peft_config.prefix_length is None:
-            memory = Memory(peft_config, *sizes)
-        else:
-            memory = PrefixVectors(peft_config, *sizes, scaling=site.scaling)
-        if share is not None:
-            if not isinstance(memory, Memory) or peft_config.mixing != "none":
-                raise PrefixMemoryError(
-                    "Tensor-parallel processes can divide a free memory only: leave memory, prefix_length and mixing "
-                    "at their defaults, or load the model without tp_plan."
-                )
-            share.check(memory)
-        if layer is None:
-            layer = PrefixMemoryLayer(site, share)
-        layer.update_layer(adapter_name, memory, peft_config.scale)
-
-    def _own_memory(
-        self, config: PrefixMemoryConfig, adapter_name: str, site: AttentionSite, layer: PrefixMemoryLayer | None
-    ) -> OwnMemory:
-        """A registered memory, checked; a refusal takes the half-made adapter with it."""
-        assert config.memory is not None
-        layers = memory_layers(self.model)
-        holders = [other for other in layers if adapter_name in other.prefix_memory_bank]
-        first = [cast(OwnMemory, holders[0].memory(adapter_name)).module] if holders and holders[0] is not layer else []
-        place = MemorySite(site.heads, site.kv_heads, site.head_dim, site.value_dim, tuple(first))
-        mixing = build_mixing(config.mixing, site.heads, config.mix)
-        try:
-            memory = OwnMemory(config.memory, config.memory_options or {}, place, config.query, mixing)
-            memory.check(parameter for other in layers for parameter in other.parameters())
+        place = self._place(site, adapter_name, layer)
+        try:  # before anything is attached: the memory may be refused, and takes the half-made adapter with it
+            memory = peft_config.kind.build(peft_config, place)
+            if not peft_config.kind.says("is_builtin"):
+                others = (parameter for other in memory_layers(self.model) for parameter in other.parameters())
+                check_start(peft_config.kind, memory, place, others)
+            if share is not None:
+                share.check(memory, peft_config.mixing)
         except PrefixMemoryError:
             _discard(self.model, adapter_name)
             raise
-        return memory
+        if layer is None:
+            layer = PrefixMemoryLayer(site, share)
+        layer.update_layer(adapter_name, memory, peft_config, place)
+
+    def _place(self, site: AttentionSite, adapter_name: str, layer: PrefixMemoryLayer | None) -> MemorySite:
+        """What the class of a memory is told of ``site``."""
+        holders = self._layers_of(adapter_name)
+        first = (holders[0].memory(adapter_name),) if holders and holders[0] is not layer else ()
+        return MemorySite(site.heads, site.kv_heads, site.head_dim, site.value_dim, site.scaling, first)
 
     def inject_adapter(
         self,
@@ -149,23 +130,13 @@ class PrefixMemoryModel(BaseTuner):
         """As in PEFT. ``state_dict`` may say which attention modules are targeted."""
         if state_dict is not None:
             # PEFT takes what stands before ".prefix_memory_" for the targeted module; ours is one level up.
-            state_dict = {key.replace(BANK, f".{self.prefix}"): value for key, value in state_dict.items()}
+            inner, outer = f".{CHILD}.{self.prefix}", f".{self.prefix}"
+            state_dict = {key.replace(inner, outer): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        same_start(self.model, (layer.prefix_memory_bank[adapter_name] for layer in self._layers_of(adapter_name)))
-        config = self.peft_config.get(adapter_name)
-        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
-        for layer in self._layers_of(adapter_name) if twins else []:  # TRL copies only parameters to its ``ref``
-            memory = layer.memory(adapter_name)
-            if isinstance(memory, Memory) and twins[0] in layer.prefix_memory_bank:
-                memory.share_mean(cast(Memory, layer.memory(twins[0])))
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As in PEFT, which leaves buffers out: a memory's mean goes with its parameters."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in self._layers_of(adapter_name):
-            memory = layer.memory(adapter_name)
-            if isinstance(memory, Memory) and memory.has_mean:
-                memory.mean = memory.mean.to(next(memory.parameters()).dtype)
+        layers = self._layers_of(adapter_name)
+        same_start(self.model, (layer.memory(adapter_name) for layer in layers))
+        if any(getattr(layer.memory(adapter_name), "mean", None) is not None for layer in layers):
+            FirstBatch(self.model, layers)
 
     # Running
 
@@ -181,30 +152,37 @@ class PrefixMemoryModel(BaseTuner):
                 "adapter_names cannot be given in training mode: gradient checkpointing would recompute without it. "
                 "Call model.eval() first."
             )
-        layers = memory_layers(self.model)
-        known = {name for layer in layers for name in layer.prefix_memory_bank} | {BASE_MODEL}
+        known = {name for layer in memory_layers(self.model) for name in layer.prefix_memory_bank} | {BASE_MODEL}
         for name in names:
             if name not in known:
                 raise PrefixMemoryError(
                     f"adapter_names has {name!r}, which is not loaded.{did_you_mean(name, known)} "
                     f"Loaded: {', '.join(sorted(known))}."
                 )
-        names = list(names)
-        for layer in layers:
-            layer.row_adapters = names
-            layer.row_beams = self._rows_per_prompt(kwargs)
         handles = [
-            module.register_forward_pre_hook(partial(_pass_adapter_names, names=names), with_kwargs=True)
+            module.register_forward_pre_hook(partial(_pass_adapter_names, names=list(names)), with_kwargs=True)
             for module in self.model.modules()
             if isinstance(module, AuxiliaryTrainingWrapper)
         ]
         try:
-            yield
+            with use_row_adapters(RowAdapters(names)):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for layer in layers:
-                layer.row_adapters = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward pass; with ``adapter_names``, their number must be that of the rows."""
+        if (rows := row_adapters()) is not None:
+            rows.check(_batch_size(args, kwargs))
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's generation; with ``adapter_names``, beams and return sequences share their row's."""
+        if (rows := row_adapters()) is not None:
+            rows.check(_batch_size(args, kwargs))
+            rows.beams = self._rows_per_prompt(kwargs)
+        return cast(Any, self.model).generate(*args, **kwargs)
 
     def _rows_per_prompt(self, kwargs: dict[str, Any]) -> int:
         """How many rows generate() makes of each row that it is given."""
@@ -247,17 +225,21 @@ class PrefixMemoryModel(BaseTuner):
         if not adapters or len(adapters) != len(weights):
             raise PrefixMemoryError(f"Got {len(adapters)} adapters and {len(weights)} weights: give one weight each.")
         configs = [self.peft_config[name] for name in adapters]
-        summing.check(adapters, configs, [self._layers_of(name) for name in adapters])
+        weighted_adapter.check(adapters, configs, [self._layers_of(name) for name in adapters])
 
         config = deepcopy(configs[0])
         ranks = [c.rank for c in configs]
         config.rank = None if None in ranks else sum(cast(list[int], ranks))
+        # One common scale stays a scale, so that the sum of one adapter with weight 1 is that adapter, bit for bit.
+        scales = [self._layers_of(name)[0].scale[name] for name in adapters]
+        config.scale = scales[0] if len(set(scales)) == 1 else 1.0
+        factors = [w * (1.0 if s == config.scale else s) for w, s in zip(weights, scales, strict=True)]
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         try:
-            with torch.no_grad():
-                for layer in self._layers_of(adapter_name):
-                    config.scale = summing.fill(layer, adapters, weights, adapter_name)
+            for layer in self._layers_of(adapter_name):
+                summed = cast(Any, layer.memory(adapter_name))
+                summed.set_to_sum([layer.memory(name) for name in adapters], factors)
         except Exception:
             _discard(self.model, adapter_name)
             raise
@@ -285,7 +267,7 @@ class PrefixMemoryModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return key.replace(f"{BANK}{adapter_name}.", BANK)
+        return _stored(key, adapter_name) or key
 
     @classmethod
     def _get_adapter_state_dict(
@@ -297,7 +279,7 @@ class PrefixMemoryModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The memories among the tensors of a model. PEFT goes by the names of modules, which have ``WRAPPER``."""
-        return {key: tensor for key, tensor in state_dict.items() if f"{BANK}{adapter_name}." in key}
+        return {key: tensor for key, tensor in state_dict.items() if _stored(key, adapter_name) is not None}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -312,32 +294,42 @@ class PrefixMemoryModel(BaseTuner):
         A refused checkpoint takes its half-made adapter with it, so that the model stays as it was.
         """
         prefix = "base_model.model."  # not there where PEFT's layers were injected without a PeftModel
-        # not state_dict(): of a model that bitsandbytes repacked for a CPU, it changes the weights
-        named = {**dict(model.named_parameters(remove_duplicate=False)), **_saved_buffers(model)}
-        in_model = {name.replace(WRAPPER, ""): tensor for name, tensor in named.items()}
-        present = {key.removeprefix(prefix): tensor for key, tensor in in_model.items()}
-        bank = f"{BANK}{adapter_name}."
-        expected = {key.replace(bank, BANK): tensor for key, tensor in present.items() if bank in key}
+        names: dict[str, str] = {}  # in the checkpoint -> in the model
+        expected: dict[str, Tensor] = {}
+        others: set[str] = set()
+        for path, module in model.named_modules():
+            if isinstance(
+                module, PrefixMemoryLayer
+            ):  # not the model: asking it changes weights that bitsandbytes repacked
+                for key, tensor in module.state_dict(prefix=f"{path}.").items():
+                    key = key.replace(WRAPPER, "")
+                    stored = _stored(key, adapter_name)
+                    if stored is not None:
+                        expected[stored.removeprefix(prefix)], names[stored.removeprefix(prefix)] = tensor, key
+            elif isinstance(module, AuxiliaryTrainingWrapper):  # modules saved in full, or some of their rows
+                others |= {f"{path}.{name}".removeprefix(prefix) for name, _ in module.named_parameters()}
         found = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
         try:
-            checkpoint.check_state_dict(found, expected, also_known=present)
+            checkpoint.check_state_dict(found, expected, also_known=others)
         except PrefixMemoryError:
             if config.awaits_weights:  # an adapter that was there before stays
                 _discard(model, adapter_name)
             raise
         config.awaits_weights = False
-        names = {key.removeprefix(prefix).replace(bank, BANK): key for key in in_model if bank in key}
         return {names.get(key.removeprefix(prefix), key): tensor for key, tensor in state_dict.items()}
 
 
-def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict has, by name."""
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set or isinstance(module, Memory)
-    }
+def _stored(key: str, adapter_name: str) -> str | None:
+    """The name that a tensor of an adapter has in a checkpoint; ``None`` if it is not this adapter's."""
+    for place in PLACES:
+        if f"{place}{adapter_name}." in key:
+            return key.replace(f"{place}{adapter_name}.", place)
+    return None
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The number of rows of the first tensor that a model is given."""
+    return next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
 
 
 def _check_targets(
@@ -426,7 +418,7 @@ def _pass_adapter_names(
 def accept_adapter_names() -> None:
     """Silence PEFT's warning about adapter names that occur in ``prefix``; "ref", which TRL uses, does.
 
-    It is meant for keys out of which PEFT takes the name by plain replacement; ours are taken apart at ``BANK``.
+    It is meant for keys out of which PEFT takes the name by plain replacement; ours are taken apart at ``PLACES``.
     """
     message = f"Adapter name '.*' should not be contained in the prefix '{PrefixMemoryModel.prefix}'"
     warnings.filterwarnings("ignore", message, UserWarning)

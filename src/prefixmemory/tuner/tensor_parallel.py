@@ -20,7 +20,6 @@ from torch.func import functional_call
 
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.memories.matrix import Memory
 
 
 @dataclass(frozen=True)
@@ -36,39 +35,35 @@ class HeadShare:
         blocks = site.blocks if site.blocks == 1 else site.blocks // self.ranks
         return replace(site, heads=site.heads // self.ranks, blocks=blocks)
 
-    def check(self, memory: Memory) -> None:
+    def check(self, memory: nn.Module, mixing: str) -> None:
         """Refuse a memory that cannot be divided by heads.
 
         Raises:
-            PrefixMemoryError: fewer memories than processes, or parameters that are not one set per memory.
+            PrefixMemoryError: its kind cannot, there are fewer memories than processes, or its parameters are not one
+                set for each memory.
         """
-        if memory.groups % self.ranks:
+        if not getattr(memory, "is_divisible", False) or mixing != "none":
             raise PrefixMemoryError(
-                f"{memory.groups} memories cannot be divided among {self.ranks} tensor-parallel processes: use "
+                "Tensor-parallel processes can divide a free memory only: leave memory, prefix_length and mixing "
+                "at their defaults, or load the model without tp_plan."
+            )
+        groups = int(cast(Any, memory).groups)
+        if groups % self.ranks:
+            raise PrefixMemoryError(
+                f"{groups} memories cannot be divided among {self.ranks} tensor-parallel processes: use "
                 "share_heads=False, or a number of processes that divides the number of heads."
             )
         for name, parameter in memory.named_parameters():
-            if parameter.shape[:1] != (memory.groups,):
+            if parameter.shape[:1] != (groups,):
                 raise PrefixMemoryError(
-                    f"{name} has shape {list(parameter.shape)}, not one set for each of {memory.groups} memories, so "
+                    f"{name} has shape {list(parameter.shape)}, not one set for each of {groups} memories, so "
                     "tensor-parallel processes cannot divide it. Use another feature_map, or train without tp_plan."
                 )
 
-    def read(self, memory: Memory, query: Tensor) -> Tensor:
+    def read(self, memory: nn.Module, query: Tensor) -> Tensor:
         """φ(q)ᵀM for the heads of this process; ``query`` is ``[batch.., heads / ranks, head_dim]``."""
         own = {name: _OwnPart.apply(p, self) for name, p in memory.named_parameters()}  # type: ignore[no-untyped-call]
-        if memory.has_mean:
-            own["mean"] = memory.mean.chunk(self.ranks)[self.rank]  # a view
-        may_take, memory.is_divided = memory.takes_mean, True
-        answer = cast(Tensor, functional_call(memory, own, (query,)))
-        if may_take and not memory.takes_mean:
-            parts = [torch.empty_like(own["mean"]) for _ in range(self.ranks)]
-            dist.all_gather(parts, own["mean"].contiguous(), group=self.group)
-            memory.mean.copy_(torch.cat(parts))
-            if (world := dist.get_world_size()) > self.ranks:  # replicas, which have seen other parts of the batch
-                dist.all_reduce(memory.mean)
-                memory.mean.div_(world)
-        return answer
+        return cast(Tensor, functional_call(memory, own, (query,)))
 
 
 class _OwnPart(torch.autograd.Function):

@@ -1,0 +1,1 @@
+"""The read of a memory as one pure function; ``reference.py`` is its oracle."""

@@ -1,0 +1,107 @@
+"""What a head says with its memory, o + s·limit((φ(q) − μ)ᵀM), as pure functions of tensors.
+
+    a  = φ(q)ᵀM − μᵀM                    :func:`memory_output`
+    o' = o + s·a·√(L / (L + |a|²))       :func:`add`, with L = c²·|o|² + V·TINY
+    :func:`read` is both.
+
+Nothing here knows modules, adapters or calls. Symbols are those of ``reference.py``. Shapes: ``*b`` any batch axes,
+``h`` query heads, ``g`` memories (h is a multiple of g: query head n reads memory n // (h / g)), ``d`` size of a query,
+``f`` of its features, ``v`` of a head's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from prefixmemory._shapes import Float
+
+#: Stands in for the mean square of an output that is zero, so that the root has a slope there.
+TINY = 1e-12
+
+#: φ: queries ``[*b, g, h / g, d]`` to features ``[*b, g, h / g, f]``.
+FeatureMapFn = Callable[[Tensor], Tensor]
+
+
+def memory_output(
+    query: Float[Tensor, "*b h d"],
+    factors: Sequence[Tensor],
+    feature_map: FeatureMapFn,
+    mean: Float[Tensor, "g f"] | None = None,
+) -> Float[Tensor, "*b h v"]:
+    """(φ(q) − μ)ᵀM, with M the product of ``factors``.
+
+    μᵀM is one vector per memory, subtracted within the first product: the features are never centred themselves.
+
+    Args:
+        query: of every token and head, in the dtype of the factors.
+        factors: ``(M,)`` with M ``[g, f, v]``, or ``(A, B)`` with ``[g, f, r]`` and ``[g, r, v]``.
+        feature_map: φ.
+        mean: μ of each memory, a constant; ``None``: zero.
+    """
+    groups, repeat = factors[0].shape[0], query.shape[-2] // factors[0].shape[0]
+    by_group = query.unsqueeze(-2) if repeat == 1 else query.unflatten(-2, (groups, repeat))
+    features = feature_map(by_group)
+    rows = features.reshape(-1, groups, repeat, features.shape[-1]).transpose(0, 1).flatten(1, 2)  # [g, tokens·h/g, f]
+    if mean is None:
+        output = torch.bmm(rows, factors[0])
+    else:
+        output = torch.baddbmm(torch.bmm(mean.unsqueeze(1), factors[0]), rows, factors[0], beta=-1)
+    for factor in factors[1:]:
+        output = torch.bmm(output, factor)
+    by_token = output.unflatten(1, (-1, repeat)).transpose(0, 1)
+    answer: Tensor = by_token.reshape(*query.shape[:-1], output.shape[-1])
+    return answer
+
+
+def add(
+    outputs: Float[Tensor, "*b h v"],
+    answer: Float[Tensor, "*b h v"],
+    limit: float | None = None,
+    scale: float = 1.0,
+    onto: Float[Tensor, "*b h v"] | None = None,
+) -> Float[Tensor, "*b h v"]:
+    """``onto`` + s·answer, the answer no longer than c = ``limit`` times the head's own output.
+
+    Short answers pass as they are, long ones come near the length c·|o|: no step of the optimiser can drown what a head
+    says by itself, whatever the learning rate and the head's scale.
+
+    Args:
+        outputs: o, the heads' own outputs.
+        answer: a, what a memory says to them, in any floating-point dtype.
+        limit: c; ``None``: no limit.
+        scale: s.
+        onto: what it is added to; ``None``: ``outputs``. Several memories are limited each by the heads' own outputs.
+    """
+    onto = outputs if onto is None else onto
+    if limit is not None:
+        factor = limit_factor(outputs, answer, limit)  # too small for float16 where the answer is long
+        answer = answer * (factor if answer.dtype == torch.float16 else factor.to(answer.dtype))
+    return torch.add(onto, answer.to(onto.dtype), alpha=scale)
+
+
+def limit_factor(
+    outputs: Float[Tensor, "*b h v"], answer: Float[Tensor, "*b h v"], limit: float
+) -> Float[Tensor, "*b h 1"]:
+    """√(L / (L + |a|²)) in float32; squares of float16 would overflow."""
+    own = torch.linalg.vector_norm(outputs, dim=-1, keepdim=True, dtype=torch.float32)
+    length = torch.linalg.vector_norm(answer, dim=-1, keepdim=True, dtype=torch.float32)
+    longest = (own * own).mul(limit * limit).add(outputs.shape[-1] * TINY)
+    factor: Tensor = (longest / torch.addcmul(longest, length, length)).sqrt()
+    return factor
+
+
+def read(
+    query: Float[Tensor, "*b h d"],
+    outputs: Float[Tensor, "*b h v"],
+    factors: Sequence[Tensor],
+    feature_map: FeatureMapFn,
+    mean: Float[Tensor, "g f"] | None = None,
+    limit: float | None = None,
+    scale: float = 1.0,
+    onto: Float[Tensor, "*b h v"] | None = None,
+) -> Float[Tensor, "*b h v"]:
+    """What the heads say with their memories: :func:`memory_output` of ``query``, by :func:`add` to ``outputs``."""
+    return add(outputs, memory_output(query, factors, feature_map, mean), limit, scale, onto)

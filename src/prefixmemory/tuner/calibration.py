@@ -1,0 +1,192 @@
+"""The means of features, taken over the first batch that is trained on.
+
+What is the same in φ(q) for every token would make a memory say the same to every text; a memory with a ``mean``
+subtracts it (``docs/LOG.md``). It is taken once, before the first step, in a pass of its own over that batch, without
+gradients and in evaluation mode. Nothing has been learned by then, so that no answer changes; a memory that has learned
+without a mean goes on without one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import takewhile
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
+
+
+class FirstBatch:
+    """Waits at a model for the first batch that it is trained on.
+
+    It stands before the model and the parts of it that hold all memory layers, since some trainers call such a part
+    alone; when no memory waits for its mean any more, it is gone.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[PrefixMemoryLayer]) -> None:
+        paths = [name.split(".") for name, module in model.named_modules() if module in set(layers)]
+        common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+        holders = [model.get_submodule(".".join(common[:n])) for n in range(len(common) + 1)]
+        holders = [module for module in holders if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+        for layer in layers:
+            layer.first_batch = self
+        self._handles = [
+            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True) for module in holders
+        ]
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._take(module, args, kwargs)
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="call prefixmemory.calibrate(model, **batch) before the first compiled step, which takes the means"
+    )
+    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take_means(module, args, kwargs)
+        if not any(_waits(memory) for layer in memory_layers(module) for memory in layer.prefix_memory_bank.values()):
+            self.leave()
+
+    def leave(self) -> None:
+        """Wait no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Take the means of features over one batch, as the first step of training would.
+
+    Needed only where that step cannot do it: ``torch.compile(model, fullgraph=True)`` allows nothing beside the graph.
+    Memories that have a mean, or have learned without one, keep what they have.
+
+    Args:
+        model: holds memories, wrapped by PEFT or not.
+        args, kwargs: a batch, as ``model`` is called with it.
+
+    Raises:
+        PrefixMemoryError: the model holds no memory.
+    """
+    if not memory_layers(model):
+        raise PrefixMemoryError(f"{type(model).__name__} holds no memory. Make one with get_peft_model first.")
+    take_means(model, args, kwargs)
+
+
+def _waits(memory: nn.Module) -> bool:
+    """Whether a memory has a mean that is still zero."""
+    mean = getattr(memory, "mean", None)
+    return isinstance(mean, nn.Parameter) and not mean.is_meta and not bool(_whole(mean).any())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return cast(Tensor, cast(Any, tensor).full_tensor()) if hasattr(tensor, "full_tensor") else tensor
+
+
+class _Sums:
+    """Sums of the features of one memory, ``[groups, features]``, and how many there were, ``[groups]``."""
+
+    def __init__(self, mean: Tensor) -> None:
+        self.sums = torch.zeros(mean.shape, device=mean.device, dtype=torch.float32)
+        self.counts = torch.zeros(mean.shape[0], device=mean.device, dtype=torch.float32)
+        self.has_learned = False
+
+    def add(self, layer: PrefixMemoryLayer, memory: nn.Module, args: tuple[Tensor, ...], answer: Tensor) -> None:
+        """A forward hook on the memory."""
+        self.has_learned |= bool(answer.any())
+        mean = cast(Tensor, memory.mean)  # the part of a tensor-parallel process
+        by_group = [query.to(mean.dtype).unflatten(-2, (mean.shape[0], -1)) for query in args]
+        features = cast(Any, memory).features(*by_group).float().flatten(end_dim=-4)
+        sound = features.isfinite().all(dim=-1)  # a row that is all padding may have no finite query
+        first = 0 if layer.share is None else layer.share.rank * mean.shape[0]
+        here = slice(first, first + mean.shape[0])
+        self.sums[here] += torch.where(sound[..., None], features, 0.0).sum(dim=(0, 2)).to(self.sums.device)
+        self.counts[here] += sound.sum(dim=(0, 2)).to(self.counts.device)
+
+
+def take_means(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Give the active memories that wait for one the mean of their features over one call of ``module``.
+
+    Processes that train together, each on its part of the batch or with its part of the heads, take the mean of all.
+    """
+    waiting: list[tuple[nn.Module, _Sums]] = []
+    handles = []
+    for layer in memory_layers(module):
+        for name in layer.answering() if not layer.disable_adapters else []:
+            memory = layer.memory(name)
+            if _waits(memory):
+                sums = _Sums(_whole(cast(Tensor, memory.mean)))
+                waiting.append((memory, sums))
+                handles.append(memory.register_forward_hook(partial(_add, sums, layer)))
+    if not waiting:
+        return
+    try:
+        with torch.no_grad(), _evaluating(module), torch.random.fork_rng():
+            module(*args, **{key: _own(value) for key, value in kwargs.items()})
+    finally:
+        for handle in handles:
+            handle.remove()
+    _add_up([sums for _, sums in waiting])
+    for part in module.modules():
+        if hasattr(part, "reshard"):  # FSDP2: what it has gathered is not what it keeps
+            cast(Any, part).reshard()
+    for memory, sums in waiting:
+        if not sums.has_learned and sums.counts.any():
+            _set(cast(nn.Parameter, memory.mean), sums.sums / sums.counts.clamp(min=1.0)[:, None])
+
+
+def _add(sums: _Sums, layer: PrefixMemoryLayer, memory: nn.Module, args: tuple[Tensor, ...], answer: Tensor) -> None:
+    sums.add(layer, memory, args, answer)
+
+
+def _own(value: Any) -> Any:
+    """A cache of its own: the pass would fill the caller's."""
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _add_up(all_sums: list[_Sums]) -> None:
+    """Over all processes, in one go: one of them may have passed a layer by."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    device = all_sums[0].sums.device
+    tensors = [tensor for sums in all_sums for tensor in (sums.sums, sums.counts)]
+    flat = torch.cat([tensor.flatten().to(device) for tensor in tensors])
+    learned = torch.tensor([float(sums.has_learned) for sums in all_sums], device=device)
+    dist.all_reduce(flat)
+    dist.all_reduce(learned)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view(tensor.shape))
+    for sums, flag in zip(all_sums, learned.tolist(), strict=True):
+        sums.has_learned = flag > 0
+
+
+@torch.no_grad()
+def _set(parameter: nn.Parameter, value: Tensor) -> None:
+    """Also where the parameter is spread over processes."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        spread = cast(Any, parameter)
+        spread.copy_(distribute_tensor(value.to(parameter.dtype), spread.device_mesh, spread.placements))
+    elif hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+    else:
+        parameter.copy_(value)

@@ -1,0 +1,159 @@
+"""What belongs to one call of an attention module, or of the model: one object per call and thread.
+
+An attention module opens a :class:`Call` when it is entered and closes it when it is left, also by an exception. In
+between, the query's projection, the attention function and the output projection find it as the thread's innermost
+one. Layers hold nothing of it, so that threads, nested calls, checkpointing and copies never meet.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefixmemory.errors import PrefixMemoryError
+
+
+class RowAdapters:
+    """An adapter for each row of a batch: ``adapter_names`` of one forward pass or generation.
+
+    Attributes:
+        names: one adapter for each row that the caller gave.
+        beams: how many rows generate() makes of each; batches have so many times more rows than there are names.
+        plans: what each layer has to do for these adapters.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self.beams = list(names), 1
+        self.distinct = list(dict.fromkeys(self.names))
+        self.plans: dict[nn.Module, Any] = {}
+        self._of_batch: dict[tuple[int, torch.device], Groups] = {}
+
+    def check(self, batch: int) -> None:
+        """Refuse a batch with another number of rows.
+
+        Raises:
+            PrefixMemoryError: names both numbers.
+        """
+        if batch not in (len(self.names), len(self.names) * self.beams):
+            raise PrefixMemoryError(
+                f"adapter_names has {len(self.names)} entries for a batch of {batch} rows: give one a row."
+            )
+
+    def groups(self, batch: int, device: torch.device) -> Groups:
+        """The rows of each adapter in a batch of ``batch`` rows; worked out once."""
+        found = self._of_batch.get((batch, device))
+        if found is None:
+            self.check(batch)
+            found = self._of_batch[batch, device] = Groups(self.names, batch // len(self.names), device)
+        return found
+
+
+class Groups:
+    """The rows of a batch sorted by adapter.
+
+    Attributes:
+        slices: for each adapter, its first and one past its last row in the sorted batch.
+        order: ``[batch]``, which row of the batch comes where; ``None``: the batch is sorted already.
+        back: the inverse of ``order``.
+        row: for each row of the batch, its adapter.
+    """
+
+    def __init__(self, names: Sequence[str], beams: int, device: torch.device) -> None:
+        self.row = [name for name in names for _ in range(beams)]
+        by_name: dict[str, list[int]] = {}
+        for index, name in enumerate(self.row):
+            by_name.setdefault(name, []).append(index)
+        order = [index for rows in by_name.values() for index in rows]
+        self.slices: list[tuple[str, int, int]] = []
+        start = 0
+        for name, rows in by_name.items():
+            self.slices.append((name, start, start + len(rows)))
+            start += len(rows)
+        self._has: dict[str, Tensor] = {}
+        self.order: Tensor | None = None
+        self.back: Tensor | None = None
+        if order != sorted(order):
+            self.order = torch.tensor(order, device=device)
+            self.back = self.order.argsort()
+        self.device = device
+
+    def has(self, name: str) -> Tensor:
+        """Which rows have the adapter ``name``, bool ``[batch]``."""
+        if name not in self._has:
+            self._has[name] = torch.tensor([row == name for row in self.row], device=self.device)
+        return self._has[name]
+
+
+class Call:
+    """One call of an attention module.
+
+    Attributes:
+        layer: the memory layer that hangs in it.
+        plan: what the layer had to do when the call began; ``None``: nothing.
+        rows: an adapter for each row, if the caller asked for that.
+        outer: the call in which this one was made, if any.
+        projected: what the query's source returned and was given, until the query is taken out of it.
+        queries: the queries that have been seen, by kind (``content``, ``rotary``), not yet read.
+        was_read: whether the output projection was reached.
+        was_inside: whether the attention function was reached through transformers' interface.
+    """
+
+    __slots__ = ("layer", "outer", "plan", "projected", "queries", "rows", "was_inside", "was_read")
+
+    def __init__(self, layer: nn.Module, plan: Any, rows: RowAdapters | None, outer: Call | None) -> None:
+        self.layer, self.plan, self.rows, self.outer = layer, plan, rows, outer
+        self.projected: tuple[Any, Tensor] | None = None
+        self.queries: dict[str, Tensor] = {}
+        self.was_read = self.was_inside = False
+
+
+class _OfThread(threading.local):
+    call: Call | None = None
+    rows: RowAdapters | None = None
+
+
+_thread = _OfThread()
+
+
+def open_call(layer: nn.Module, plan: Any, rows: RowAdapters | None) -> None:
+    """The thread enters the attention module of ``layer``."""
+    _thread.call = Call(layer, plan, rows, _thread.call)
+
+
+def current_call(layer: nn.Module) -> Call | None:
+    """The innermost call of the thread, if it is one of ``layer``."""
+    call = _thread.call
+    return call if call is not None and call.layer is layer else None
+
+
+def close_call(layer: nn.Module) -> Call | None:
+    """The thread leaves the attention module of ``layer``; the call that ends, ``None`` if none was opened.
+
+    Calls within it that were broken off past all hooks (Ctrl-C) end too.
+    """
+    call = _thread.call
+    while call is not None and call.layer is not layer:
+        call = call.outer
+    if call is not None:
+        _thread.call = call.outer
+    return call
+
+
+def row_adapters() -> RowAdapters | None:
+    """The adapters that the thread's current call of the model gives to its rows."""
+    return _thread.rows
+
+
+@contextmanager
+def use_row_adapters(rows: RowAdapters) -> Iterator[None]:
+    """Give each row of the batches that this thread passes its own adapter."""
+    before, _thread.rows = _thread.rows, rows
+    try:
+        yield
+    finally:
+        _thread.rows = before

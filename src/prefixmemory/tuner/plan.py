@@ -1,0 +1,81 @@
+"""What a memory layer has to do in a forward pass, worked out when adapters, scales or modes change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prefixmemory.kernels.read import add
+from prefixmemory.memories.mixing import Mixing
+from prefixmemory.memories.registry import is_inside
+
+
+@dataclass(frozen=True)
+class Step:
+    """One adapter's memory in one attention module.
+
+    Attributes:
+        name: of the adapter.
+        memory: its memory.
+        ask: queries ``[batch, tokens, heads, head_dim]`` to what the memory answers.
+        queries: which queries it wants: ``content``, ``rotary``.
+        scale: factor on what it adds.
+        limit: c of :func:`~prefixmemory.kernels.read.add`, or ``None``.
+        mixing: how its answer is mixed with the heads' own outputs; ``None``: it is added.
+    """
+
+    name: str
+    memory: nn.Module
+    ask: Callable[..., Tensor]
+    queries: tuple[str, ...]
+    scale: float
+    limit: float | None
+    mixing: Mixing | None
+
+    @property
+    def inside(self) -> bool:
+        """Whether it stands inside the softmax."""
+        return is_inside(self.memory)
+
+    def add_to(self, onto: Tensor, outputs: Tensor, queries: Mapping[str, Tensor]) -> Tensor:
+        """``onto`` and what the memory adds to the heads' own ``outputs``, ``[batch, tokens, heads, value_dim]``."""
+        answer = self.ask(*(queries[kind] for kind in self.queries))
+        if self.mixing is not None:
+            answer = self.mixing(answer, outputs)
+        return add(outputs, answer, self.limit, self.scale, onto)
+
+
+class Plan:
+    """The steps of a forward pass.
+
+    Attributes:
+        inside, outside: the memories that answer, by where they stand.
+        by_name: those outside, by adapter.
+        queries: the queries that they want between them.
+    """
+
+    __slots__ = ("by_name", "inside", "outside", "queries")
+
+    def __init__(self, steps: Iterable[Step]) -> None:
+        steps = [step for step in steps if step.scale != 0]
+        self.inside = [step for step in steps if step.inside]
+        self.outside = [step for step in steps if not step.inside]
+        self.by_name = {step.name: step for step in self.outside}
+        self.queries = tuple(dict.fromkeys(kind for step in self.outside for kind in step.queries))
+
+    def __bool__(self) -> bool:
+        return bool(self.inside or self.outside)
+
+
+def score_bias(steps: list[Step], lengths: list[int], like: Tensor) -> Tensor | None:
+    """What the scales of prefixes inside the softmax add to the scores of their keys, ``[1, keys]``; their logarithms.
+
+    ``None`` where all scales are 1.
+    """
+    if all(step.scale == 1 for step in steps):
+        return None
+    parts = [like.new_full((length,), step.scale).log() for step, length in zip(steps, lengths, strict=True)]
+    return torch.cat(parts)[None]
