@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 import test_fidelity as fidelity
 from prefixmemory import PrefixMemoryConfig, reference
 from prefixmemory.memories.prefix import PrefixVectors
+from prefixmemory.memories.registry import MemorySite
 from prefixmemory.tuner.layer import memory_layers
 from test_fidelity import PLAIN_MAPS, TOLERANCE, Oracle, Result, difference, family_model, padded_batch, run_adapter
 from tiny import memory_parameters, with_memory
@@ -233,7 +234,7 @@ def test_the_kernel_form_in_every_family(family):
 
 def prefix(**fields: Any) -> PrefixVectors:
     """Filled prefix vectors for 4 query heads on 2 key/value heads."""
-    module = PrefixVectors(PrefixMemoryConfig(prefix_length=LENGTH, **fields), 4, 2, 8, 6, scaling=8**-0.5)
+    module = PrefixVectors(MemorySite(4, 2, 8, 6, scaling=8**-0.5), prefix_length=LENGTH, **fields)
     nn.init.normal_(module.values)
     return module
 
