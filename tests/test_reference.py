@@ -96,7 +96,7 @@ def test_a_continued_memory_is_compared_with_itself_as_it_was(base, adapter, tmp
     assert len(means) == 4 and all(mean.any() for mean in means.values())
     assert all(torch.equal(means[name], means[name.replace(".ref.", ".default.")]) for name in means)
     trainer.train()
-    assert all(torch.equal(trainer.model.get_buffer(name), mean) for name, mean in means.items())
+    assert all(torch.equal(trainer.model.get_parameter(name), mean) for name, mean in means.items())
     memory, reference = tiny.memory_parameters(trainer.model), tiny.memory_parameters(trainer.model, "ref")
     assert len(memory) == len(reference) == 6
     for name, parameter in trainer.model.named_parameters():

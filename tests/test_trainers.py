@@ -95,7 +95,7 @@ def test_every_memory_moves_and_the_base_model_does_not(run, kind):
         if name in trained:
             every_head = (parameter != made.before[name]).flatten(1).any(dim=1)
             assert parameter.requires_grad and every_head.all(), name
-        else:
+        elif not name.endswith("default.mean"):  # taken from the first batch
             assert not parameter.requires_grad and torch.equal(parameter, made.before[name]), name
 
 

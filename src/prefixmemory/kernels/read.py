@@ -41,17 +41,21 @@ def memory_output(
         feature_map: φ.
         mean: μ of each memory, a constant; ``None``: zero.
     """
-    groups, repeat = factors[0].shape[0], query.shape[-2] // factors[0].shape[0]
-    by_group = query.unsqueeze(-2) if repeat == 1 else query.unflatten(-2, (groups, repeat))
-    features = feature_map(by_group)
-    rows = features.reshape(-1, groups, repeat, features.shape[-1]).transpose(0, 1).flatten(1, 2)  # [g, tokens·h/g, f]
+    heads, groups = query.shape[-2], factors[0].shape[0]
+    repeat = heads // groups
+    features = feature_map(query.unsqueeze(-2) if repeat == 1 else query.unflatten(-2, (groups, repeat)))
+    size = features.shape[-1]
+    if repeat == 1:
+        rows = features.reshape(-1, groups, size).transpose(0, 1)  # [g, tokens, f], a view
+    else:
+        rows = features.reshape(-1, groups, repeat, size).transpose(0, 1).reshape(groups, -1, size)
     if mean is None:
         output = torch.bmm(rows, factors[0])
     else:
         output = torch.baddbmm(torch.bmm(mean.unsqueeze(1), factors[0]), rows, factors[0], beta=-1)
     for factor in factors[1:]:
         output = torch.bmm(output, factor)
-    by_token = output.unflatten(1, (-1, repeat)).transpose(0, 1)
+    by_token = output.transpose(0, 1) if repeat == 1 else output.unflatten(1, (-1, repeat)).transpose(0, 1)
     answer: Tensor = by_token.reshape(*query.shape[:-1], output.shape[-1])
     return answer
 
@@ -85,9 +89,11 @@ def add(
 def limit_factor(
     outputs: Float[Tensor, "*b h v"], answer: Float[Tensor, "*b h v"], limit: float
 ) -> Float[Tensor, "*b h 1"]:
-    """√(L / (L + |a|²)) in float32; squares of float16 would overflow."""
-    own = torch.linalg.vector_norm(outputs, dim=-1, keepdim=True, dtype=torch.float32)
-    length = torch.linalg.vector_norm(answer, dim=-1, keepdim=True, dtype=torch.float32)
+    """√(L / (L + |a|²)), in float32 at least: squares of float16 would overflow."""
+    own, length = (
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        for x in (outputs, answer)
+    )
     longest = (own * own).mul(limit * limit).add(outputs.shape[-1] * TINY)
     factor: Tensor = (longest / torch.addcmul(longest, length, length)).sqrt()
     return factor

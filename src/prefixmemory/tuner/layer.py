@@ -52,7 +52,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self.configs: dict[str, PrefixMemoryConfig] = {}
         self.sites: dict[str, MemorySite] = {}
         self.fixed: dict[str, list[str]] = {}  # parameters that do not learn, by adapter
-        self._plan: Plan | None = None  # for the active adapters; ``None``: to be made
+        self._plan: Plan | None = None  # for the active adapters; ``None``: there is nothing to do
         self.first_batch: Any = None  # waits for it to take the means of features, see ``calibration.py``
         self._active_adapter: list[str] = []
         # past nn.Module.__setattr__: the attention module is our parent, not our child
@@ -60,9 +60,6 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self.__dict__["live_site"] = site if share is None else share.of_site(site)  # what a forward pass shows
         self._handles = site.hook(self._enter, self._show_query, self._add_outputs, self._leave)
         site.attach(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}
 
     def detach(self) -> None:
         """Remove the hooks and leave the attention module as it was found."""
@@ -86,12 +83,9 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
 
     # What is to be done
 
-    def _plan_now(self) -> Plan | None:
-        if self.disable_adapters:
-            return None
-        if self._plan is None:
-            self._plan = Plan(self._step(name) for name in self.active_names() if name in self.prefix_memory_bank)
-        return self._plan or None
+    def _replan(self) -> None:
+        names = [] if self.disable_adapters else self.active_names()
+        self._plan = Plan([self._step(name) for name in names if name in self.prefix_memory_bank]) or None
 
     def _plan_of_rows(self, rows: RowAdapters) -> Plan | None:
         if self.disable_adapters:
@@ -99,7 +93,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         plan = rows.plans.get(self)
         if plan is None:
             names = [name for name in rows.distinct if name in self.prefix_memory_bank]
-            plan = rows.plans[self] = Plan(self._step(name) for name in names)
+            plan = rows.plans[self] = Plan([self._step(name) for name in names])
         return plan or None
 
     def _step(self, name: str) -> Step:
@@ -130,7 +124,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
                 "process a GPU with torchrun or accelerate launch, or use one GPU: CUDA_VISIBLE_DEVICES=0."
             )
         rows = row_adapters()
-        plan = self._plan_now() if rows is None else self._plan_of_rows(rows)
+        plan = self._plan if rows is None else self._plan_of_rows(rows)
         if plan is not None and not self.site.intact():
             raise PrefixMemoryError(
                 f"A projection of {type(self.site.module).__name__} was wrapped or replaced after its memory was "
@@ -176,7 +170,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
     def _add_outputs(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         call = current_call(self)
         if call is None:
-            if self._plan_now() is None:
+            if self._plan is None:
                 return None
             raise PrefixMemoryError(
                 f"The output projection of {type(self.site.module).__name__} was called outside of its attention, so "
@@ -194,8 +188,8 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             return None
         heads, *rest = args
         queries = {kind: self._query(call, kind, heads) for kind in call.plan.queries}
-        batch, tokens = next(iter(queries.values())).shape[:2]
-        outputs = heads.reshape(batch, tokens, self.live_site.heads, self.live_site.value_dim)
+        rows = next(iter(queries.values())).shape[:-2]
+        outputs = heads.reshape(*rows, self.live_site.heads, self.live_site.value_dim)
         if call.rows is None:
             new = outputs
             for step in call.plan.outside:
@@ -247,19 +241,19 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Give one adapter another scale."""
         self.scale[adapter_name] = scale
-        self._plan = None
+        self._replan()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         BaseTunerLayer.set_adapter(self, adapter_names, inference_mode)
-        self._plan = None
+        self._replan()
 
     def enable_adapters(self, enabled: bool) -> None:
         BaseTunerLayer.enable_adapters(self, enabled)
-        self._plan = None
+        self._replan()
 
     def delete_adapter(self, adapter_name: str) -> None:
         BaseTunerLayer.delete_adapter(self, adapter_name)
-        self._plan = None
+        self._replan()
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         """PEFT calls this wherever it has let all parameters of adapters learn."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,12 +59,12 @@ class Plan:
 
     __slots__ = ("by_name", "inside", "outside", "queries")
 
-    def __init__(self, steps: Iterable[Step]) -> None:
+    def __init__(self, steps: list[Step]) -> None:
         steps = [step for step in steps if step.scale != 0]
         self.inside = [step for step in steps if step.inside]
         self.outside = [step for step in steps if not step.inside]
         self.by_name = {step.name: step for step in self.outside}
-        self.queries = tuple(dict.fromkeys(kind for step in self.outside for kind in step.queries))
+        self.queries = tuple(dict.fromkeys([kind for step in self.outside for kind in step.queries]))
 
     def __bool__(self) -> bool:
         return bool(self.inside or self.outside)

@@ -1,0 +1,102 @@
+"""kernels/read.py against reference.py: outputs and every gradient, at odd lengths, on tensors that are no rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prefixmemory import reference
+from prefixmemory.kernels.read import add, memory_output, read
+
+HEADS, QUERY, FEATURES, VALUE = 4, 6, 6, 5
+MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": F.elu, "gelu": F.gelu, "softmax": lambda q: q.softmax(dim=-1)}
+CASES = list(itertools.product(MAPS, ("full", "low rank"), (4, 2, 1), (False, True), (None, 0.5)))
+
+
+def tensors(groups: int, rank: str, mean: bool, length: int) -> dict[str, Tensor]:
+    """Leaves that want gradients; the query is a view with gaps, as in a fused projection."""
+    draw = torch.Generator().manual_seed(length)
+
+    def leaf(*shape: int, size: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=draw, dtype=torch.float64) * size).requires_grad_()
+
+    made = {"fused": leaf(2, length, 3 * HEADS * QUERY), "own": leaf(2, length, HEADS, VALUE, size=0.3)}
+    if rank == "full":
+        made["M"] = leaf(groups, FEATURES, VALUE)
+    else:
+        made |= {"A": leaf(groups, FEATURES, 3), "B": leaf(groups, 3, VALUE)}
+    return made | ({"mean": leaf(groups, FEATURES).detach()} if mean else {})
+
+
+def by_reference(made: dict[str, Tensor], phi: Callable[[Tensor], Tensor], limit: float | None, scale: float) -> Tensor:
+    matrix = made["M"] if "M" in made else made["A"] @ made["B"]
+    repeat = HEADS // matrix.shape[0]
+    q, own = query_of(made).transpose(1, 2), made["own"].transpose(1, 2)
+    if "mean" in made:
+        phi = reference.feature_mean(phi, made["mean"].repeat_interleave(repeat, dim=0))
+    answer = reference.read_memory(q, matrix.repeat_interleave(repeat, dim=0), phi)
+    answer = answer if limit is None else reference.limited(answer, own, limit)
+    return (own + scale * answer).transpose(1, 2)
+
+
+def query_of(made: dict[str, Tensor]) -> Tensor:
+    return made["fused"][..., : HEADS * QUERY].unflatten(-1, (HEADS, QUERY))
+
+
+def by_kernel(made: dict[str, Tensor], phi: Callable[[Tensor], Tensor], limit: float | None, scale: float) -> Tensor:
+    factors = (made["M"],) if "M" in made else (made["A"], made["B"])
+    return read(query_of(made), made["own"], factors, phi, made.get("mean"), limit, scale)
+
+
+def gradients(output: Tensor, made: dict[str, Tensor]) -> dict[str, Tensor]:
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    leaves = {name: tensor for name, tensor in made.items() if tensor.requires_grad}
+    return dict(zip(leaves, torch.autograd.grad((output * weights).sum(), leaves.values()), strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize(("phi", "rank", "groups", "mean", "limit"), CASES)
+def test_outputs_and_gradients_are_those_of_the_reference(phi, rank, groups, mean, limit, length):
+    made = tensors(groups, rank, mean, length)
+    ours, theirs = by_kernel(made, MAPS[phi], limit, 0.7), by_reference(made, MAPS[phi], limit, 0.7)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
+    expected = gradients(theirs, made)
+    for name, gradient in gradients(ours, made).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-11, rtol=1e-8)
+    # controls: another scale, and another entry of a factor, are noticed
+    assert (by_kernel(made, MAPS[phi], limit, 0.71) - theirs).abs().max() > 1e-4
+    with torch.no_grad():
+        made["M" if rank == "full" else "A"][0, 0, 0] += 0.01
+    assert (by_kernel(made, MAPS[phi], limit, 0.7) - theirs).abs().max() > 1e-6
+
+
+def test_what_is_added_to_what_others_have_added_is_limited_by_the_heads_own_output():
+    own, first, second = (torch.randn(2, 3, 4, 5) for _ in range(3))
+    both = add(own, second, 0.5, 2.0, onto=add(own, first, 0.5))
+    torch.testing.assert_close(both, own + reference.limited(first, own, 0.5) + 2 * reference.limited(second, own, 0.5))
+    assert not torch.allclose(both, add(add(own, first, 0.5), second, 0.5, 2.0))  # control: limited by the sum
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_features_without_spread_are_cancelled_by_their_mean(dtype):
+    """The mean is subtracted within the product; nothing is lost where it is nearly all there is."""
+    mean = torch.randn(4, 6) + 4
+    query = (mean + 0.1 * torch.randn(2, 9, 4, 6)).to(dtype)
+    matrix = torch.randn(4, 6, 5).to(dtype)
+    found = memory_output(query, (matrix,), lambda q: q, mean.to(dtype))
+    exact = torch.einsum("bthf,hfv->bthv", query.double() - mean.to(dtype).double(), matrix.double())
+    size = float(query.double().norm(dim=-1).max() * matrix.double().norm(dim=1).max())
+    assert (found.double() - exact).abs().max() < 2 * torch.finfo(dtype).eps * size
+
+
+def test_weights_of_one_dtype_and_outputs_of_another_keep_the_outputs_dtype():
+    query, own, matrix = torch.randn(1, 3, 4, 6), torch.randn(1, 3, 4, 5).bfloat16(), torch.randn(4, 6, 5)
+    found = read(query, own, (matrix,), F.elu, limit=0.5)
+    assert found.dtype == torch.bfloat16
+    exact = read(query, own.float(), (matrix,), F.elu, limit=0.5)
+    torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0.01)
