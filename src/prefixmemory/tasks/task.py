@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
+from prefixmemory.files.names import check_name
 from prefixmemory.files.yaml_files import Source, blamed_path, find_yaml, read_yaml, shipped, typed
 from prefixmemory.rows.data import Data, read_rows, sample
 from prefixmemory.rows.rows import OBJECTIVE_FORMATS, Row, row_format
@@ -87,6 +88,7 @@ class Task:
     changelog: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         check_choice("scoring", self.scoring, get_args(Scoring))
         for name in ("labels", "longest_text", "per_label", "limit", "max_new_tokens"):
             value = getattr(self, name)
