@@ -547,7 +547,7 @@ def test_every_shipped_method_can_be_read():
         ({"training": {"epochs": 0}}, "epochs=0 is out of range"),
         ({"rate_factors": [0]}, "rate_factors"),
         ({"rate_factors": [1, 1]}, "holds one twice"),
-        ({"validation_rows": 30}, "Lower validation_rows"),
+        ({"tasks": [{"use": "letters.yaml", "per_label": 10}]}, "leaves none for validation. Lower per_label"),
         ({"tasks": [{"use": "letters.yaml", "transfers_to": ["bankin77"]}]}, "Did you mean 'banking77'?"),
         ({"long_input": [0]}, "long_input"),
     ],

@@ -376,7 +376,9 @@ def test_conditions_name_every_commit_and_version(loaded: Loaded) -> None:
     assert conditions["records"] == len(records) == total(loaded)
 
 
-def test_training_settings_are_told_with_those_that_only_some_have(loaded: Loaded) -> None:
+def test_training_settings_are_told_with_those_that_only_some_have(tmp_path: Path) -> None:
+    longer = {"use": "prefixmemory", "training": {"warmup": 0.3}}
+    loaded = made_suite(tmp_path, methods=["base", "lora-attention", longer])
     summary = summarise(loaded, whole(loaded))
     assert "warmup 0.1" in summary.conditions["training"]
     assert any("that a method has of its own: prefixmemory: warmup 0.3" in note for note in summary.notes)
@@ -386,6 +388,35 @@ def test_a_chosen_rate_at_the_end_of_the_candidates_is_told(loaded: Loaded) -> N
     """PrefixMemory's is the lowest of three, LoRA's the middle one."""
     (note,) = [note for note in summarise(loaded, whole(loaded)).notes if "candidate" in note]
     assert "candidate for prefixmemory (north, south):" in note and "lora" not in note
+
+
+def test_of_a_base_model_that_knows_nothing_the_one_with_examples_takes_the_place(tmp_path: Path) -> None:
+    """Below 0 nothing can be: LoRA's 25 is a collapse below 50 with examples."""
+    loaded = made_suite(tmp_path, methods=["base", "in-context", "lora-attention"])
+    shots = [[HIT, HIT, HIT, MISS], [HIT, HIT, MISS, MISS], [HIT, MISS, MISS, MISS]]
+    records: Records = {}
+    for task in loaded.tasks:
+        records |= finals(loaded, task, "base", [[MISS] * 4], records)
+        records |= tries(loaded, task, "lora-attention", VALIDATION["lora-attention"])
+        records |= finals(loaded, task, "lora-attention", [[HIT] * 4, [HIT, HIT, MISS, MISS], [MISS] * 4], records)
+    assert of(summarise(loaded, records), "cells", task="north", method="lora-attention").collapsed is None
+    records |= finals(loaded, "north", "in-context", shots, records)
+    summary = summarise(loaded, records)
+    assert of(summary, "cells", task="north", method="lora-attention").collapsed == 1
+    assert of(summary, "cells", task="south", method="lora-attention").collapsed is None
+    assert of(summary, "cells", task="north", method="in-context").collapsed is None
+    assert any("gets nothing right on north, south" in note for note in summary.notes)
+    assert not any(
+        "gets nothing right" in note for note in summarise(made_suite(tmp_path), whole(made_suite(tmp_path))).notes
+    )
+
+
+def test_a_task_whose_rates_were_chosen_by_fewer_rows_is_told(tmp_path: Path) -> None:
+    loaded = made_suite(tmp_path, validation_rows=5)
+    (note,) = [note for note in summarise(loaded, whole(loaded)).notes if "fewer validation rows" in note]
+    assert note.endswith("north (2 of 5), south (2 of 5).")
+    enough = made_suite(tmp_path, validation_rows=2)
+    assert not any("fewer validation rows" in note for note in summarise(enough, whole(enough)).notes)
 
 
 def test_validation_scores_are_not_test_scores(loaded: Loaded) -> None:

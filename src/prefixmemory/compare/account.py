@@ -64,7 +64,7 @@ def described(loaded: Loaded, task: Task, cells: list[Cell]) -> TaskInfo:
     return TaskInfo(*said, rows=rows, averaged=task.name in averaged_tasks(loaded))
 
 
-def notes(loaded: Loaded, cells: list[Cell]) -> list[str]:
+def notes(loaded: Loaded, cells: list[Cell], records: Mapping[Run, Record]) -> list[str]:
     """What a reader must know before comparing these figures, as far as it applies to them."""
     found = []
     tasks = loaded.tasks.values()
@@ -77,8 +77,14 @@ def notes(loaded: Loaded, cells: list[Cell]) -> list[str]:
         found.append(f"Of {', '.join(sorted(trained_once))} there is one seed for some task: those intervals are over "
                      "rows alone, and do not tell how another seed would do.")  # fmt: skip
     if at_the_end := _at_the_end(loaded, cells):
-        found.append(f"The chosen learning rate is the lowest or the highest candidate for {at_the_end}: a better one "
-                     "may lie beyond, which wrongs those methods.")  # fmt: skip
+        found.append("Best rate at the end of its grid: move it. The chosen learning rate is the lowest or the "
+                     f"highest candidate for {at_the_end}: a better one may lie beyond, which wrongs those methods."
+                     )  # fmt: skip
+    if fewer := _fewer_for_validation(loaded, records):
+        found.append(f"Learning rates were chosen by fewer validation rows, for training needs the others: {fewer}.")
+    if unanswered := _unanswered(loaded, cells):
+        found.append(f"The base model gets nothing right on {unanswered}: \"below the untrained model\" means below "
+                     "the model with examples in its prompt there, and stays empty without it.")  # fmt: skip
     for kind, named in (("task", loaded.tasks), ("method", loaded.methods)):
         own = {name: one.training for name, one in named.items() if one.training}
         if own:
@@ -105,6 +111,16 @@ def _at_the_end(loaded: Loaded, cells: list[Cell]) -> str:
         if len(candidates) > 1 and cell.learning_rate in (candidates[0], candidates[-1]):
             found.setdefault(method.name, []).append(cell.task)
     return ", ".join(f"{method} ({', '.join(tasks)})" for method, tasks in found.items())
+
+
+def _fewer_for_validation(loaded: Loaded, records: Mapping[Run, Record]) -> str:
+    found = {run.task: record.validation.rows for run, record in records.items() if record.validation is not None}
+    wanted = loaded.suite.validation_rows
+    return ", ".join(f"{task} ({found[task]} of {wanted})" for task in loaded.tasks if found.get(task, wanted) < wanted)
+
+
+def _unanswered(loaded: Loaded, cells: list[Cell]) -> str:
+    return ", ".join(cell.task for cell in cells if loaded.methods[cell.method].kind == "base" and cell.mean == 0)
 
 
 def _training(settings: Mapping[str, Any]) -> str:

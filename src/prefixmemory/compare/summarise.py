@@ -18,7 +18,7 @@ def summarise(loaded: Loaded, records: Mapping[Run, Record]) -> Summary:
     curves = [point for pair in pairs for point in by_task.curve(loaded, pair, finals, records)]
     return Summary(
         conditions=account.conditions(loaded, records),
-        notes=account.notes(loaded, cells),
+        notes=account.notes(loaded, cells, records),
         tasks=[account.described(loaded, task, cells) for task in loaded.tasks.values()],
         methods=[MethodInfo(method.name, method.kind, method.description) for method in loaded.methods.values()],
         cells=cells,
