@@ -222,7 +222,8 @@ class Task:
             labels = Counter(row["label"] for row in rows)
             return Counter({label: max(count - self.per_label, 0) for label, count in labels.items()})
         takes_all = self.limit is None or self.limit >= len(rows)
-        return Counter({"": int(len(rows) * VALIDATION_SHARE) if takes_all else len(rows) - (self.limit or 0)})
+        share = max(int(len(rows) * VALIDATION_SHARE), min(len(rows) - 1, 1))  # one of few rows, but not the only one
+        return Counter({"": share if takes_all else len(rows) - (self.limit or 0)})
 
 
 @dataclass(frozen=True)
