@@ -2,8 +2,8 @@
 
     python experiments/feature_mean.py goemotions --data ../shared/data
 
-Content queries and ELU, as the default memory reads them, of SmolLM2-135M-Instruct. The record goes to
-results/analysis/feature_mean/TASK.json. It is why ``normalize="feature_mean"`` is the default (docs/LOG.md).
+Content queries and ELU, as the default memory reads them, of SmolLM2-135M-Instruct. The record is a
+line of results/analysis/feature_mean.jsonl. It is why ``normalize="feature_mean"`` is the default (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.files.records import provenance, write_json
+from prefixmemory.files.jsonl import append_line
+from prefixmemory.files.records import provenance
 from prefixmemory.models.loading import load_model, load_tokenizer, smollm2
 from prefixmemory.rows.rows import render
 from prefixmemory.tasks import load_task
 from prefixmemory.tuner.layer import memory_layers
 
-RESULTS = Path(__file__).parent.parent / "results" / "analysis" / "feature_mean"
+RESULTS = Path(__file__).parent.parent / "results" / "analysis" / "feature_mean.jsonl"
 
 
 class Moments:
@@ -59,8 +60,8 @@ def main() -> None:
         for example in render(rows, tokenizer):
             adapted(**tokenizer(example.prompt, return_tensors="pt"))
     by_layer = [float(moments.share().mean()) for moments in found]
-    write_json(
-        RESULTS / f"{args.task}.json",
+    append_line(
+        RESULTS,
         {"task": args.task, "rows": len(rows), "tokens": found[0].tokens, "mean_over_heads_by_layer": by_layer}
         | provenance(),
     )

@@ -5,15 +5,14 @@
     python experiments/quickstart.py --table
 
 The default memory and those that were it before, of rank 8 and full, in the paper's form; each at a third, once and
-three times its rate. One record a run in results/quickstart/; those of full memories have no prefix to their names.
-Each run trains as ``prefixmemory quickstart`` does, saves, loads from disk and answers all test sentences. Two
-processes may share the work with ``--part 0/2`` and ``--part 1/2``.
+three times its rate. One line a run in results/quickstart/records.jsonl. Each run trains as ``prefixmemory quickstart``
+does, saves, loads from disk and answers all test sentences. Two processes may share the work with ``--part 0/2`` and
+``--part 1/2``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -22,7 +21,8 @@ from peft import PeftModel
 from rich.console import Console
 
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.files.records import provenance, write_json
+from prefixmemory.files.jsonl import append_line, read_lines
+from prefixmemory.files.records import provenance
 from prefixmemory.models.loading import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
 from prefixmemory.quickstart import measure, one_example_per_label
 from prefixmemory.rows.data import northline
@@ -31,7 +31,7 @@ from prefixmemory.scoring.generation import accuracy
 from prefixmemory.training.run import Output, quiet_libraries, run_training
 from prefixmemory.training.settings import TrainingSettings
 
-RESULTS = Path(__file__).parent.parent / "results" / "quickstart"
+RESULTS = Path(__file__).parent.parent / "results" / "quickstart" / "records.jsonl"
 PLAIN = {"normalize": "none", "answer_limit": None}
 MEMORIES = {  # fields of the memory, settings of the training
     "full": ({"rank": None, **PLAIN}, {"learning_rate": 3e-4, "warmup": 0.1}),
@@ -46,20 +46,20 @@ def runs(memories=MEMORIES):
     return [(memory, seed, factor) for memory in memories for factor in ("1", "3", "1/3") for seed in SEEDS]
 
 
-def record_file(memory: str, seed: int, factor: str) -> Path:
-    prefix = "" if memory == "full" else f"{memory}-"
-    return RESULTS / f"{prefix}rate-{factor.replace('/', '-')}-seed-{seed}.json"
+def made() -> dict[tuple[str, int, str], dict]:
+    """(memory, seed, factor) -> record of the runs that have been made."""
+    return {(one["memory"], one["seed"], one["factor"]): one for _, one in read_lines(RESULTS)}
 
 
 def table() -> str:
     """Markdown: accuracy of every seed at every rate."""
     found = defaultdict(dict)
     base = set()
-    for memory, seed, factor in runs():
-        if record_file(memory, seed, factor).exists():
-            record = json.loads(record_file(memory, seed, factor).read_text())
-            found[memory, factor][seed] = record["accuracy_adapted"]
-            base.add((round(record["accuracy_base"], 1), round(record["accuracy_base_one_example_a_label"], 1)))
+    records = made()
+    for memory, seed, factor in (run for run in runs() if run in records):
+        record = records[memory, seed, factor]
+        found[memory, factor][seed] = record["accuracy_adapted"]
+        base.add((round(record["accuracy_base"], 1), round(record["accuracy_base_one_example_a_label"], 1)))
     lines = [f"Base model (labels listed, one example a label): {sorted(base)}", ""]
     lines += ["| memory | learning rate | " + " | ".join(f"seed {s}" for s in SEEDS) + " |"]
     lines += ["|---" * (len(SEEDS) + 2) + "|"]
@@ -89,8 +89,7 @@ def main() -> None:
     few_shot = measure(model, tokenizer, test_rows, console, "few-shot", context=one_example_per_label(train_rows))
     k, n = map(int, args.part.split("/"))
     for memory, seed, factor in runs(args.memory or MEMORIES)[k::n]:
-        file = record_file(memory, seed, factor)
-        if file.exists():
+        if (memory, seed, factor) in made():
             continue
         fields, training = MEMORIES[memory]
         rate = float(f"{training['learning_rate'] * FACTORS[factor]:.3g}")
@@ -108,8 +107,11 @@ def main() -> None:
             "accuracy_base_one_example_a_label": accuracy(few_shot, expected),
             "accuracy_adapted": accuracy(answers, expected),
         }
-        write_json(file, {**scores, **record, **made_with})
-        print(f"{file.stem}: {scores['accuracy_adapted']:.1f} % in {record['train_seconds']} s", flush=True)
+        append_line(RESULTS, {"memory": memory, "factor": factor, "seed": seed, **scores, **record, **made_with})
+        print(
+            f"{memory} at {factor} x, seed {seed}: {scores['accuracy_adapted']:.1f} % in {record['train_seconds']} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from prefixmemory.compare.runs import Record, Run, chosen_rate, rates, seeds_of
+from prefixmemory.compare.records import Decoding, Failure, Provenance, Record, Run, Scores, Training
+from prefixmemory.compare.runs import chosen_rate, rates, seeds_of
 from prefixmemory.compare.suite import Loaded, load_suite
 
-PROVENANCE = {
-    "commit": "c0ffee",
-    "versions": {"prefixmemory": "0.1.0", "torch": "2.13.0"},
-    "hardware": "a machine, 2 cores",
-}
+MADE_WITH = Provenance(
+    commit="c0ffee", versions={"prefixmemory": "0.1.0", "torch": "2.13.0"}, hardware="a machine, 2 cores"
+)
 PARAMETERS = {"lora-attention": 460_800, "prefixmemory": 1_105_920, "prefix-tuning": 230_400, "lora-all-linear": 2e6}
 
 
@@ -67,36 +65,42 @@ def made_suite(folder: Path, **fields: Any) -> Loaded:
     return load_suite(write_suite(folder, **fields))
 
 
-def scored(points: Iterable[float], **more: Any) -> dict[str, Any]:
-    """What scoring some rows leaves in a record."""
+def scored(points: Iterable[float], **more: Any) -> Scores:
+    """What scoring some rows leaves in a record; ``more`` replaces fields."""
     found = [float(point) for point in points]
-    return {"score": sum(found) / len(found), "rows": len(found), "points": found, **more}
+    return Scores(**{"score": sum(found) / len(found), "points": found, **more})
 
 
 def final(run: Run, points: Iterable[float], **more: Any) -> Record:
     """The record of a final run that was scored; ``more`` replaces fields."""
-    trained: dict[str, Any] = {}
+    own: dict[str, Any] = {"test": more.pop("test", None) or scored(points), "neutral_text": 3.5}
     if run.learning_rate is not None:
-        trained = {
-            "trainable_parameters": int(PARAMETERS[run.method]),
-            "file_bytes": int(PARAMETERS[run.method]) * 4,
-            "train_rows": 30,
-            "train_seconds": 12.0,
-            "settings": {"epochs": 2},
-            "decoding": {"tokens_a_second": 20.0, "base": 40.0},
-        }
-    own = {"test": more.pop("test", None) or scored(points), "neutral_text": {"nats_a_token": 3.5}}
-    return {**asdict(run), **PROVENANCE, **trained, **own, **more}
+        own["training"] = Training(
+            settings={"epochs": 2},
+            trainable_parameters=int(PARAMETERS.get(run.method, 1)),
+            file_bytes=int(PARAMETERS.get(run.method, 1)) * 4,
+            rows=30,
+            loss=0.5,
+            seconds=12.0,
+        )
+        own["decoding"] = Decoding(tokens_a_second=20.0, base=40.0)
+    return _record(run, **{**own, **more})
 
 
 def tried(run: Run, score: float) -> Record:
     """The record of a run that tries a learning rate."""
-    return {**asdict(run), **PROVENANCE, "validation": {"score": score, "rows": 2, "points": [score, score]}}
+    return _record(run, validation=scored([score, score]))
 
 
 def failed(run: Run, message: str = "CUDA out of memory") -> Record:
     """The record of a run that failed."""
-    return {**asdict(run), **PROVENANCE, "error": {"type": "OutOfMemoryError", "message": message}}
+    return _record(run, error=Failure("OutOfMemoryError", message))
+
+
+def _record(run: Run, **fields: Any) -> Record:
+    return Record(
+        key=str(run), run=run, suite="suite", base_model="base", kind="adapter", made_with=MADE_WITH, **fields
+    )
 
 
 def tries(loaded: Loaded, task: str, method: str, scores: Sequence[float]) -> dict[Run, Record]:

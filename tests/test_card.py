@@ -159,6 +159,15 @@ def test_values_cannot_break_the_table_or_the_metadata():
     assert r"| settings: `note` | line \| another \| row \| |" in card
 
 
+def test_text_from_a_record_is_no_markup():
+    nasty = "<script>alert(1)</script> **bold** [a](https://example.org)"
+    plain = r"&lt;script&gt;alert(1)&lt;/script&gt; \*\*bold\*\* \[a\](https://example.org)"
+    record = {"settings": {"note": nasty}, "metrics": {nasty: {"value": 1, nasty: nasty}}, "hardware": nasty}
+    card = model_card(record)
+    assert "<script>" not in card and "**bold**" not in card
+    assert f"| settings: `note` | {plain} |" in card and f"| {plain} | 1 | {plain}: {plain} |" in card
+
+
 # Loading lines
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -15,13 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
+import compared
 import tiny
-from command_line import call, files_of, jsonl, save_talker
+from command_line import call, jsonl, save_talker
 from prefixmemory.compare import engines
 from prefixmemory.compare import runs as plan
 from prefixmemory.compare.engines import one_worker
 from prefixmemory.compare.method import load_method, shipped_methods
-from prefixmemory.compare.runs import Run, chosen_rate, key, planned, total
+from prefixmemory.compare.records import RECORDS, Record, Run, read_records
+from prefixmemory.compare.runs import chosen_rate, key, planned, total
 from prefixmemory.compare.store import Store
 from prefixmemory.compare.suite import Loaded, load_suite
 from prefixmemory.compare.work import checksums
@@ -82,16 +83,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, answer.err
 
 
-def records(folder: Path) -> dict[str, dict[str, Any]]:
-    return {file.stem: json.loads(file.read_text()) for file in sorted((folder / "tiny" / "records").glob("*.json"))}
+def records(folder: Path) -> dict[str, Record]:
+    return {record.key: record for record in read_records(folder / "tiny" / RECORDS)}
 
 
 def scores(folder: Path) -> dict[str, Any]:
     """Everything of the records that does not depend on the clock."""
-    return {
-        name: {k: record.get(k) for k in ("validation", "test", "train_loss", "seed", "learning_rate")}
-        for name, record in records(folder).items()
-    }
+    return {name: scores_of(record) for name, record in records(folder).items()}
+
+
+def scores_of(record: Record) -> Any:
+    return record.run, record.validation, record.test, record.training and record.training.loss
 
 
 def loaded_store(suite: Path) -> Store:
@@ -110,23 +112,24 @@ def test_every_run_has_a_record_with_its_conditions(made):
     assert len(found) == total(loaded) == 1 + 2 + 2 * (2 + 2)
     assert said.count("(rate)") == 4 and said.count("(final)") == 7
     for record in found.values():
-        assert record["versions"]["torch"] and record["hardware"] and "commit" in record
-        assert ("validation" in record) == (record["stage"] == "rate") == ("test" not in record)
-        if record["kind"] == "adapter":
-            assert record["settings"]["learning_rate"] == record["learning_rate"]
-            assert record["settings"]["seed"] == record["seed"] and record["train_rows"] == 6
-            assert record["trainable_parameters"] > 0 and record["file_bytes"] > record["trainable_parameters"]
-    assert {r["seed"] for r in found.values() if r["stage"] == "rate"} == {3}
-    assert {r["seed"] for r in found.values() if r["method"] == "prefixmemory" and r["stage"] == "final"} == {3, 4}
+        assert record.made_with.versions["torch"] and record.made_with.hardware and record.failure is None
+        assert (record.validation is not None) == (record.run.stage == "rate") == (record.test is None)
+        if record.kind == "adapter":
+            assert record.training.settings["learning_rate"] == record.run.learning_rate
+            assert record.training.settings["seed"] == record.run.seed and record.training.rows == 6
+            assert record.training.file_bytes > record.training.trainable_parameters > 0
+    runs = [record.run for record in found.values()]
+    assert {run.seed for run in runs if run.stage == "rate"} == {3}
+    assert {run.seed for run in runs if run.method == "prefixmemory" and run.stage == "final"} == {3, 4}
 
 
 def test_the_rate_is_the_one_that_the_validation_rows_prefer(made):
     folder, _ = made
     for method in ("lora", "prefixmemory"):
-        own = [record for record in records(folder).values() if record["method"] == method]
-        tried = {r["learning_rate"]: r["validation"]["score"] for r in own if r["stage"] == "rate"}
+        own = [record for record in records(folder).values() if record.run.method == method]
+        tried = {r.run.learning_rate: r.validation.score for r in own if r.run.stage == "rate"}
         assert len(tried) == 2
-        final = {r["learning_rate"] for r in own if r["stage"] == "final"}
+        final = {r.run.learning_rate for r in own if r.run.stage == "final"}
         assert len(final) == 1 and tried[final.pop()] == max(tried.values())
 
 
@@ -134,19 +137,18 @@ def test_test_scores_play_no_part_in_the_choice(tmp_path):
     loaded = load_suite(write(tmp_path, methods=[LORA], rate_factors=[1, 3, 9]))
     task, method = loaded.tasks["letters"], loaded.methods["lora"]
 
-    def tried(rate: float, **record: Any) -> tuple[Run, Any]:
-        return Run("letters", "lora", "rate", rate, 3), record
-
-    def final(rate: float, score: float) -> tuple[Run, Any]:
-        return Run("letters", "lora", "final", rate, 3), {"test": {"score": score}}
+    def tried(rate: float, score: float | None) -> dict[Run, Record]:
+        run = Run("letters", "lora", "rate", rate, 3)
+        return {run: compared.failed(run) if score is None else compared.tried(run, score)}
 
     low, middle, high = plan.rates(loaded, method)
     assert (low, middle, high) == pytest.approx([factor * method.learning_rate for factor in (1, 3, 9)])
-    found = dict([tried(low, validation={"score": 5.0}), tried(middle, validation={"score": 4.0}), final(middle, 99.0)])
+    best = Run("letters", "lora", "final", middle, 3)
+    found = tried(low, 5.0) | tried(middle, 4.0) | {best: compared.final(best, [99.0])}
     assert chosen_rate(loaded, task, method, found) == low
-    equal = dict(tried(rate, validation={"score": 5.0}) for rate in (low, middle, high))
+    equal = tried(low, 5.0) | tried(middle, 5.0) | tried(high, 5.0)
     assert chosen_rate(loaded, task, method, equal) == middle  # of equals, the one in the middle
-    failed = dict([tried(low, error={}), tried(middle, error={}), tried(high, validation={"score": 0.0})])
+    failed = tried(low, None) | tried(middle, None) | tried(high, 0.0)
     assert chosen_rate(loaded, task, method, failed) == high
     assert chosen_rate(loaded, task, method, {}) is None
 
@@ -163,7 +165,7 @@ def test_validation_rows_are_never_trained_on_and_test_rows_are_the_same_for_eve
 
 def test_every_rate_scores_all_candidates_on_test_rows_and_marks_the_chosen_one(tmp_path):
     loaded = load_suite(write(tmp_path, every_rate=["lora"]))
-    tries = {run: {"validation": {"score": float(run.learning_rate or 0)}} for run in planned(loaded, {})}
+    tries = {run: compared.tried(run, run.learning_rate or 0.0) for run in planned(loaded, {})}
     finals = [run for run in planned(loaded, tries) if run.stage == "final" and run.method == "lora"]
     assert len(finals) == 2 * 2 and sum(run.chosen for run in finals) == 2
     assert {run.learning_rate for run in finals if run.chosen} == {max(plan.rates(loaded, loaded.methods["lora"]))}
@@ -184,16 +186,16 @@ def test_a_full_run_trains_every_weight_and_leaves_the_base_as_it_was(tmp_path):
     suite = write(tmp_path, methods=["base", {"use": "full", "learning_rate": 0.01}], rate_factors=[1], seeds=[3])
     answer = call("compare", suite)
     assert answer.code == 0, answer.err
-    found = {record["kind"]: record for record in records(tmp_path).values()}
-    assert found["full"]["trainable_parameters"] == sum(p.numel() for p in tiny.build().parameters())
-    assert found["full"]["test"]["answers"] != found["base"]["test"]["answers"]
+    found = {record.kind: record for record in records(tmp_path).values()}
+    assert found["full"].training.trainable_parameters == sum(p.numel() for p in tiny.build().parameters())
+    assert found["full"].test.answers != found["base"].test.answers
     launched = write(tmp_path, methods=["full"], rate_factors=[1], seeds=[3], launcher=["accelerate", "launch"])
     said = " ".join(call("compare", launched).err.split())
     assert "kind: full trains likelihoods (objective: sft) in one process only" in said
     again = tmp_path / "again"
     again.mkdir()
     call("compare", write(again, methods=["base"], seeds=[3])).success  # noqa: B018
-    assert next(iter(records(again).values()))["test"] == found["base"]["test"]
+    assert next(iter(records(again).values())).test == found["base"].test
 
 
 def test_long_inputs_transfer_and_forgetting_are_scored_for_the_chosen_rate(tmp_path):
@@ -211,14 +213,14 @@ def test_long_inputs_transfer_and_forgetting_are_scored_for_the_chosen_rate(tmp_
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
     assert call("compare", suite).code == 0
     for record in records(tmp_path).values():
-        whole = record["stage"] == "final" and record["chosen"]
-        assert ("long_input" in record) == ("neutral_text" in record) == whole
-        assert ("transfer" in record) == (whole and record["task"] == "letters")
+        whole = record.run.stage == "final" and record.run.chosen
+        assert bool(record.long_input) == (record.neutral_text is not None) == whole
+        assert bool(record.transfer) == (whole and record.run.task == "letters")
         if whole:
-            assert set(record["long_input"]) == {"0", "16"} and record["long_input"]["16"]["rows"] == 4
-            assert record["neutral_text"]["nats_a_token"] > 0 and record["decoding"]["tokens_a_second"] > 0
-        if "transfer" in record:
-            assert record["transfer"]["other"]["rows"] == 5
+            assert set(record.long_input) == {"0", "16"} and record.long_input["16"].rows == 4
+            assert record.neutral_text > 0 and record.decoding.tokens_a_second > 0
+        if record.transfer:
+            assert record.transfer["other"].rows == 5
 
 
 # The store
@@ -226,23 +228,23 @@ def test_long_inputs_transfer_and_forgetting_are_scored_for_the_chosen_rate(tmp_
 
 def test_a_second_start_runs_nothing(made):
     folder, _ = made
-    before = files_of(folder / "tiny" / "records")
+    before = (folder / "tiny" / RECORDS).read_bytes()
     answer = call("compare", folder / "suite.yaml", "--keep-adapters")
     assert answer.code == 0 and "seed" not in answer.err
     lines = [" ".join(line.split()) for line in answer.err.splitlines()]
     runs = len(records(folder))
     assert f"{runs} runs, {runs} of them done." in lines
     assert sum(line.startswith(("base: ", "in-context: ", "lora: ", "prefixmemory: ")) for line in lines) == 4
-    assert files_of(folder / "tiny" / "records") == before
+    assert (folder / "tiny" / RECORDS).read_bytes() == before
 
 
 def test_a_new_seed_runs_only_what_is_new(made, tmp_path):
     folder, _ = made
-    names = set(records(folder))
+    made_before = set(records(folder))
     grown = write(tmp_path, seeds=[3, 4, 5], model=str(folder / "base"))
     store = loaded_store(grown)
-    known = {store.file(run).stem for run in planned(store.loaded, {})}
-    assert {name for name in known if "-5-" not in name} <= names
+    keys = {store.key(run): run for run in planned(store.loaded, {})}
+    assert {key for key, run in keys.items() if run.seed != 5} <= made_before
 
 
 def test_the_key_stands_for_everything_that_decides_a_run(tmp_path, monkeypatch):
@@ -347,8 +349,8 @@ def test_a_failed_run_is_kept_and_tried_again_only_when_asked(tmp_path):
     suite = write(tmp_path, methods=["base", bad], rate_factors=[1])
     answer = call("compare", suite)
     assert answer.code == 0 and answer.err.count("failed: PrefixMemoryError") == 2
-    failed = [record for record in records(tmp_path).values() if record["method"] == "bad"]
-    assert len(failed) == 2 and all("no_such_module" in record["error"]["message"] for record in failed)
+    failed = [record for record in records(tmp_path).values() if record.run.method == "bad"]
+    assert len(failed) == 2 and all("no_such_module" in record.failure.message for record in failed)
     assert "no_such_module" in (tmp_path / "tiny" / "tiny.md").read_text()
     again = call("compare", suite).err
     assert "2 runs failed: the report says why, --retry-failed tries them again." in again
@@ -356,17 +358,25 @@ def test_a_failed_run_is_kept_and_tried_again_only_when_asked(tmp_path):
     assert call("compare", suite, "--retry-failed").err.count("failed: PrefixMemoryError") == 2
 
 
-def test_a_score_that_is_no_number_is_tried_again_too_and_by_one_worker(tmp_path):
+def test_a_score_that_is_no_number_is_tried_again_too_and_by_one_worker(tmp_path, monkeypatch):
     suite = write(tmp_path, methods=["base"], seeds=[3])
     call("compare", suite).success  # noqa: B018
-    (file,) = (tmp_path / "tiny" / "records").glob("*.json")
-    sound = json.loads(file.read_text())
-    file.write_text(json.dumps({**sound, "test": {**sound["test"], "score": float("nan")}}))
-    os.utime(file, (time.time() + 60, time.time() + 60))  # written by another worker after this one began
-    assert "seed 3" not in call("compare", suite, "--retry-failed").err
-    os.utime(file, (1, 1))
+    (sound,) = records(tmp_path).values()
+    broken = dataclasses.replace(sound, test=dataclasses.replace(sound.test, score=float("nan")))
+    store = loaded_store(suite)
+    store.write(broken)
+    load = Worker.load
+
+    def loads_late(worker: Worker) -> None:
+        store.write(dataclasses.replace(broken, attempt=2))  # another worker has tried again meanwhile
+        load(worker)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "load", loads_late)
+        assert "seed 3" not in call("compare", suite, "--retry-failed").err
     assert "seed 3" in call("compare", suite, "--retry-failed").err
-    assert json.loads(file.read_text())["test"] == sound["test"]
+    (again,) = records(tmp_path).values()
+    assert again.test == sound.test and again.attempt == 3
 
 
 @pytest.mark.parametrize("retry_failed", [False, True])
@@ -400,15 +410,29 @@ def test_an_interrupted_comparison_says_how_to_go_on(tmp_path, monkeypatch):
 def test_a_model_that_cannot_be_loaded_is_refused_before_any_run(tmp_path):
     refused = call("compare", write(tmp_path, model="smolm2")).refusal
     assert "'smolm2' cannot be loaded" in refused and "Did you mean 'smollm2'?" in refused
-    assert not (tmp_path / "tiny" / "records").exists()
+    assert not (tmp_path / "tiny" / RECORDS).exists()
 
 
 def test_a_damaged_record_is_named(tmp_path):
-    suite = write(tmp_path, methods=["base"])
+    suite = write(tmp_path, methods=["base", "in-context"], seeds=[3])
     call("compare", suite).success  # noqa: B018
-    (file,) = (tmp_path / "tiny" / "records").glob("*.json")
-    file.write_text(file.read_text()[:50])
-    assert call("compare", suite).refusal.endswith("Delete it; it will be run again.")
+    file = tmp_path / "tiny" / RECORDS
+    first, second = file.read_text().splitlines()
+    file.write_text(f"{first}\n{second[:50]}\n")
+    refusal = call("compare", suite).refusal
+    assert f"{RECORDS}, line 2 is damaged" in refusal and refusal.endswith("Delete it; it will be run again.")
+    file.write_text(f"{first}\n{second.replace('task', 'taks')}\n")
+    assert f"{RECORDS}, line 2 is damaged (run.task: Field required)" in call("compare", suite).refusal
+
+
+def test_a_line_that_a_kill_left_unfinished_is_run_again(tmp_path):
+    suite = write(tmp_path, methods=["base", "in-context"], seeds=[3])
+    call("compare", suite).success  # noqa: B018
+    file, before = tmp_path / "tiny" / RECORDS, scores(tmp_path)
+    written = file.read_text()
+    file.write_text(written[: written.index("\n") + 50])
+    assert call("compare", suite).err.count("seed 3") == 1
+    assert scores(tmp_path) == before and len(file.read_text().splitlines()) == 2
 
 
 # Several processes
@@ -422,20 +446,20 @@ def start(suite: Path, *words: str) -> subprocess.Popen[str]:
 def test_a_killed_comparison_loses_at_most_the_run_in_flight(made, tmp_path):
     folder, _ = made
     suite = write(tmp_path, model=str(folder / "base"))
-    kept: dict[str, bytes] = {}
+    file = tmp_path / "tiny" / RECORDS
+    kept = b""
     for wanted in (2, 5):  # killed twice, while it is at work
         process = start(suite)
         deadline = time.monotonic() + 300
-        while len(list((tmp_path / "tiny" / "records").glob("*.json"))) < wanted and time.monotonic() < deadline:
+        while (file.read_bytes() if file.exists() else b"").count(b"\n") < wanted and time.monotonic() < deadline:
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        now = {name: text for name, text in files_of(tmp_path / "tiny" / "records").items() if name.endswith(".json")}
-        assert len(now) >= wanted and kept.items() <= now.items()
-        assert all(json.loads(text) for text in now.values())
-        kept = now
+        now = file.read_bytes()
+        assert len(records(tmp_path)) >= wanted and now.startswith(kept)
+        kept = now[: now.rindex(b"\n") + 1]
     answer = call("compare", suite, "--keep-adapters")
-    assert answer.code == 0 and answer.err.count("seed") == len(scores(folder)) - len(kept)
+    assert answer.code == 0 and answer.err.count("seed") == len(scores(folder)) - kept.count(b"\n")
     assert scores(tmp_path) == scores(folder)
 
 
@@ -458,14 +482,10 @@ def test_workers_and_a_launcher_give_the_same_scores(made, tmp_path):
     assert answer.code == 0, answer.err
     found = scores(tmp_path)
     assert len(found) == 4
-    before = {without_key(name): score for name, score in scores(folder).items()}
-    assert {without_key(name): score for name, score in found.items()}.items() <= before.items()
-    trained = [record for record in records(tmp_path).values() if "trained_with" in record]
-    assert len(trained) == 3 and all(record["processes"] == 1 for record in trained)
-
-
-def without_key(name: str) -> str:
-    return name.rpartition("-")[0]
+    before = list(scores(folder).values())
+    assert all(score in before for score in found.values())
+    trained = [record.training for record in records(tmp_path).values() if record.training is not None]
+    assert len(trained) == 3 and all(one.processes == 1 and one.made_with.hardware for one in trained)
 
 
 def test_further_workers_get_the_gpus_in_turn(monkeypatch):
@@ -527,7 +547,7 @@ def test_every_shipped_method_can_be_read():
         ({"training": {"epochs": 0}}, "epochs=0 is out of range"),
         ({"rate_factors": [0]}, "rate_factors"),
         ({"rate_factors": [1, 1]}, "holds one twice"),
-        ({"validation_rows": 30}, "Lower validation_rows"),
+        ({"tasks": [{"use": "letters.yaml", "per_label": 10}]}, "leaves none for validation. Lower per_label"),
         ({"tasks": [{"use": "letters.yaml", "transfers_to": ["bankin77"]}]}, "Did you mean 'banking77'?"),
         ({"long_input": [0]}, "long_input"),
     ],
@@ -537,6 +557,47 @@ def test_a_wrong_suite_is_refused_in_one_line(tmp_path, changes, said):
     if changes.get("every_rate"):
         changes = {**changes, "methods": ["base"]}
     assert said in call("compare", write(tmp_path, **changes)).refusal
+
+
+NO_NAMES = {
+    "up": "../up",
+    "absolute": "/etc/passwd",
+    "folder": "a/b",
+    "backslash": "a\\b",
+    "nul": "a\0b",
+    "newline": "a\nb",
+    "long": "x" * 300,
+    "long in bytes": "é" * 79,
+    "empty": "",
+    "hidden": ".a",
+    "option": "-a",
+    "markup": "<script>",
+}
+
+
+@pytest.mark.parametrize("name", NO_NAMES.values(), ids=list(NO_NAMES))
+@pytest.mark.parametrize("what", ["suite", "task", "method"])
+def test_a_name_that_is_no_name_of_a_file_is_refused_where_it_is_read(tmp_path, what, name):
+    changes = {
+        "suite": {"name": name},
+        "task": {"tasks": [{"use": "letters.yaml", "name": name}]},
+        "method": {"methods": [{"use": "base", "name": name}]},
+    }[what]
+    suite = write(tmp_path, **changes)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(PrefixMemoryError) as refused:
+        load_suite(suite)
+    said = str(refused.value)
+    assert "cannot be the name of a file" in said and said.count("\n") == 0 and len(said) < 500
+    assert said.startswith(f"{suite}, line" if what == "suite" else "name, which the suite changes")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["bbh_sports", "LoRA r=8", "v1.2", "é", "x" * 80, "prefixmemory+lora"])
+def test_names_that_people_give_are_taken(tmp_path, name):
+    """The control of those that are refused."""
+    suite = write(tmp_path, name=name, methods=[{"use": "base", "name": name}])
+    assert load_suite(suite).suite.name == name and list(load_suite(suite).methods) == [name]
 
 
 def test_a_suite_without_records_has_no_report(tmp_path):

@@ -10,6 +10,7 @@ import yaml
 
 from command_line import call_line, code_blocks, jsonl, save_talker
 from prefixmemory.compare.method import load_method, shipped_methods
+from prefixmemory.compare.records import read_records
 from prefixmemory.tasks.task import SCORED_ROWS
 
 PAGE = (Path(__file__).parent.parent / "docs" / "guides" / "compare.md").read_text(encoding="utf-8")
@@ -48,7 +49,7 @@ def test_the_page_from_top_to_bottom(place):
     summary = json.loads(Path(names[0]).read_text())
     assert not summary["missing"] and not summary["failed"]
     assert {cell["method"] for cell in summary["cells"]} == {"base", "lora-attention", "prefixmemory"}
-    assert len(list(Path("tickets-comparison/records").glob("*.json"))) == 1 + 2 * (3 + 3)
+    assert len(list(read_records(Path("tickets-comparison/records.jsonl")))) == 1 + 2 * (3 + 3)
     assert all("Six messages a team" in Path(name).read_text() for name in names[1:])
 
 
@@ -57,8 +58,8 @@ def test_a_method_of_ones_own_is_one_more_file(place):
     suite |= {"methods": ["memory.yaml"], "rate_factors": [1], "seeds": [0]}
     Path("suite.yaml").write_text(yaml.safe_dump(suite))
     assert call_line("prefixmemory compare suite.yaml").code == 0
-    (record,) = [json.loads(file.read_text()) for file in Path("tickets-comparison/records").glob("*.json")]
-    assert record["method"] == "memory-rank-2" and record["adapter"]["rank"] == 2
+    (record,) = read_records(Path("tickets-comparison/records.jsonl"))
+    assert record.run.method == "memory-rank-2" and record.training.adapter["rank"] == 2
 
 
 def test_the_page_names_all_methods_and_scorings():

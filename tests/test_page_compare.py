@@ -14,9 +14,11 @@ from playwright.sync_api import Browser
 
 from browser import View, chromium, opened
 from compared import failed, final, finals, made_suite, scored, tries
+from prefixmemory.compare.records import Record, Run
 from prefixmemory.compare.report import write_report
-from prefixmemory.compare.runs import Record, Run, rates
+from prefixmemory.compare.runs import rates
 from prefixmemory.compare.suite import Loaded
+from prefixmemory.compare.summarise import summarise
 
 __all__ = ["chromium"]  # a fixture of the tests below
 
@@ -64,7 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Records]:
         long_input_rows=5, transfer_rows=5, transfers_to=["xquad_en"],
     )  # fmt: skip
     records = make(loaded)
-    return write_report(folder, loaded, records)[-1], records
+    return write_report(folder, summarise(loaded, records))[-1], records
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def points_of_runs(records: Records) -> dict[tuple[str, str], dict[int, np.ndarr
     found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
     for run, record in records.items():
         if run.stage == "final" and run.chosen:
-            found.setdefault((run.task, run.method), {})[run.seed] = np.array(record["test"]["points"])
+            found.setdefault((run.task, run.method), {})[run.seed] = np.array(record.test.points)
     return found
 
 
@@ -300,7 +302,7 @@ def test_learning_rates_are_those_of_the_records(view: View, made: tuple[Path, R
     for run, record in records.items():
         if run.stage == "final" and run.learning_rate is not None:
             key = (run.task, run.method, f"{run.learning_rate:g}")
-            expected.setdefault(key, []).append(record["test"]["score"])
+            expected.setdefault(key, []).append(record.test.score)
     assert points(view, "rates", "task", "method", "rate") == about({key: fmean(v) for key, v in expected.items()})
     assert len(attributes(view, "#rates-figure .seed")) == sum(map(len, expected.values()))
     rings = {(one["task"], one["method"], one["rate"]) for one in attributes(view, "#rates-figure .chosen")}
@@ -312,7 +314,7 @@ def test_learning_rates_are_those_of_the_records(view: View, made: tuple[Path, R
     assert len(rings) == 4
     view.page.get_by_label("Rows").select_option("validation")
     expected = {
-        (run.task, run.method, f"{run.learning_rate:g}"): record["validation"]["score"]
+        (run.task, run.method, f"{run.learning_rate:g}"): record.validation.score
         for run, record in records.items()
         if run.stage == "rate"
     }
@@ -328,9 +330,9 @@ def test_learning_rates_are_those_of_the_records(view: View, made: tuple[Path, R
 
 def test_input_lengths_are_those_of_the_records(view: View, made: tuple[Path, Records]) -> None:
     expected = {
-        (run.task, run.method, length): one["score"]
+        (run.task, run.method, length): one.score
         for run, record in made[1].items()
-        for length, one in record.get("long_input", {}).items()
+        for length, one in record.long_input.items()
     }
     expected |= {("", method, length): expected["north", method, length] for _, method, length in list(expected)}
     assert points(view, "lengths", "task", "method", "length") == about(expected)
@@ -407,7 +409,7 @@ def test_sections_without_figures_say_why(chromium: Browser, tmp_path: Path) -> 
         run: final(run, [100.0, 0.0])
         for run in (Run("north", "lora-attention", "final", 0.003, seed) for seed in (0, 1, 2))
     }
-    with opened(chromium, write_report(tmp_path, loaded, records)[-1]) as view:
+    with opened(chromium, write_report(tmp_path, summarise(loaded, records))[-1]) as view:
         assert "No two methods have a task and seed in common yet." in said(view, "differences")
         assert "Not measured: no task of this suite names another one" in said(view, "transfer")
         assert "Not measured: this suite has no long_input." in said(view, "lengths")
@@ -419,7 +421,7 @@ def test_sections_without_figures_say_why(chromium: Browser, tmp_path: Path) -> 
 def test_a_comparison_with_rates_alone(chromium: Browser, tmp_path: Path) -> None:
     loaded = made_suite(tmp_path, methods=["lora-attention"])
     with opened(
-        chromium, write_report(tmp_path, loaded, tries(loaded, "north", "lora-attention", [50, 80, 60]))[-1]
+        chromium, write_report(tmp_path, summarise(loaded, tries(loaded, "north", "lora-attention", [50, 80, 60])))[-1]
     ) as view:
         for section in ("scores", "transfer", "lengths", "cost"):
             assert "No run has been scored yet." in said(view, section)
@@ -435,7 +437,7 @@ def test_a_comparison_with_rates_alone(chromium: Browser, tmp_path: Path) -> Non
 def test_a_comparison_without_a_trained_method(chromium: Browser, tmp_path: Path) -> None:
     loaded = made_suite(tmp_path, methods=["base"])
     records = finals(loaded, "north", "base", [[100.0, 0.0]], {}) | finals(loaded, "south", "base", [[0.0, 0.0]], {})
-    with opened(chromium, write_report(tmp_path, loaded, records)[-1]) as view:
+    with opened(chromium, write_report(tmp_path, summarise(loaded, records))[-1]) as view:
         assert "Not measured: no method of this suite is trained." in said(view, "rates")
         assert points(view, "cost", "method") == {("base",): 25.0}
 
@@ -450,7 +452,7 @@ def test_failed_runs_are_told_and_not_drawn(chromium: Browser, tmp_path: Path) -
         records |= finals(loaded, task, "lora-attention", [[100.0, 0.0]] * 3, records)
     broken = Run("north", "lora-attention", "final", 0.003, 1)
     records[broken] = failed(broken, message)
-    with opened(chromium, write_report(tmp_path, loaded, records)[-1]) as view:
+    with opened(chromium, write_report(tmp_path, summarise(loaded, records))[-1]) as view:
         assert (
             "1 run failed" in said(view, "gaps-note")
             and "missing" not in view.page.locator("#gaps-note").inner_text().split("Which")[0]

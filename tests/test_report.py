@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from command_line import call
 from compared import failed, final, finals, made_suite, scored, tries, write_suite
-from prefixmemory.compare.report import markdown, write_report
-from prefixmemory.compare.runs import Record, Run, planned, rates
+from prefixmemory.compare.markdown import markdown
+from prefixmemory.compare.records import Record, Run
+from prefixmemory.compare.report import write_report
+from prefixmemory.compare.runs import planned, rates
 from prefixmemory.compare.store import Store
 from prefixmemory.compare.suite import Loaded, load_suite
-from prefixmemory.compare.summary import summarise
+from prefixmemory.compare.summarise import summarise
 from prefixmemory.compare.work import checksums
 
 HIT, MISS = 100.0, 0.0
@@ -57,7 +60,7 @@ def final_runs_failed(loaded: Loaded) -> Records:
 
 def scores_without_a_number(loaded: Loaded) -> Records:
     nan = scored([math.nan] * 4)
-    return {run: {**r, "test": nan} if run.stage == "final" else r for run, r in whole(loaded).items()}
+    return {run: replace(r, test=nan) if run.stage == "final" else r for run, r in whole(loaded).items()}
 
 
 def whole(loaded: Loaded) -> Records:
@@ -91,8 +94,8 @@ def test_the_command_reports_at_every_stage(stage: Stage, tmp_path: Path) -> Non
     store = Store(tmp_path / "out", loaded, checksums(loaded, None))
     records = stage(loaded)
     for run, record in records.items():
-        store.write(run, record)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
+        store.write(replace(record, key=store.key(run)))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jsonl")}
     said = call("compare", file, "--output", tmp_path / "out", "--report").success
     written = [tmp_path / "out" / f"made-by-hand{suffix}" for suffix in (".json", ".md", ".html")]
     assert said.split() == [str(path) for path in written]
@@ -121,14 +124,14 @@ def test_records_of_another_suite_are_not_reported(tmp_path: Path) -> None:
     loaded = load_suite(write_suite(tmp_path))
     store = Store(tmp_path / "out", loaded, checksums(loaded, None))
     for run, record in base_alone(loaded).items():
-        store.write(run, record)
+        store.write(replace(record, key=store.key(run)))
     file = write_suite(tmp_path, test_rows=3)
     assert "holds no records of" in call("compare", file, "--output", tmp_path / "out", "--report").refusal
 
 
 def test_the_report_is_named_after_its_suite_whatever_the_name(tmp_path: Path) -> None:
     loaded = made_suite(tmp_path, name="v1.2")
-    files = write_report(tmp_path, loaded, whole(loaded))
+    files = write_report(tmp_path, summarise(loaded, whole(loaded)))
     assert [file.name for file in files] == ["v1.2.json", "v1.2.md", "v1.2.html"]
     assert files[1].read_text().startswith("# v1.2\n")
     assert not list(tmp_path.glob(".*.tmp"))
@@ -147,7 +150,7 @@ def test_every_number_of_the_tables_is_that_of_the_summary(tmp_path: Path) -> No
     for run, record in records.items():
         if run.stage == "final" and run.chosen:
             behind = {"0": scored([HIT, HIT]), "300": scored([HIT, MISS])}
-            records[run] = {**record, "long_input": behind, "transfer": {"xquad_en": scored([10.0, 30.0])}}
+            records[run] = replace(record, long_input=behind, transfer={"xquad_en": scored([10.0, 30.0])})
     text = markdown(summarise(loaded, records))
     for line in (
         "| lora-attention | 50.0 [",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -294,10 +295,31 @@ def test_an_objective_that_needs_trl_says_so_before_anything_runs(monkeypatch):
     load_task("gsm8k").check_installed()
 
 
-def test_validation_rows_are_not_all_there_is(own):
+def test_validation_takes_no_row_that_training_asks_for(own):
+    """21 rows of three labels, 4 of each to train on: 9 are left, however many are asked for."""
     task = load_task(str(own))
-    with pytest.raises(PrefixMemoryError, match="21 training rows, of which 50 are for validation"):
+    for seed in range(5):
+        split = task.split(None, 50, 5, seed)
+        assert Counter(row["label"] for row in split.train) == {"apple": 4, "cherry": 4, "banana": 4}
+        assert len(split.validation) == 9 and not [row for row in split.train if row in split.validation]
+    assert len(task.split(None, 6, 5, 0).validation) == 6  # the control: as many as asked for, where there are
+
+
+@pytest.mark.parametrize(
+    ("changes", "train", "validation"),
+    [({"limit": 15}, 15, 6), ({"limit": 30}, 17, 4), ({}, 17, 4)],
+    ids=["some", "more than there are", "all"],
+)
+def test_training_on_all_rows_leaves_a_fifth_for_validation(own, changes, train, validation):
+    split = load_task(str(own), {"per_label": None, **changes}).split(None, 50, 5, 0)
+    assert (len(split.train), len(split.validation)) == (train, validation)
+
+
+def test_a_task_that_trains_on_every_row_of_every_label_is_refused(own):
+    task = load_task(str(own), {"per_label": 7})
+    with pytest.raises(PrefixMemoryError, match="21 training rows and trains on all of them"):
         task.split(None, 50, 5, 0)
+    assert len(task.split(None, 0, 5, 0).train) == 21
 
 
 def test_a_task_may_be_made_in_python():

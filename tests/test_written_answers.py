@@ -7,7 +7,8 @@ import json
 import yaml
 
 from command_line import call, jsonl, save_talker
-from prefixmemory.compare.runs import Run, key
+from prefixmemory.compare.records import RECORDS, Run, read_records
+from prefixmemory.compare.runs import key
 from prefixmemory.compare.suite import load_suite
 
 ROWS = [{"instruction": f"Say {word} twice.", "output": f"{word} {word}"} for word in ["one", "two", "six", "ten"]]
@@ -50,8 +51,8 @@ def write(folder, **changes):
 def test_final_runs_leave_answers_that_alpaca_eval_reads(tmp_path):
     assert (answer := call("compare", write(tmp_path, written_answers=3))).code == 0, answer.err
     files = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "tiny" / "outputs").iterdir()}
-    records = {file.stem for file in (tmp_path / "tiny" / "records").iterdir() if "-final-" in file.stem}
-    assert files.keys() == records and len(files) == 3
+    finals = {record.key for record in read_records(tmp_path / "tiny" / RECORDS) if record.run.stage == "final"}
+    assert {name.rpartition("-")[2] for name in files} == finals and len(files) == 3
     asked = {row["instruction"] for row in ROWS}
     for name, rows in files.items():
         assert len(rows) == 3 and len({row["instruction"] for row in rows} & asked) == 3

@@ -7,6 +7,7 @@ Matplotlib is imported when a figure is made.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from prefixmemory.analysis.long_input import LongInput
-from prefixmemory.analysis.readout import Ablation, Readout
+from prefixmemory.analysis.readout import Heads
 from prefixmemory.analysis.shift import Shift
 from prefixmemory.analysis.spectrum import Spectrum
 from prefixmemory.analysis.tradeoff import Tradeoff
@@ -64,7 +65,9 @@ def save(figure: Any, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    figure.savefig(file, dpi=300, format="png")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, dpi=300, format="png")
+    temporary.replace(file)
 
 
 def _panels(count: int, rows: int = 1) -> tuple[Any, list[Any]]:
@@ -240,14 +243,14 @@ def shift_figure(found: Mapping[str, Shift]) -> Any:
     return figure
 
 
-def readout_figure(found: Mapping[str, tuple[Readout, Ablation]]) -> Any:
+def readout_figure(found: Mapping[str, Heads]) -> Any:
     """Maps of layers and heads: norm of each memory, and what the loss gains by it."""
     figure, axes = _panels(2, rows=len(found))
-    for index, (label, (data, ablation)) in enumerate(found.items()):
+    for index, (label, data) in enumerate(found.items()):
         left, right = axes[2 * index : 2 * index + 2]
         _map(figure, left, data.norms, f"{label}: norm of the memory", "‖M‖ (1)", "cividis", centred=False)
         name = "rise of the loss (nats a token)"
-        _map(figure, right, ablation.change, f"{label}: without the head's memory", name, "PuOr_r", centred=True)
+        _map(figure, right, data.ablation.change, f"{label}: without the head's memory", name, "PuOr_r", centred=True)
     return figure
 
 

@@ -15,12 +15,12 @@ from prefixmemory.analysis import figures
 from prefixmemory.analysis.inputs import longest_input, token_ids
 from prefixmemory.analysis.long_input import LongInput, long_input
 from prefixmemory.analysis.page import page
-from prefixmemory.analysis.readout import ablate, readout, text_loss
-from prefixmemory.analysis.shift import shift
-from prefixmemory.analysis.spectrum import spectrum
-from prefixmemory.analysis.tradeoff import tradeoff
+from prefixmemory.analysis.readout import Heads, ablate, readout, text_loss
+from prefixmemory.analysis.shift import Shift, shift
+from prefixmemory.analysis.spectrum import Spectrum, spectrum
+from prefixmemory.analysis.tradeoff import Tradeoff, tradeoff
 from prefixmemory.errors import PrefixMemoryError, check_choice
-from prefixmemory.files.records import provenance, write_json
+from prefixmemory.files.records import provenance, write_json, write_text
 from prefixmemory.rows.data import northline, sample
 from prefixmemory.rows.rows import Rows
 from prefixmemory.rows.unrelated_text import read_context
@@ -85,9 +85,11 @@ class Settings:
 
 
 Say = Callable[[str], None]
+#: What an instrument found out about one adapter.
+Measured = Tradeoff | Spectrum | Shift | Heads | LongInput
 
 
-def inspect(adapter: Adapter, settings: Settings, say: Say) -> dict[str, Any]:
+def inspect(adapter: Adapter, settings: Settings, say: Say) -> dict[str, Measured]:
     """What the instruments measure on one adapter, by instrument.
 
     Args:
@@ -101,7 +103,7 @@ def inspect(adapter: Adapter, settings: Settings, say: Say) -> dict[str, Any]:
     """
     short = _ids(adapter, settings.text, settings.tokens, TOKENS)
     long = _ids(adapter, settings.text, settings.length, LENGTH)
-    found: dict[str, Any] = {}
+    found: dict[str, Measured] = {}
     refused: PrefixMemoryError | None = None
     for name in INSTRUMENTS if settings.what == "all" else (settings.what,):
         say(f"{adapter.name}: {name}")
@@ -130,7 +132,7 @@ def _ids(adapter: Adapter, text: str | None, asked: int | None, default: int) ->
     return ids
 
 
-def _measure(adapter: Adapter, name: str, short: Tensor, long: Tensor, settings: Settings) -> Any:
+def _measure(adapter: Adapter, name: str, short: Tensor, long: Tensor, settings: Settings) -> Measured:
     model = adapter.model
     if name == "tradeoff":
         longest = long.shape[1]
@@ -146,7 +148,8 @@ def _measure(adapter: Adapter, name: str, short: Tensor, long: Tensor, settings:
     by_layer = zip(read.layers, read.norms, strict=True)
     ranked = sorted(((norm, layer, head) for layer, row in by_layer for head, norm in enumerate(row)), reverse=True)
     loss = partial(text_loss, model, short) if settings.loss is None else settings.loss(adapter)
-    return read, ablate(model, loss, [(layer, head) for _, layer, head in ranked[: settings.heads]])
+    ablation = ablate(model, loss, [(layer, head) for _, layer, head in ranked[: settings.heads]])
+    return Heads(read.definition, read.layers, read.norms, read.directions, ablation=ablation)
 
 
 def _long_input(adapter: Adapter, settings: Settings) -> LongInput:
@@ -162,7 +165,7 @@ def _long_input(adapter: Adapter, settings: Settings) -> LongInput:
     return long_input(model, tokenizer, rows, settings.in_front, settings.context)
 
 
-def write(found: Mapping[str, Mapping[str, Any]], conditions: Mapping[str, Any], folder: Path) -> list[Path]:
+def write(found: Mapping[str, Mapping[str, Measured]], conditions: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write ``<instrument>.json`` and ``.png`` for every instrument, and ``index.html`` with all of them.
 
     Args:
@@ -179,23 +182,15 @@ def write(found: Mapping[str, Mapping[str, Any]], conditions: Mapping[str, Any],
         ours = {label: results[name] for label, results in found.items() if name in results}
         if not ours:
             continue
-        records[name] = {label: _plain(data) for label, data in ours.items()}
+        records[name] = {label: asdict(data) for label, data in ours.items()}
         json_file, png_file = folder / f"{name}.json", folder / f"{name}.png"
         write_json(json_file, {"conditions": dict(conditions), "adapters": records[name], **provenance()})
         figures.save(FIGURES[name](ours), png_file)
         images[name] = png_file.read_bytes()
         files += [json_file, png_file]
     html = folder / "index.html"
-    html.write_text(page(records, images, conditions), encoding="utf-8")
+    write_text(html, page(records, images, conditions))
     return [*files, html]
-
-
-def _plain(data: Any) -> dict[str, Any]:
-    """Dataclasses as dicts; a read-out goes with its ablation."""
-    if isinstance(data, tuple):
-        read, ablation = data
-        return {**asdict(read), "ablation": asdict(ablation)}
-    return asdict(data)
 
 
 def labels(adapters: list[str]) -> list[str]:

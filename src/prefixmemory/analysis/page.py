@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping
-from importlib.resources import files
 from typing import Any
+
+from prefixmemory.files.markup import in_page
 
 
 def page(records: Mapping[str, Any], images: Mapping[str, bytes], conditions: Mapping[str, Any]) -> str:
@@ -22,9 +22,7 @@ def page(records: Mapping[str, Any], images: Mapping[str, bytes], conditions: Ma
         "images": {name: base64.b64encode(image).decode("ascii") for name, image in images.items()},
         "conditions": dict(conditions),
     }
-    data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # no tag, whatever names and texts hold
-    template = (files("prefixmemory") / "analysis" / "page.html").read_text(encoding="utf-8")
-    return template.replace("__DATA__", data, 1)
+    return in_page("analysis", content)
 
 
 def _rounded(value: Any) -> Any:

@@ -82,6 +82,13 @@ class Ablation:
     change: list[list[float | None]]
 
 
+@dataclass(frozen=True)
+class Heads(Readout):
+    """What the heads' memories speak for, and what the loss gains by each."""
+
+    ablation: Ablation
+
+
 @torch.no_grad()
 def readout(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directions: int = 2, tokens: int = 8) -> Readout:
     """The leading singular directions of every head's memory, as tokens.

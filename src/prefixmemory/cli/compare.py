@@ -41,6 +41,7 @@ def compare(
     from prefixmemory.compare.report import outcome, write_report
     from prefixmemory.compare.store import Store
     from prefixmemory.compare.suite import load_suite
+    from prefixmemory.compare.summarise import summarise
     from prefixmemory.compare.work import checksums, forget_work, state
 
     quiet()
@@ -62,8 +63,9 @@ def compare(
     _, records = state(store)
     if not records:
         raise PrefixMemoryError(f"{folder} holds no records of {suite}. Run it first, without --report.")
-    files = write_report(folder, loaded, records)
-    for line in outcome(files[0]):
+    summary = summarise(loaded, records)
+    files = write_report(folder, summary)
+    for line in outcome(summary):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for file in files:
         print(file)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from prefixmemory.errors import PrefixMemoryError, check_choice
+from prefixmemory.files.names import check_name
 from prefixmemory.files.yaml_files import Source, find_yaml, read_yaml, shipped, typed
 from prefixmemory.training.methods import method_config
 
@@ -40,6 +41,7 @@ class Method:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         check_choice("kind", self.kind, get_args(Kind))
         if self.is_trained and not (self.learning_rate or 0) > 0:
             raise PrefixMemoryError(f"learning_rate={self.learning_rate!r} is out of range: give the middle candidate.")

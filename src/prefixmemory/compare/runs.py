@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import MISSING, asdict, fields
+from typing import Any
 
 from prefixmemory.compare.method import Method
+from prefixmemory.compare.records import Record, Run
 from prefixmemory.compare.suite import Loaded
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.tasks import Task
 
 #: Raised whenever a default or a way of scoring changes so that earlier records cannot stand beside new ones.
 PROTOCOL = 1
-Stage = Literal["rate", "final"]
-Record = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a suite.
-
-    Attributes:
-        task, method: names.
-        stage: ``rate`` (scored on validation rows) or ``final`` (scored on test rows).
-        learning_rate: ``None`` where nothing is trained.
-        seed: of start values, order, and the choice of training rows.
-        chosen: a ``final`` run at the chosen learning rate; others serve the curve over learning rates alone, and
-            are not scored behind long inputs.
-    """
-
-    task: str
-    method: str
-    stage: Stage
-    learning_rate: float | None
-    seed: int
-    chosen: bool = True
-
-    @property
-    def training(self) -> tuple[str, str, float | None, int]:
-        """What decides the trained weights: a ``rate`` run and a ``final`` one may share them."""
-        return self.task, self.method, self.learning_rate, self.seed
 
 
 def rates(loaded: Loaded, method: Method) -> list[float]:
@@ -174,8 +146,8 @@ def chosen_rate(loaded: Loaded, task: Task, method: Method, records: Mapping[Run
     found = []
     candidates = rates(loaded, method)
     for place, rate in enumerate(candidates):
-        record = records.get(Run(task.name, method.name, "rate", rate, loaded.suite.seeds[0]), {})
-        if "validation" in record and math.isfinite(record["validation"]["score"]):
+        record = records.get(Run(task.name, method.name, "rate", rate, loaded.suite.seeds[0]))
+        if record is not None and record.failure is None and record.validation is not None:
             from_middle = abs(place - (len(candidates) - 1) / 2)
-            found.append((record["validation"]["score"], -from_middle, rate))
+            found.append((record.validation.score, -from_middle, rate))
     return max(found)[2] if found else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from prefixmemory.compare.method import Method, load_method
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.files.names import check_name
 from prefixmemory.files.yaml_files import Source, read_yaml, typed
 from prefixmemory.models.loading import Dtype
 from prefixmemory.tasks import Task, load_task, shipped_tasks
@@ -68,6 +69,7 @@ class Suite:
     launcher: list[str] | None = None
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         for name in ("tasks", "methods", "seeds", "rate_factors"):
             if not getattr(self, name):
                 raise PrefixMemoryError(f"{name} is empty: give at least one.")

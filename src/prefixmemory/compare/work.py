@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from prefixmemory.compare.account import error
-from prefixmemory.compare.runs import Record, Run, planned, total
+from prefixmemory.compare.records import Record, Run
+from prefixmemory.compare.runs import planned, total
 from prefixmemory.compare.store import Store
 from prefixmemory.compare.suite import Loaded
 from prefixmemory.compare.worker import Worker
@@ -53,9 +54,9 @@ def work(store: Store, data: Path | None, console: Console, retry_failed: bool =
         retry_failed: run again what failed before.
     """
     worker = Worker(store, data)
-    started = time.time()
     runs, records = state(store)
-    if retry_failed or any(run not in records for run in runs):
+    failed = {run: record.attempt for run, record in records.items() if record.failure and retry_failed}
+    if failed or any(run not in records for run in runs):
         worker.load()  # a model that is not there is no matter of one run
     console.print(f"{total(store.loaded)} runs, {len(records)} of them done.", highlight=False)
     with progress_bar(console) as bar:
@@ -63,24 +64,24 @@ def work(store: Store, data: Path | None, console: Console, retry_failed: bool =
         while True:
             runs, records = state(store)
             bar.update(task, completed=len(records))
-            todo = {run: records.get(run) for run in runs if run not in records}
-            if retry_failed:
-                older = (run for run in records if store.file(run).stat().st_mtime < started)
-                todo |= {run: records[run] for run in older if error(run, records[run]) is not None}
+            todo = {run: 0 for run in runs if run not in records}
+            todo |= {run: made for run, made in failed.items() if run in records and records[run].attempt == made}
             if not todo:
                 return
             if not _run_one(store, worker, todo, console):
-                time.sleep(2)  # others are at all of them
+                time.sleep(2)
 
 
-def _run_one(store: Store, worker: Worker, todo: Mapping[Run, Record | None], console: Console) -> bool:
-    for run, before in todo.items():
+def _run_one(store: Store, worker: Worker, todo: Mapping[Run, int], console: Console) -> bool:
+    """Do one of ``todo``, run -> attempts that have been made; ``False``: others are at all of them."""
+    for run, made in todo.items():
         with store.claim(run) as mine:
-            if not mine or store.read(run) != before:  # another worker is at it, or has just done it
+            before = store.read(run)
+            if not mine or (before.attempt if before else 0) != made:  # another worker is at it, or has just done it
                 continue
             started = time.monotonic()
-            record = worker.run(run)
-            store.write(run, record)
+            record = replace(worker.run(run), attempt=made + 1)
+            store.write(record)
             console.print(line(run, record, time.monotonic() - started), highlight=False, markup=False)
             return True
     return False
@@ -89,10 +90,8 @@ def _run_one(store: Store, worker: Worker, todo: Mapping[Run, Record | None], co
 def line(run: Run, record: Record, seconds: float) -> str:
     """One line about a run that has ended."""
     rate = "" if run.learning_rate is None else f" at {run.learning_rate:g}"
-    if "error" in record:
-        outcome = f"failed: {record['error']['type']}: {record['error']['message'][:100]}"
-    else:
-        outcome = f"{record['validation' if run.stage == 'rate' else 'test']['score']:.1f}"
+    failure, scores = record.failure, record.scores
+    outcome = f"failed: {failure.type}: {failure.message[:100]}" if failure else f"{scores.score:.1f}" if scores else ""
     return f"{run.task}, {run.method}{rate}, seed {run.seed} ({run.stage}): {outcome}, {seconds:.0f} s"
 
 

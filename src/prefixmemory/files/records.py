@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,22 @@ def _cpu() -> str:
 
 
 def write_json(file: Path, content: object) -> None:
-    """Write ``content`` to ``file`` by way of a temporary name, so that the file is whole or as it was before."""
+    """Write ``content`` as JSON, as :func:`write_text` does."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write ``text`` to ``file`` by way of a temporary name, so that the file is whole or as it was before."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
+
+
+def without_nan(value: Any) -> Any:
+    """Plain data with ``None`` for what is no number: JSON knows no such numbers, and browsers refuse them."""
+    if isinstance(value, Mapping):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
+from prefixmemory.files.names import check_name
 from prefixmemory.files.yaml_files import Source, blamed_path, find_yaml, read_yaml, shipped, typed
 from prefixmemory.rows.data import Data, read_rows, sample
 from prefixmemory.rows.rows import OBJECTIVE_FORMATS, Row, row_format
@@ -26,6 +28,8 @@ SCORED_ROWS: dict[str, tuple[str, ...]] = {
     "loss": ("text", "prompt", "instruction", "messages"),
     "preference": ("preference",),
 }
+#: Of the training split, for validation, where training takes all there is.
+VALIDATION_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Task:
     changelog: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         check_choice("scoring", self.scoring, get_args(Scoring))
         for name in ("labels", "longest_text", "per_label", "limit", "max_new_tokens"):
             value = getattr(self, name)
@@ -173,23 +178,52 @@ class Task:
     def split(self, data: Path | None, validation: int, test: int, seed: int) -> Split:
         """What one run uses: the same validation and test rows whatever the seed, which draws the training rows.
 
+        Validation rows come out of the training split, are never trained on, and take no row that training asks for:
+        they are at most what ``per_label`` (of each label) or ``limit`` leaves, and where training takes all there
+        is, :data:`VALIDATION_SHARE` of the split.
+
         Args:
             data: as in :meth:`rows`.
-            validation: rows for choosing a learning rate, taken from the training split and never trained on.
+            validation: rows for choosing a learning rate, where as many can be spared.
             test: rows for the score.
             seed: of the run.
+
+        Raises:
+            PrefixMemoryError: no row can be spared for validation.
         """
         everything, tested = self.rows(data, "train"), self.rows(data, "test")
-        held_out = sample_rows(everything, validation, "validation")
+        held_out = self._validation(everything, validation)
         chosen = {id(row) for row in held_out}
-        pool = [row for row in everything if id(row) not in chosen]
-        if not pool:
-            raise PrefixMemoryError(
-                f"Task {self.name}: {len(everything)} training rows, of which {validation} are for validation. "
-                "Lower validation_rows, or give more rows."
-            )
-        train = sample(pool, self.per_label, self.limit, seed)
+        train = sample([row for row in everything if id(row) not in chosen], self.per_label, self.limit, seed)
         return Split(train, held_out, sample_rows(tested, test, "test"))
+
+    def _validation(self, rows: list[Row], wanted: int) -> list[Row]:
+        spare = self._spare(rows)
+        count = min(wanted, spare.total())
+        drawn = sample_rows(rows, count, "validation")
+        of_them = {id(row) for row in drawn}
+        others = (row for row in rows if id(row) not in of_them)  # in the place of what a label cannot spare
+        found: list[Row] = []
+        for row in (*drawn, *others):
+            label = "" if self.per_label is None else row["label"]
+            if len(found) < count and spare[label] > 0:
+                spare[label] -= 1
+                found.append(row)
+        if wanted and not found:
+            raise PrefixMemoryError(
+                f"Task {self.name}: it has {len(rows)} training rows and trains on all of them, which leaves none for "
+                "validation. Lower per_label or limit, or give more rows."
+            )
+        return found
+
+    def _spare(self, rows: list[Row]) -> Counter[str]:
+        """How many rows of each label training leaves; of all rows together where it does not ask by label."""
+        if self.per_label is not None:
+            labels = Counter(row["label"] for row in rows)
+            return Counter({label: max(count - self.per_label, 0) for label, count in labels.items()})
+        takes_all = self.limit is None or self.limit >= len(rows)
+        share = max(int(len(rows) * VALIDATION_SHARE), min(len(rows) - 1, 1))  # one of few rows, but not the only one
+        return Counter({"": share if takes_all else len(rows) - (self.limit or 0)})
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from peft.utils import CONFIG_NAME
 
+from prefixmemory.files.markup import in_markdown
 from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
 from prefixmemory.rows.data import hub_id
 
@@ -249,13 +250,13 @@ def _metrics(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
         conditions = ""
         if isinstance(value, Mapping):
             conditions = ", ".join(
-                _value(v) if key == "conditions" else f"{key.replace('_', ' ')}: {_value(v)}"
+                _value(v) if key == "conditions" else f"{in_markdown(key.replace('_', ' '))}: {_value(v)}"
                 for key, v in value.items()
                 if key != "value" and v is not None
             )
             value = value.get("value")
         if value is not None:
-            lines.append((name, _value(value), conditions))
+            lines.append((in_markdown(name), _value(value), conditions))
     return lines
 
 
@@ -274,10 +275,10 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_value(v)}" for key, v in value.items())
+        return ", ".join(f"{in_markdown(key)}: {_value(v)}" for key, v in value.items())
     if isinstance(value, list | tuple | set):
         return ", ".join(_value(v) for v in (sorted(value, key=str) if isinstance(value, set) else value))
-    return str(value)
+    return in_markdown(value)
 
 
 def _table(title: str, header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
@@ -288,4 +289,4 @@ def _table(title: str, header: tuple[str, ...], lines: list[tuple[str, ...]]) ->
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return " ".join(re.sub(r"(?<!\\)\|", r"\|", text).split())
