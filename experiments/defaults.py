@@ -27,7 +27,7 @@ from transformers.utils import logging
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.files.records import provenance, write_json
 from prefixmemory.models.loading import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
-from prefixmemory.rows.rows import classification_prompt, render
+from prefixmemory.rows.rendering import classification_prompt, render
 from prefixmemory.scoring.generation import accuracy, answers
 from prefixmemory.training.loop import train
 from prefixmemory.training.settings import TrainingSettings

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.files.records import provenance, write_json
 from prefixmemory.models.loading import load_model, load_tokenizer, smollm2
-from prefixmemory.rows.rows import render
+from prefixmemory.rows.rendering import render
 from prefixmemory.tasks import load_task
 from prefixmemory.tuner.layer import memory_layers
 

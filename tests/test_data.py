@@ -18,7 +18,8 @@ import pytest
 import tiny
 from command_line import call, jsonl
 from prefixmemory import PrefixMemoryError
-from prefixmemory.rows.data import Data, hub_id, read_rows, sample
+from prefixmemory.rows.data import Data, read_rows, sample
+from prefixmemory.rows.readers import hub_id
 from prefixmemory.rows.rows import Row, check_objective, check_row, row_format
 
 #: Commas, quotation marks, line breaks, tabs, letters beyond ASCII.
@@ -102,8 +103,8 @@ BAD_FILES = {
     "a header alone": (".csv", b"text,label\n", ["is empty"]),
     "no header": (".csv", b"my line,dead\nc,d\n", ["line 2", "['dead', 'my line']"]),
     "Latin-1 in the header": (".csv", "text,größe\na,b\n".encode("latin-1"), ["line 1", "not UTF-8"]),
-    "UTF-16": (".csv", "text,label\na,b\n".encode("utf-16"), ["line 1", "not UTF-8"]),
-    "a number for a text": (".jsonl", b'{"text": "a", "label": 3}\n', ["line 1", "'label' is 3", "must be a text"]),
+    "a number for a text": (".jsonl", b'{"text": 3, "label": "a"}\n', ["line 1", "'text' is 3", "must be a text"]),
+    "a fraction for a label": (".jsonl", b'{"text": "a", "label": 0.5}\n', ["line 1", "'label' is 0.5"]),
     "an endless number": (".jsonl", b'{"text": "a", "label": ' + b"9" * 5000 + b"}\n", ["line 1", "not complete JSON"]),
     "a judgement for some": (
         ".jsonl",

@@ -7,8 +7,9 @@ from tokenizers.processors import TemplateProcessing
 
 import tiny
 from prefixmemory import cli
-from prefixmemory.rows.collator import encode_prompt
-from prefixmemory.rows.rows import render, render_prompt, row_format
+from prefixmemory.rows.encoding import encode_prompt
+from prefixmemory.rows.rendering import render, render_prompt
+from prefixmemory.rows.rows import row_format
 
 ROWS = {
     "text": {"text": "hello", "label": "greeting"},
@@ -41,7 +42,7 @@ def test_generate_asks_as_the_rows_of_the_run_did(name, tmp_path, monkeypatch, c
             cli.main()
         assert stop.value.code in (0, None), capsys.readouterr().err
 
-    def answers(model, tokenizer, prompts, max_new_tokens):
+    def answers(model, tokenizer, prompts, max_new_tokens, one_line):
         asked.extend(prompts)
         return [f"{len(asked)} asked"]
 

@@ -22,8 +22,9 @@ from transformers.utils import logging
 import tiny
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.cli import main
-from prefixmemory.rows.rows import Example
-from prefixmemory.training.loop import Interrupted, train
+from prefixmemory.rows.rendering import Example
+from prefixmemory.training.interrupt import Interrupted
+from prefixmemory.training.loop import train
 from prefixmemory.training.settings import TrainingSettings
 
 WEIGHTS = "adapter_model.safetensors"

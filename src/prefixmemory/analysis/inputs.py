@@ -18,8 +18,8 @@ from prefixmemory.attention.discovery import find_sites, left_out
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.prefix import PrefixVectors
-from prefixmemory.rows.collator import encode_prompt
 from prefixmemory.rows.data import northline
+from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
 
 

@@ -27,16 +27,19 @@ from prefixmemory.compare.store import Store
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.records import RECORD, provenance, write_json
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
-from prefixmemory.rows.rows import Row, render
+from prefixmemory.rows.rendering import render
+from prefixmemory.rows.rows import Row, with_one_answer
 from prefixmemory.rows.unrelated_text import unrelated_text
-from prefixmemory.scoring.generation import answers
+from prefixmemory.scoring.generation import answers, longest_label
 from prefixmemory.tasks import Task
 from prefixmemory.tasks.outputs import alpaca_eval, prompts
-from prefixmemory.tasks.scoring import Scored, longest_label, score
+from prefixmemory.tasks.scoring import Scored, score
 from prefixmemory.tasks.task import Split, sample_rows
-from prefixmemory.training.loop import Interrupted, train
-from prefixmemory.training.preferences import with_one_answer
-from prefixmemory.training.run import Output, run_training
+from prefixmemory.training.interrupt import Interrupted
+from prefixmemory.training.job import TrainingJob
+from prefixmemory.training.loop import train
+from prefixmemory.training.output import Output
+from prefixmemory.training.run import run_training
 from prefixmemory.training.settings import TrainingSettings
 
 LONGEST_ANSWER = 256  # tokens of a free answer, where the task does not say
@@ -161,8 +164,8 @@ class Worker:
         """Leave a trained adapter in ``folder``; one that was interrupted is begun again."""
         output = Output(folder)
         if self.suite.launcher is None:
-            name = full_name(self.suite.model)
-            run_training(self.base, name, self.tokenizer, rows, output, settings, method.config(), overwrite=True)
+            job = TrainingJob(full_name(self.suite.model), self.tokenizer, rows, method.config(), settings)
+            run_training(self.base, job, output, overwrite=True)
             return
         with tempfile.TemporaryDirectory() as scratch:
             data, recipe = Path(scratch) / "rows.jsonl", Path(scratch) / "recipe.yaml"
