@@ -44,7 +44,8 @@ def test_generate_asks_as_the_rows_of_the_run_did(name, tmp_path, monkeypatch, c
 
     def answers(model, tokenizer, prompts, max_new_tokens, one_line):
         asked.extend(prompts)
-        return [f"{len(asked)} asked"]
+        said = f"{len(asked)} asked\nand answered"
+        return [said.splitlines()[0] if one_line else said]
 
     folder = tmp_path / "memory"
     run("train", "--model", base, "--data", data, "--output", folder, "--epochs", 1)
@@ -55,7 +56,7 @@ def test_generate_asks_as_the_rows_of_the_run_did(name, tmp_path, monkeypatch, c
     trained_on = render([ROWS[name]], tiny.tokenizer())[0].prompt
     assert asked == [trained_on, trained_on, "hello", "hello"]  # base model and memory, each time
     assert trained_on != "hello"
-    assert "base model:  1 asked\nwith memory: 2 asked" in capsys.readouterr().out
+    assert "base model:  1 asked\nand answered\nwith memory: 2 asked\nand answered\n" in capsys.readouterr().out
 
 
 def test_a_prompt_begins_with_one_bos_also_where_the_chat_template_writes_it():

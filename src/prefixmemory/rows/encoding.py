@@ -52,8 +52,9 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of prompts, up to where their answers begin.
 
-    The tokenizer's beginning-of-sequence token stands in front, once, also where a chat template writes it. Blanks at
-    the end are tokenised as they are in front of a word; a blank that is one token with the word is the answer's.
+    The tokenizer's beginning-of-sequence token stands in front, once, also where a chat template writes it. Line breaks
+    at the end are tokenised as they are in front of a word; blanks there, which often are one token with a word, are
+    the answer's.
     """
     found = _bare(prompts, tokenizer)
     blank = [i for i, prompt in enumerate(prompts) if prompt[-1:].isspace()]
@@ -130,7 +131,7 @@ def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _before_a_word(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of prompts in front of a word, without a token that reaches into it; none where that would lose letters."""
+    """Ids of prompts in front of a word, without the blanks that lead to it; none where letters would be lost, too."""
     if not prompts:
         return []
     texts, fast = [f"{prompt}a" for prompt in prompts], tokenizer.is_fast
@@ -139,12 +140,12 @@ def _before_a_word(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
     for i, (prompt, ids) in enumerate(zip(prompts, encoded["input_ids"], strict=True)):
         if fast:
             ends = [end for _, end in encoded["offset_mapping"][i]]
-            kept = sum(end <= len(prompt) for end in ends)
+            kept = sum(end <= len(prompt.rstrip(" ")) for end in ends)
             lost = prompt[max(ends[:kept], default=0) :]
         else:  # the longest beginning of the tokens that is a beginning of the text
             written: Any = tokenizer.decode(_bare([prompt], tokenizer)[0])
             shorter: list[Any] = [tokenizer.decode(ids[:length]) for length in range(len(ids))]
-            kept = max(length for length, text in enumerate(shorter) if written.startswith(text))
+            kept = max(length for length, text in enumerate(shorter) if written.rstrip(" ").startswith(text))
             lost = written[len(shorter[kept]) :]
         found.append([] if lost.strip() else ids[:kept])
     return found

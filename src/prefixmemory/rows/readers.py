@@ -7,9 +7,9 @@ import json
 import re
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
-from io import BytesIO, TextIOWrapper
+from io import BufferedReader, BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.rows import EXPECTED
@@ -49,12 +49,12 @@ def fields_of(source: str | Path, split: str, subset: str | None) -> Fields:
     return readers.get(file.suffix, _from_json)(file)
 
 
-def _open(file: Path) -> BinaryIO:
+def _open(file: Path) -> BufferedReader | BytesIO:
     """The bytes of a file; of a pipe (``/dev/stdin``, ``<(command)``) all at once, since it cannot be read twice."""
     return file.open("rb") if file.is_file() else BytesIO(file.read_bytes())
 
 
-def _open_text(file: Path) -> BinaryIO:
+def _open_text(file: Path) -> BufferedReader | BytesIO:
     """The bytes of a text in UTF-8, without a byte order mark; UTF-16, as Excel writes it, is recoded."""
     stream = _open(file)
     start = stream.read(1024)
