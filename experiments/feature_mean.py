@@ -19,7 +19,7 @@ from prefixmemory import PrefixMemoryConfig
 from prefixmemory.files.jsonl import append_line
 from prefixmemory.files.records import provenance
 from prefixmemory.models.loading import load_model, load_tokenizer, smollm2
-from prefixmemory.rows.rows import render
+from prefixmemory.rows.rendering import render
 from prefixmemory.tasks import load_task
 from prefixmemory.tuner.layer import memory_layers
 

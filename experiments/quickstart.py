@@ -28,7 +28,9 @@ from prefixmemory.quickstart import measure, one_example_per_label
 from prefixmemory.rows.data import northline
 from prefixmemory.rows.rows import labels_of
 from prefixmemory.scoring.generation import accuracy
-from prefixmemory.training.run import Output, quiet_libraries, run_training
+from prefixmemory.training.job import TrainingJob
+from prefixmemory.training.output import Output
+from prefixmemory.training.run import quiet_libraries, run_training
 from prefixmemory.training.settings import TrainingSettings
 
 RESULTS = Path(__file__).parent.parent / "results" / "quickstart" / "records.jsonl"
@@ -97,7 +99,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             output = Output(Path(folder) / "memory")
             config = PrefixMemoryConfig(task_type="CAUSAL_LM", **fields)
-            record = run_training(model, name, tokenizer, train_rows, output, settings, config)
+            record = run_training(model, TrainingJob(name, tokenizer, train_rows, config, settings), output)
             adapted = PeftModel.from_pretrained(model, str(output.folder))
         answers = measure(adapted, tokenizer, test_rows, console, "adapted")
         adapted.unload()

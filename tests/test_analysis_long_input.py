@@ -16,7 +16,7 @@ import tiny
 from command_line import call, jsonl
 from prefixmemory import PrefixMemoryError
 from prefixmemory.analysis import LongInput, figures, long_input
-from prefixmemory.rows.rows import classification_prompt
+from prefixmemory.rows.rendering import classification_prompt
 from prefixmemory.rows.unrelated_text import unrelated_text
 from prefixmemory.scoring.generation import accuracy, answers
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.cli import main
-from prefixmemory.rows.rows import Example
+from prefixmemory.rows.rendering import Example
 from prefixmemory.training.loop import train
 from prefixmemory.training.settings import TrainingSettings
 
@@ -263,7 +263,7 @@ BAD_DATA = {
     "a_list": (GOOD + jsonl([1, 2]), ["line 3", "holds list, not an object"]),
     "a_number": (GOOD + jsonl(7), ["line 3", "holds int, not an object"]),
     "empty_label": (GOOD + jsonl({"text": "a", "label": " "}), ["line 3", "'label' is ' '", "not empty"]),
-    "a_label_that_is_no_text": (GOOD + jsonl({"text": "a", "label": 3}), ["line 3", "'label' is 3", "a text"]),
+    "a_label_that_is_no_text": (GOOD + jsonl({"text": "a", "label": None}), ["line 3", "'label' is None", "a text"]),
     "mixed_formats": (
         GOOD + jsonl({"prompt": "a", "completion": "b"}),
         ["line 3", "('prompt', 'completion')", "('text', 'label')", "Use one format a file"],

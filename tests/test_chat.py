@@ -212,5 +212,5 @@ def test_generate_shows_base_model_and_adapter():
     for name, title in (("memory", "with memory:"), ("lora", "adapted:    ")):
         oracle = Oracle(name)
         words = ("generate", "--adapter", name, "--prompt", "hello", "--max-new-tokens", TOKENS)
-        first_lines = [(oracle(who, asked("hello")).splitlines() or [""])[0].strip() for who in ("base", "adapter")]
-        assert call(*words).success == f"base model:  {first_lines[0]}\n{title} {first_lines[1]}\n"
+        said = [oracle(who, asked("hello")) for who in ("base", "adapter")]
+        assert call(*words).success == f"base model:  {said[0]}\n{title} {said[1]}\n"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,8 @@ import pytest
 import tiny
 from command_line import call, jsonl
 from prefixmemory import PrefixMemoryError
-from prefixmemory.rows.data import Data, hub_id, read_rows, sample
+from prefixmemory.rows.data import Data, read_rows, sample
+from prefixmemory.rows.readers import hub_id
 from prefixmemory.rows.rows import Row, check_objective, check_row, row_format
 
 #: Commas, quotation marks, line breaks, tabs, letters beyond ASCII.
@@ -60,6 +63,11 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "tsv": (".tsv", lambda file: file.write_bytes(separated(ROWS, "\t"))),
     "parquet": (".parquet", lambda file: parquet(file, ROWS)),
+    "json array": (".json", lambda file: file.write_text(json.dumps(ROWS))),
+    "json array, indented": (".json", lambda file: file.write_text("\n " + json.dumps(ROWS, indent=2))),
+    "json array, UTF-16": (".json", lambda file: file.write_text(json.dumps(ROWS), encoding="utf-16")),
+    "jsonl, UTF-16": (".jsonl", lambda file: file.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-16")),
+    "csv, UTF-16": (".csv", lambda file: file.write_bytes(separated(ROWS).decode().encode("utf-16"))),
 }
 
 
@@ -102,9 +110,26 @@ BAD_FILES = {
     "a header alone": (".csv", b"text,label\n", ["is empty"]),
     "no header": (".csv", b"my line,dead\nc,d\n", ["line 2", "['dead', 'my line']"]),
     "Latin-1 in the header": (".csv", "text,größe\na,b\n".encode("latin-1"), ["line 1", "not UTF-8"]),
-    "UTF-16": (".csv", "text,label\na,b\n".encode("utf-16"), ["line 1", "not UTF-8"]),
-    "a number for a text": (".jsonl", b'{"text": "a", "label": 3}\n', ["line 1", "'label' is 3", "must be a text"]),
+    "a number for a text": (".jsonl", b'{"text": 3, "label": "a"}\n', ["line 1", "'text' is 3", "must be a text"]),
+    "a fraction for a label": (".jsonl", b'{"text": "a", "label": 0.5}\n', ["line 1", "'label' is 0.5"]),
     "an endless number": (".jsonl", b'{"text": "a", "label": ' + b"9" * 5000 + b"}\n", ["line 1", "not complete JSON"]),
+    "an array that is cut off": (".json", b'[{"text": "a", "label": "b"},\n{"tex', ["line 2", "JSON array", "cut off"]),
+    "an array of texts": (".json", b'["a", "b"]', ["row 1", "holds str, not an object"]),
+    "an empty array": (".json", b"[]", ["is empty"]),
+    "an object over several lines": (
+        ".json",
+        b'{\n "data": [\n {"text": "a", "label": "b"}\n ]\n}\n',
+        ["is one JSON object over several lines, with the fields ['data']", "[row, row]"],
+    ),
+    "a table without its suffix": (".txt", b"text,label\na,b\n", ["begins with 'text,label', which is no JSON"]),
+    "gzip": (".jsonl", b"\x1f\x8b\x08 and so on", ["packed as gzip", "unpack it"]),
+    "UTF-16 without a mark": (".jsonl", '{"text": "a", "label": "b"}'.encode("utf-16-le"), ["save it as UTF-8"]),
+    "half of UTF-16": (".jsonl", '{"text": "a"}'.encode("utf-16")[:-1], ["not complete UTF-16"]),
+    "two lines for a label": (
+        ".jsonl",
+        b'{"text": "a", "label": "b\\nc"}\n',
+        ["line 1", "'label' is 'b\\nc'", "by its first line"],
+    ),
     "a judgement for some": (
         ".jsonl",
         b'{"prompt": "a", "completion": "b", "label": true}\n{"prompt": "a", "completion": "b", "label": "fine"}\n',
@@ -123,6 +148,41 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path, name):
         read_rows(file)
     for phrase in [str(file), *phrases]:
         assert phrase in str(raised.value)
+
+
+def test_rows_of_an_array_say_where_they_stand(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    assert [row.where for row in read_rows(tmp_path / "rows.json")] == [
+        f"{tmp_path}/rows.json, row {i}" for i in (1, 2, 3)
+    ]
+
+
+def test_the_files_of_alpaca_are_read(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1 + 2", "output": "3"},
+        {"instruction": "Hi", "input": "", "output": "Hi"},
+    ]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows, indent=4))
+    assert read_rows(tmp_path / "alpaca.json") == rows and row_format(rows) == "instruction"
+
+
+def test_a_number_may_be_a_label(tmp_path):
+    rows = jsonl(tmp_path / "rows.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": 12}])
+    assert [row["label"] for row in read_rows(rows)] == ["0", "12"]
+
+
+def test_a_cell_may_be_long(tmp_path):
+    (tmp_path / "rows.csv").write_text(f"text,label\n{'a' * 200_000},b\n")
+    assert len(read_rows(tmp_path / "rows.csv")[0]["text"]) == 200_000
+
+
+@pytest.mark.parametrize("content", ["\n".join(map(json.dumps, ROWS)), json.dumps(ROWS)], ids=["lines", "array"])
+def test_a_pipe_is_read(tmp_path, content):
+    """Such as /dev/stdin, and what a shell makes of ``<(command)``."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_text, args=[content], daemon=True).start()
+    assert read_rows(pipe) == ROWS
 
 
 def test_a_cut_off_parquet_file_is_refused(tmp_path):

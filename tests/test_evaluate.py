@@ -132,6 +132,28 @@ def test_the_memory_answers_better_than_its_base_model(place):
     assert metrics["accuracy (%)"]["adapter"] > metrics["accuracy (%)"]["base model"] + 20
 
 
+@pytest.mark.parametrize("longest", [40, 5])
+def test_an_answer_may_be_as_long_as_the_longest_label(place, monkeypatch, longest):
+    """By default 32 tokens, of which this tokenizer has one a character."""
+    rows = [{"text": "a", "label": "b" * length} for length in (3, longest)]
+    jsonl(place / "labels.jsonl", rows)
+
+    def says(model: object, tokenizer: object, prompts: list[str], tokens: int, *_: object, **__: object) -> list[str]:
+        assert tokens == max(32, len(f" {'b' * longest}") + 1)
+        return [row["label"][: tokens - 1] for row in rows]
+
+    monkeypatch.setattr("prefixmemory.adapters.evaluate.answers", says)
+    call("evaluate", "--adapter", "memory", "--data", "labels.jsonl", "--output", "found.json").success  # noqa: B018
+    assert json.loads(Path("found.json").read_text())["metrics"]["accuracy (%)"]["adapter"] == 100
+
+
+def test_prompts_that_lose_their_beginning_are_counted(place):
+    jsonl(place / "long.jsonl", [{"text": "a" * length, "label": "b"} for length in (3, 600)])  # the model reads 512
+    found = evaluate("memory", "long.jsonl")
+    assert found["rows whose prompt lost its beginning"] == 1
+    assert "rows whose prompt lost its beginning" not in evaluate("memory", "test.jsonl")
+
+
 @pytest.mark.parametrize("data", ["questions.jsonl", "messages.jsonl"])
 def test_questions_are_rendered_by_the_chat_template(place, data):
     found = evaluate("memory", data)

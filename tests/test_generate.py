@@ -7,8 +7,9 @@ from tokenizers.processors import TemplateProcessing
 
 import tiny
 from prefixmemory import cli
-from prefixmemory.rows.collator import encode_prompt
-from prefixmemory.rows.rows import render, render_prompt, row_format
+from prefixmemory.rows.encoding import encode_prompt
+from prefixmemory.rows.rendering import render, render_prompt
+from prefixmemory.rows.rows import row_format
 
 ROWS = {
     "text": {"text": "hello", "label": "greeting"},
@@ -41,9 +42,10 @@ def test_generate_asks_as_the_rows_of_the_run_did(name, tmp_path, monkeypatch, c
             cli.main()
         assert stop.value.code in (0, None), capsys.readouterr().err
 
-    def answers(model, tokenizer, prompts, max_new_tokens):
+    def answers(model, tokenizer, prompts, max_new_tokens, one_line):
         asked.extend(prompts)
-        return [f"{len(asked)} asked"]
+        said = f"{len(asked)} asked\nand answered"
+        return [said.splitlines()[0] if one_line else said]
 
     folder = tmp_path / "memory"
     run("train", "--model", base, "--data", data, "--output", folder, "--epochs", 1)
@@ -54,7 +56,7 @@ def test_generate_asks_as_the_rows_of_the_run_did(name, tmp_path, monkeypatch, c
     trained_on = render([ROWS[name]], tiny.tokenizer())[0].prompt
     assert asked == [trained_on, trained_on, "hello", "hello"]  # base model and memory, each time
     assert trained_on != "hello"
-    assert "base model:  1 asked\nwith memory: 2 asked" in capsys.readouterr().out
+    assert "base model:  1 asked\nand answered\nwith memory: 2 asked\nand answered\n" in capsys.readouterr().out
 
 
 def test_a_prompt_begins_with_one_bos_also_where_the_chat_template_writes_it():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from transformers.utils import logging
 import tiny
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.cli import main
-from prefixmemory.rows.rows import Example
-from prefixmemory.training.loop import Interrupted, train
+from prefixmemory.rows.rendering import Example
+from prefixmemory.training.interrupt import Interrupted
+from prefixmemory.training.loop import train
 from prefixmemory.training.settings import TrainingSettings
 
 WEIGHTS = "adapter_model.safetensors"
@@ -33,22 +35,23 @@ EXAMPLES = [Example(f"Text: {row['text']}\nLabel:", f" {row['label']}<eos>") for
 
 
 class InterruptAt(TrainerCallback):
-    """Ctrl-C, ``times`` times, while the Trainer works on step ``step``."""
+    """Ctrl-C (or another signal), ``times`` times, while the Trainer works on step ``step``."""
 
-    def __init__(self, step: int, times: int = 1) -> None:
-        self.step, self.times = step, times
+    def __init__(self, step: int, times: int = 1, number: int = signal.SIGINT) -> None:
+        self.step, self.times, self.number = step, times, number
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.step:
             for _ in range(self.times):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(self.number)
 
 
 @pytest.fixture(autouse=True)
 def _signals_and_logging() -> Iterator[None]:
-    handler, verbosity = signal.getsignal(signal.SIGINT), logging.get_verbosity()
+    numbers, verbosity = (signal.SIGINT, signal.SIGTERM), logging.get_verbosity()
+    handlers = [signal.getsignal(number) for number in numbers]
     yield
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert [signal.getsignal(number) for number in numbers] == handlers
     logging.set_verbosity(verbosity)  # the command line silences libraries for its process
 
 
@@ -147,6 +150,26 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_printed_command_goes_on_to_the_same_m
     assert cli(*command(place, "other", *long[:1], "1", "--seed", "1")) == (0, "")
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         same_weights(place / "other", place / "uninterrupted")
+
+
+@pytest.mark.parametrize("times", [1, 3])  # a scheduler may repeat itself, and is in no hurry
+def test_a_scheduler_that_ends_the_process_leaves_a_checkpoint_to_go_on_from(monkeypatch, cli, place, times):
+    with monkeypatch.context() as patch:
+        patch.setattr("prefixmemory.training.run.show_progress", lambda _: InterruptAt(3, times, signal.SIGTERM))
+        code, message = cli(*command(place, "memory", "--epochs", "1"))
+    assert code == 143
+    assert "checkpoint-3" in [path.name for path in (place / "memory.partial" / "checkpoints").iterdir()]
+    assert cli(*printed_command(message)) == (0, "")
+    assert cli(*command(place, "uninterrupted", "--epochs", "1")) == (0, "")
+    same_weights(place / "memory", place / "uninterrupted")
+
+
+def test_training_runs_in_a_thread_that_is_not_the_main_one(tmp_path):
+    """Where Python lets no signal handler be set."""
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor() as pool:
+        steps, _ = pool.submit(train_tiny, tmp_path / "thread").result()
+        assert steps == 6 and signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("step", [1, 3])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from browser import View, chromium, opened
 from command_line import call, jsonl, save_talker
-from prefixmemory.rows.rows import classification_prompt
+from prefixmemory.rows.rendering import classification_prompt
 from prefixmemory.scoring.generation import answers
 
 pytest.importorskip("matplotlib")

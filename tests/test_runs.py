@@ -21,6 +21,7 @@ import processes
 import tiny
 from command_line import WEIGHTS, call, files_of, jsonl, save_talker, weights, work_in_copy
 from prefixmemory import PrefixMemoryConfig
+from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.loop import training_arguments
 from prefixmemory.training.methods import method_config
 from prefixmemory.training.preferences import preference_trainer
@@ -164,10 +165,9 @@ def test_long_prompts_lose_their_beginning_and_no_row_is_dropped(tmp_path, objec
     pytest.importorskip("trl")
     rows = [{**row, "prompt": "x" * (3 * i) + f"end {i}?"} for i, row in enumerate(PAIRS)]
     settings = TrainingSettings(objective=objective, max_length=24, batch_size=4)
-    trainer = preference_trainer(
-        tiny.build(), PrefixMemoryConfig(task_type="CAUSAL_LM"), tiny.tokenizer(), rows, rows[-2:], settings,
-        training_arguments(settings, tmp_path, evaluates=True),
-    )  # fmt: skip
+    config = PrefixMemoryConfig(task_type="CAUSAL_LM")
+    job = TrainingJob("base", tiny.tokenizer(), rows, config, settings, rows[-2:])
+    trainer = preference_trainer(tiny.build(), job, training_arguments(settings, tmp_path, evaluates=True))
     tokenizer = tiny.tokenizer()
     names = ("chosen_ids", "rejected_ids") if objective == "dpo" else ("completion_ids",)
     for dataset, expected in ((trainer.train_dataset, rows), (trainer.eval_dataset, rows[-2:])):

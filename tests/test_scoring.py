@@ -465,14 +465,14 @@ def test_an_adapter_that_changes_nothing_prefers_each_answer_in_half():
 def test_the_trainers_of_trl_count_the_same(tmp_path: Path, objective: str):
     pytest.importorskip("trl")
     from prefixmemory import PrefixMemoryConfig
+    from prefixmemory.training.job import TrainingJob
     from prefixmemory.training.loop import training_arguments
     from prefixmemory.training.preferences import preference_trainer
 
     settings = TrainingSettings(objective=objective, learning_rate=0.02, epochs=2, batch_size=9)  # type: ignore[arg-type]
-    trainer = preference_trainer(
-        talker(), PrefixMemoryConfig(task_type="CAUSAL_LM"), TOKENIZER, PAIRS[:6], PAIRS, settings,
-        training_arguments(settings, tmp_path, evaluates=True),
-    )  # fmt: skip
+    config = PrefixMemoryConfig(task_type="CAUSAL_LM")
+    job = TrainingJob("base", TOKENIZER, PAIRS[:6], config, settings, PAIRS)
+    trainer = preference_trainer(talker(), job, training_arguments(settings, tmp_path, evaluates=True))
     trainer.train()
     theirs = trainer.evaluate()
     found = score(trainer.model, TOKENIZER, task("preference"), rows_of(*PAIRS), settings=settings)

@@ -17,6 +17,7 @@ from command_line import call, files_of, jsonl, save_talker, weights, work_in_co
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.rows import check_objective
+from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.loop import training_arguments
 from prefixmemory.training.methods import method_config
 from prefixmemory.training.preferences import preference_trainer
@@ -66,7 +67,8 @@ def make(
 ) -> Trainer:
     config = config or PrefixMemoryConfig(task_type="CAUSAL_LM")
     arguments = training_arguments(settings, tmp_path, evaluates=True) | {"logging_steps": 1}
-    return preference_trainer(tiny.build(), config, TOKENIZER, rows, rows[-2:], settings, arguments)
+    job = TrainingJob("base", TOKENIZER, rows, config, settings, rows[-2:])
+    return preference_trainer(tiny.build(), job, arguments)
 
 
 CONFIGS = {

@@ -16,12 +16,16 @@ import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.files.records import RECORD, provenance, write_json
 from prefixmemory.models.logits import contiguous_logits_input
-from prefixmemory.rows.collator import IGNORED, LeftPaddingCollator, tokenize
+from prefixmemory.rows.collator import LeftPaddingCollator
 from prefixmemory.rows.data import read_rows
-from prefixmemory.rows.rows import Example, classification_prompt, labels_of, render
+from prefixmemory.rows.encoding import IGNORED, tokenize
+from prefixmemory.rows.rendering import Example, classification_prompt, render
+from prefixmemory.rows.rows import labels_of
 from prefixmemory.scoring.generation import accuracy, answers, first_line
+from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.loop import train
-from prefixmemory.training.run import Output, run_training
+from prefixmemory.training.output import Output
+from prefixmemory.training.run import run_training
 from prefixmemory.training.settings import TrainingSettings
 
 TOKENIZER = tiny.tokenizer()
@@ -117,7 +121,8 @@ def test_rows_are_read_as_they_were_written(tmp_path, row):
 
 
 def test_only_completions_have_labels():
-    for example, feature in zip(EXAMPLES, tokenize(EXAMPLES, TOKENIZER, 100), strict=True):
+    for example, tokens in zip(EXAMPLES, tokenize(EXAMPLES, TOKENIZER, 100), strict=True):
+        feature = tokens.feature
         kept = [token for token in feature["labels"] if token != IGNORED]
         assert TOKENIZER.decode(kept) == example.completion
         assert feature["labels"][-len(kept) :] == kept
@@ -128,9 +133,10 @@ def test_only_completions_have_labels():
 def test_a_prompt_that_is_too_long_loses_its_beginning():
     example = Example("0123456789", "ab<eos>")
     for max_length, prompt in ((13, "0123456789"), (12, "123456789"), (5, "89"), (4, "9")):
-        (feature,) = tokenize([example], TOKENIZER, max_length)
-        assert TOKENIZER.decode(feature["input_ids"]) == prompt + "ab<eos>"
-        assert feature["labels"] == [IGNORED] * len(prompt) + TOKENIZER("ab<eos>")["input_ids"]
+        (tokens,) = tokenize([example], TOKENIZER, max_length)
+        assert TOKENIZER.decode(tokens.feature["input_ids"]) == prompt + "ab<eos>"
+        assert tokens.feature["labels"] == [IGNORED] * len(prompt) + TOKENIZER("ab<eos>")["input_ids"]
+        assert tokens.cut == (prompt != example.prompt)
 
 
 @pytest.mark.parametrize("max_length", [2, 3])
@@ -165,7 +171,7 @@ def test_cropped_logits_begin_where_the_longest_completion_is_predicted():
 @pytest.mark.parametrize("crop_logits", [False, True])
 def test_the_loss_is_that_of_the_completions_alone(crop_logits):
     model = adapted(fill=True)
-    batch = LeftPaddingCollator(0, crop_logits)(tokenize(EXAMPLES, TOKENIZER, 100))
+    batch = LeftPaddingCollator(0, crop_logits)([one.feature for one in tokenize(EXAMPLES, TOKENIZER, 100)])
     with torch.no_grad():
         output = model(**batch)
     width = 1 + max(len(TOKENIZER(e.completion)["input_ids"]) for e in EXAMPLES) if crop_logits else None
@@ -175,7 +181,7 @@ def test_the_loss_is_that_of_the_completions_alone(crop_logits):
     # The negative control: counting the prompts too gives another loss.
     everything = tokenize([Example("", e.prompt + e.completion) for e in EXAMPLES], TOKENIZER, 100)
     with torch.no_grad():
-        other = model(**LeftPaddingCollator(0, crop_logits)(everything)).loss
+        other = model(**LeftPaddingCollator(0, crop_logits)([one.feature for one in everything])).loss
     assert abs(float(other) - expected) > 1e-2
 
 
@@ -390,7 +396,7 @@ def test_a_run_leaves_adapter_and_record_and_gives_the_base_model_back(tmp_path)
     settings = TrainingSettings(epochs=1.0, batch_size=4, save_steps=1)
     config = PrefixMemoryConfig(task_type="CAUSAL_LM", rank=2, target_modules=["self_attn"])
     output = Output(tmp_path / "memory")
-    record = run_training(model, "some/model", TOKENIZER, rows, output, settings, config)
+    record = run_training(model, TrainingJob("some/model", TOKENIZER, rows, config, settings), output)
     # No checkpoints, nothing beside the folder.
     assert [path.name for path in tmp_path.iterdir()] == ["memory"]
     assert {path.name for path in output.folder.iterdir()} == {
@@ -413,10 +419,9 @@ def test_a_failed_run_gives_the_base_model_back(tmp_path):
     model = tiny.build()
     modules = [name for name, _ in model.named_modules()]
     rows = [{"text": "ab", "label": "x" * 50}]
+    config = PrefixMemoryConfig(task_type="CAUSAL_LM")
+    job = TrainingJob("some/model", TOKENIZER, rows, config, TrainingSettings(max_length=20))
     with pytest.raises(PrefixMemoryError, match="max_length"):
-        run_training(
-            model, "some/model", TOKENIZER, rows, Output(tmp_path / "memory"), TrainingSettings(max_length=20),
-            PrefixMemoryConfig(task_type="CAUSAL_LM"),
-        )  # fmt: skip
+        run_training(model, job, Output(tmp_path / "memory"))
     assert [name for name, _ in model.named_modules()] == modules
     assert not list(tmp_path.iterdir())

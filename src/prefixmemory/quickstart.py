@@ -21,9 +21,12 @@ from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.models.loading import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
 from prefixmemory.progress import progress_bar
 from prefixmemory.rows.data import northline
-from prefixmemory.rows.rows import Rows, classification_prompt, labels_of
+from prefixmemory.rows.rendering import classification_prompt
+from prefixmemory.rows.rows import Rows, labels_of
 from prefixmemory.scoring.generation import accuracy, answers
-from prefixmemory.training.run import Output, run_training
+from prefixmemory.training.job import TrainingJob
+from prefixmemory.training.output import Output
+from prefixmemory.training.run import run_training
 from prefixmemory.training.settings import TrainingSettings
 
 MAX_LABEL_TOKENS = 6
@@ -101,10 +104,8 @@ def quickstart(
     shots = one_example_per_label(train_rows)
     few_shot = measure(model, tokenizer, test_rows, console, "base model, one example a label", context=shots)
 
-    record = run_training(
-        model, name, tokenizer, train_rows, output, settings, PrefixMemoryConfig(task_type="CAUSAL_LM"),
-        resume=resume, overwrite=overwrite, console=console,
-    )  # fmt: skip
+    job = TrainingJob(name, tokenizer, train_rows, PrefixMemoryConfig(task_type="CAUSAL_LM"), settings)
+    record = run_training(model, job, output, resume, overwrite, console)
     figures_file = folder / "reloaded.json"
     if again:
         command = [sys.executable, "-m", "prefixmemory", "remeasure", str(folder), str(figures_file)]

@@ -11,8 +11,9 @@ from transformers import TextStreamer
 
 from prefixmemory.adapters.loading import Adapter
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.collator import encode_prompt
-from prefixmemory.rows.rows import render_prompt
+from prefixmemory.rows.collator import padding_id
+from prefixmemory.rows.encoding import encode_prompt
+from prefixmemory.rows.rendering import chat_prompt, has_chat_template, render_prompt
 from prefixmemory.scoring.generation import end_tokens
 from prefixmemory.tuner.layer import set_scale
 
@@ -27,8 +28,7 @@ class Chat:
 
     def __init__(self, adapter: Adapter, max_new_tokens: int, temperature: float) -> None:
         self.adapter, self.max_new_tokens, self.temperature = adapter, max_new_tokens, temperature
-        has_template = getattr(adapter.tokenizer, "chat_template", None) is not None
-        self.remembers = has_template and adapter.row_format != "text"
+        self.remembers = has_chat_template(adapter.tokenizer) and adapter.row_format != "text"
         self.said: list[dict[str, str]] = []
         self.with_adapter = True
 
@@ -61,8 +61,7 @@ class Chat:
         """Answer ``text``, and remember both."""
         tokenizer: Any = self.adapter.tokenizer
         if self.remembers:
-            messages = [*self.said, {"role": "user", "content": text}]
-            prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            prompt = chat_prompt([*self.said, {"role": "user", "content": text}], tokenizer)
         else:
             prompt = render_prompt(text, self.adapter.row_format, tokenizer)
         ids = torch.tensor([encode_prompt(prompt, tokenizer)], device=self.adapter.model.device)
@@ -72,8 +71,8 @@ class Chat:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=end_tokens(self.adapter.model, tokenizer),
+                pad_token_id=padding_id(tokenizer),
+                eos_token_id=end_tokens(self.adapter.model, tokenizer) or None,
                 streamer=streamer,
                 **sampling,
             )

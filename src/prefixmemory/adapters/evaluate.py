@@ -18,8 +18,9 @@ from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.files.records import RECORD, provenance, write_json
 from prefixmemory.progress import progress_bar
 from prefixmemory.rows.data import read_rows
-from prefixmemory.rows.rows import FORMATS, OBJECTIVE_FORMATS, Example, Row, Rows, render, row_format
-from prefixmemory.scoring.generation import Progress, accuracy, answers
+from prefixmemory.rows.rendering import Example, render
+from prefixmemory.rows.rows import FORMATS, OBJECTIVE_FORMATS, Row, Rows, row_format
+from prefixmemory.scoring.generation import Progress, accuracy, answers, longest_label
 from prefixmemory.scoring.likelihood import likelihoods, nats_a_token
 from prefixmemory.training.card import write_model_card
 
@@ -116,10 +117,15 @@ def refuse_untrained(adapter: Adapter) -> None:
 def evaluate_rows(
     adapter: Adapter, rows: Rows, source: str, batch_size: int, max_new_tokens: int, console: Console
 ) -> Scores:
-    """Likelihood of the rows' completions; for rows with labels, accuracy by exact match of the generated label."""
+    """Likelihood of the rows' completions; for rows with labels, accuracy by exact match of the generated label.
+
+    Answers have at most ``max_new_tokens`` tokens, or as many as the longest label.
+    """
     check_scorable(rows)
-    examples = render(rows, adapter.tokenizer)
+    model, tokenizer = adapter.model, adapter.tokenizer
+    examples = render(rows, tokenizer)
     compared = row_format(rows) in COMPARED
+    length = max(max_new_tokens, longest_label(rows, tokenizer)) if compared else max_new_tokens
     passes = 2 * len(rows) * (2 if compared else 1)
     metrics: dict[str, list[float]] = {}
     found: list[list[str]] = []
@@ -131,23 +137,23 @@ def evaluate_rows(
 
         for with_adapter in (False, True):
             with _switched(adapter, with_adapter):
-                loss = completion_loss(adapter, examples, batch_size, advance)
+                likely = likelihoods(model, tokenizer, examples, batch_size, progress=advance)
+                loss = nats_a_token(likely)
                 metrics.setdefault("loss (nats a token)", []).append(loss)
                 metrics.setdefault("perplexity", []).append(math.exp(min(loss, 700.0)))
                 if compared:
                     prompts = [example.prompt for example in examples]
-                    said = answers(
-                        adapter.model, adapter.tokenizer, prompts, max_new_tokens, batch_size, progress=advance
-                    )
+                    said = answers(model, tokenizer, prompts, length, batch_size, progress=advance)
                     metrics.setdefault("accuracy (%)", []).append(accuracy(said, [row["label"] for row in rows]))
                     found.append(said)
     details = [
         {"text": row["text"], "label": row["label"], "base model": base, "adapter": ours}
         for row, base, ours in (zip(rows, *found, strict=True) if compared else ())
     ]
-    return Scores(
-        {"data": source, "rows": len(rows)}, {name: (base, ours) for name, (base, ours) in metrics.items()}, details
-    )
+    conditions: dict[str, Any] = {"data": source, "rows": len(rows)}
+    if cut := sum(one.cut for one in likely):
+        conditions["rows whose prompt lost its beginning"] = cut
+    return Scores(conditions, {name: (base, ours) for name, (base, ours) in metrics.items()}, details)
 
 
 def _switched(adapter: Adapter, on: bool) -> AbstractContextManager[Any]:

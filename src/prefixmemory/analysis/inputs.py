@@ -19,8 +19,8 @@ from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.prefix import PrefixVectors
 from prefixmemory.memories.registry import is_inside
-from prefixmemory.rows.collator import encode_prompt
 from prefixmemory.rows.data import northline
+from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
 
 

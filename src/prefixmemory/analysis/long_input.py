@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from prefixmemory.analysis.inputs import longest_input
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.collator import encode_prompt
-from prefixmemory.rows.rows import Rows, render
+from prefixmemory.rows.encoding import encode_prompt
+from prefixmemory.rows.rendering import render
+from prefixmemory.rows.rows import Rows
 from prefixmemory.rows.unrelated_text import context_tokens, unrelated_text
 from prefixmemory.scoring.generation import accuracy, answers
 

@@ -1,4 +1,4 @@
-"""The command line. Errors are one line on stderr and exit code 1 (2 for a wrong option); ctrl-C is 130.
+"""The command line. Errors are one line on stderr and exit code 1 (2 for a wrong option); ctrl-C is 130, SIGTERM 143.
 
 One module a group of commands; each command imports what it needs when it runs, so that ``--help`` is quick.
 """

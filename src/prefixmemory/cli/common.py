@@ -35,16 +35,16 @@ def quiet() -> None:
 
 @contextmanager
 def resumable(output: Path) -> Iterator[None]:
-    """Turn an interrupted run into the message that says how to go on, and exit code 130."""
-    from prefixmemory.training.loop import Interrupted
-    from prefixmemory.training.run import Output, interrupted_message
+    """Turn an interrupted run into the message that says how to go on, and exit code 130 (143 after SIGTERM)."""
+    from prefixmemory.training.interrupt import Interrupted
+    from prefixmemory.training.output import Output
 
     try:
         yield
-    except Interrupted:
+    except Interrupted as stopped:
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-        print(interrupted_message(Output(output), shlex.join(["prefixmemory", *words])), file=sys.stderr)
-        raise SystemExit(130) from None
+        print(Output(output).interrupted_message(shlex.join(["prefixmemory", *words])), file=sys.stderr)
+        raise SystemExit(stopped.exit_status) from None
     except KeyboardInterrupt:  # typer would exit without a word
         kept = Output(output).partial
         where = f" What was done until the last checkpoint is kept in {kept}." if kept.is_dir() else ""

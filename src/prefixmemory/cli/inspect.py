@@ -70,7 +70,7 @@ def inspect(
     from prefixmemory.memories.checkpoint import check_config_file
     from prefixmemory.models.loading import Dtype
     from prefixmemory.rows.data import sample
-    from prefixmemory.rows.rows import render
+    from prefixmemory.rows.rendering import render
 
     quiet()
     check_choice("dtype", dtype, get_args(Dtype))

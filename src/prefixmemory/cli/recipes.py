@@ -50,8 +50,8 @@ def validate(
     \b
     Example: prefixmemory recipes validate tickets.yaml
     """
+    from prefixmemory.training.job import rows_of
     from prefixmemory.training.recipe import load_recipe
-    from prefixmemory.training.run import rows_of
 
     quiet()
     recipe = load_recipe(file)

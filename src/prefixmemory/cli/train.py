@@ -85,9 +85,10 @@ def train(
     from rich.console import Console
 
     from prefixmemory.files.yaml_files import read_value
+    from prefixmemory.training.output import Output
     from prefixmemory.training.plan import plan_of
     from prefixmemory.training.recipe import load_recipe
-    from prefixmemory.training.run import Output, first_process, run_recipe
+    from prefixmemory.training.run import first_process, run_recipe
 
     quiet()
     overrides = {

@@ -26,7 +26,7 @@ def generate(
     Example: prefixmemory generate --adapter tickets-memory --prompt 'my line is dead since this morning'
     """
     from prefixmemory.adapters.loading import load_adapter
-    from prefixmemory.rows.rows import render_prompt
+    from prefixmemory.rows.rendering import render_prompt
     from prefixmemory.scoring.generation import answers
 
     quiet()
@@ -35,10 +35,14 @@ def generate(
     check_tokens(max_new_tokens)
     loaded = load_adapter(adapter, model)
     text = render_prompt(prompt.replace("\\n", "\n"), "" if raw else loaded.row_format, loaded.tokenizer)
+
+    def answer() -> str:
+        return answers(loaded.model, loaded.tokenizer, [text], max_new_tokens, one_line=False)[0]
+
     with loaded.model.disable_adapter():
-        base = answers(loaded.model, loaded.tokenizer, [text], max_new_tokens)[0]
+        base = answer()
     name = "with memory:" if loaded.is_memory else "adapted:    "
-    print(f"base model:  {base}\n{name} {answers(loaded.model, loaded.tokenizer, [text], max_new_tokens)[0]}")
+    print(f"base model:  {base}\n{name} {answer()}")
 
 
 def evaluate(

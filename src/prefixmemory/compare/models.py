@@ -27,9 +27,12 @@ from prefixmemory.compare.suite import Suite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.records import RECORD
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
-from prefixmemory.rows.rows import Row, render
+from prefixmemory.rows.rendering import render
+from prefixmemory.rows.rows import Row
+from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.loop import train
-from prefixmemory.training.run import Output, run_training
+from prefixmemory.training.output import Output
+from prefixmemory.training.run import run_training
 from prefixmemory.training.settings import TrainingSettings
 
 #: A model to be scored, and how it was trained, if it was.
@@ -84,8 +87,8 @@ class Models:
         """Leave a trained adapter in ``folder``; one that was interrupted is begun again."""
         output = Output(folder)
         if self.suite.launcher is None:
-            name = full_name(self.suite.model)
-            run_training(self.base, name, self.tokenizer, rows, output, settings, method.config(), overwrite=True)
+            job = TrainingJob(full_name(self.suite.model), self.tokenizer, rows, method.config(), settings)
+            run_training(self.base, job, output, overwrite=True)
             return
         with tempfile.TemporaryDirectory() as scratch:
             data, recipe = Path(scratch) / "rows.jsonl", Path(scratch) / "recipe.yaml"

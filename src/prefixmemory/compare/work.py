@@ -16,7 +16,7 @@ from prefixmemory.compare.store import Store
 from prefixmemory.compare.suite import Loaded
 from prefixmemory.compare.worker import Worker
 from prefixmemory.progress import progress_bar
-from prefixmemory.training.run import checksum
+from prefixmemory.training.record import checksum
 
 
 def checksums(loaded: Loaded, data: Path | None) -> dict[str, str]:

@@ -20,15 +20,15 @@ from prefixmemory.compare.runs import writes_answers
 from prefixmemory.compare.store import Store
 from prefixmemory.files.records import provenance, write_json
 from prefixmemory.models.loading import full_name
-from prefixmemory.rows.rows import Row, render
+from prefixmemory.rows.rendering import render
+from prefixmemory.rows.rows import Row, with_one_answer
 from prefixmemory.rows.unrelated_text import unrelated_text
-from prefixmemory.scoring.generation import answers
+from prefixmemory.scoring.generation import answers, longest_label
 from prefixmemory.tasks import Task
 from prefixmemory.tasks.outputs import alpaca_eval, prompts
-from prefixmemory.tasks.scoring import longest_label, score
+from prefixmemory.tasks.scoring import score
 from prefixmemory.tasks.task import sample_rows
-from prefixmemory.training.loop import Interrupted
-from prefixmemory.training.preferences import with_one_answer
+from prefixmemory.training.interrupt import Interrupted
 from prefixmemory.training.settings import TrainingSettings
 
 LONGEST_ANSWER = 256  # tokens of a free answer, where the task does not say

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -19,7 +19,17 @@ RECORD = "run.json"
 PACKAGES = ("prefixmemory", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
-def provenance() -> dict[str, Any]:
+class Provenance(TypedDict, total=False):
+    """Code and machine behind a record; hardware is a GPU, or else the CPU."""
+
+    commit: str | None
+    python: str
+    versions: dict[str, str]
+    hardware: str
+    threads: int
+
+
+def provenance() -> Provenance:
     """Commit of the checkout that the package runs from (if it is one), versions and hardware."""
     return {
         "commit": _commit(),

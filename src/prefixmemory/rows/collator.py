@@ -1,50 +1,15 @@
-"""Examples to tensors."""
+"""Token ids to batches."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.rows import Example
-
-IGNORED = -100  # label of positions that do not count in the loss
-
-
-def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt, in training and in answering alike: one beginning-of-sequence token, never two.
-
-    Chat templates write the special tokens themselves.
-    """
-    special = tokenizer.bos_token is not None and not prompt.startswith(str(tokenizer.bos_token))
-    return list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
-
-
-def tokenize(
-    examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[dict[str, list[int]]]:
-    """``input_ids`` and ``labels`` of each example; the loss counts the completion only.
-
-    A prompt that is too long loses its beginning, never the completion.
-
-    Raises:
-        PrefixMemoryError: a completion alone is longer than ``max_length`` tokens.
-    """
-    features = []
-    for number, example in enumerate(examples, start=1):
-        prompt = encode_prompt(example.prompt, tokenizer)
-        completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
-        room = max_length - len(completion)
-        if room < 1:
-            raise PrefixMemoryError(
-                f"{example.where or f'Row {number}'}: the completion has {len(completion)} tokens, max_length is "
-                f"{max_length}. Raise max_length or shorten the row."
-            )
-        prompt = prompt[-room:]
-        features.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
-    return features
+from prefixmemory.rows.encoding import IGNORED
 
 
 class LeftPaddingCollator:
@@ -83,3 +48,18 @@ class LeftPaddingCollator:
             batch["labels"] = batch["labels"][:, -keep:]
             batch["logits_to_keep"] = keep
         return batch
+
+
+def collator(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> LeftPaddingCollator:
+    """The collator that suits ``model``."""
+    # Methods that prepend virtual tokens prepend labels too, count on logits for all of them, and ignore position ids.
+    prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    crop_logits = not prepends and "logits_to_keep" in inspect.signature(base.forward).parameters
+    return LeftPaddingCollator(padding_id(tokenizer), crop_logits, right=prepends)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with; without a padding token any will do, since padding is masked."""
+    found = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return int(cast(int, found))

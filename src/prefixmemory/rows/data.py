@@ -1,24 +1,18 @@
-"""Reading rows: JSONL, CSV and Parquet files, and data sets of the Hub; every row is checked before it is used."""
+"""Where rows come from, and which of them: files and data sets of the Hub, every row checked before it is used."""
 
 from __future__ import annotations
 
-import csv
-import json
 import random
-import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.rows.readers import fields_of
 from prefixmemory.rows.rows import EXPECTED, FORMATS, Row, check_row, check_same_format
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
@@ -26,7 +20,7 @@ class Data:
     """Where rows come from: the ``data:`` section of a recipe.
 
     Args:
-        train: a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or the id of a data set of the Hub.
+        train: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, or the id of a data set of the Hub.
         validation: the same, for the validation loss; ``None``: there is none.
         subset: name of the subset (Hub: "configuration") of a Hub data set.
         train_split, validation_split: splits of a Hub data set.
@@ -84,7 +78,7 @@ def read_rows(
         PrefixMemoryError: nothing can be read there, or a row is cut off or lacks fields; the message names its line.
     """
     rows = []
-    for where, fields in _fields(source, split, subset):
+    for where, fields in fields_of(source, split, subset):
         row = check_row(where, _renamed(where, fields, columns))
         rows.append(row)
         if len(rows) > 1:
@@ -115,114 +109,6 @@ def sample(rows: list[Row], per_label: int | None, limit: int | None, seed: int)
 def northline(split: str) -> list[Row]:
     """The intent data set that ships with the package; ``split`` is ``train`` or ``test``."""
     return read_rows(Path(str(files("prefixmemory") / "data" / "northline" / f"{split}.jsonl")))
-
-
-def hub_id(source: str | Path) -> str | None:
-    """``source`` if it is the id of a Hub data set rather than a file."""
-    is_file = Path(source).exists() or Path(source).suffix in SUFFIXES
-    return None if is_file or not _HUB_ID.fullmatch(str(source)) else str(source)
-
-
-# One reader a kind of file: (where, fields) pairs
-
-
-def _fields(source: str | Path, split: str, subset: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    name = hub_id(source)
-    if name is not None:
-        return _from_hub(name, split, subset)
-    file = Path(source)
-    if not file.is_file():
-        problem = "is a folder" if file.is_dir() else "does not exist"
-        raise PrefixMemoryError(
-            f"The data file {file} {problem}. Give the path of a JSONL file (or {', '.join(SUFFIXES[2:])}), or the id "
-            f"of a data set of the Hub. {EXPECTED}"
-        )
-    readers = {".csv": _from_csv, ".tsv": _from_csv, ".parquet": _from_parquet}
-    return readers.get(file.suffix, _from_jsonl)(file)
-
-
-def _from_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open("rb") as stream:  # bytes: a cut-off last line may end within a character
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:  # no JSON, no UTF-8, a number of thousands of digits
-                raise PrefixMemoryError(
-                    f"{where}: not complete JSON ({_json_problem(error)}). Was the file cut off? {EXPECTED}"
-                ) from error
-            if not isinstance(row, dict):
-                raise PrefixMemoryError(f"{where}: holds {type(row).__name__}, not an object. {EXPECTED}")
-            yield where, row
-
-
-def _json_problem(error: ValueError) -> str:
-    """What json says, without its own count of lines: there is one JSON document a line."""
-    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _from_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # What is not UTF-8 becomes surrogates and is found in its row; a decoder that refuses it has read further ahead.
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-        begins = 1  # a quoted cell may span lines: where a row begins, not where it ends
-        header: list[str] = []
-        try:
-            for cells in reader:
-                where, begins = f"{file}, line {begins}", reader.line_num + 1
-                if _NOT_UTF8.search("".join(cells)):
-                    raise PrefixMemoryError(f"{where}: not UTF-8. Save the file as UTF-8.")
-                if not header:
-                    header = cells
-                    if len(set(header)) < len(header):
-                        raise PrefixMemoryError(f"{where}: two columns have the same name: {header}. Rename one.")
-                elif cells:
-                    if len(cells) != len(header):
-                        raise PrefixMemoryError(
-                            f"{where}: has {len(cells)} cells where the header has {len(header)}. "
-                            "Is a comma or a quotation mark missing?"
-                        )
-                    yield where, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            raise PrefixMemoryError(
-                f"{file}, line {begins}: not readable as CSV ({error}). Is a quotation mark missing?"
-            ) from error
-
-
-def _from_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        number = 0
-        for batch in ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", row
-    except (ArrowException, OSError) as error:
-        first_line = str(error).splitlines()[0].rstrip(".")
-        raise PrefixMemoryError(f"{file} cannot be read as Parquet ({first_line}). Was it cut off?") from error
-
-
-def _from_hub(name: str, split: str, subset: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    from datasets import ClassLabel, load_dataset
-
-    try:
-        dataset: Any = load_dataset(name, subset, split=split)
-    except Exception as error:  # the library raises whatever its many backends raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise PrefixMemoryError(
-            f"{name!r} is no file here, and loading it as a data set of the Hub failed: {first_line}. Give the path of "
-            "a .jsonl, .csv or .parquet file, or mend id, subset or split (and the network)."
-        ) from error
-    names = {key: feature for key, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
-    for number, row in enumerate(dataset, start=1):
-        for key, feature in names.items():
-            if row[key] in range(feature.num_classes):  # -1 or nothing where a test split hides its labels
-                row[key] = feature.int2str(row[key])
-        yield f"{name} ({split}), row {number}", row
 
 
 def _renamed(where: str, fields: dict[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:

@@ -1,15 +1,12 @@
-"""Training rows: which fields they have, and how they become prompt and completion."""
+"""Training rows: which fields they have, checked before they are used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.rows.conversations import checked_conversation, from_sharegpt
 
 Fields = tuple[str, ...]
 #: Rows as functions take them: a :class:`Row` where they were read from a file, or plain mappings.
@@ -37,6 +34,8 @@ EXPECTED = (
     '"instruction" and "output"; for preferences with "prompt", "chosen" and "rejected", or with "prompt", '
     '"completion" and a "label" that is true or false.'
 )
+#: Fields that hold an answer, where a row may have several.
+ANSWERS = ("chosen", "rejected", "completion")
 _JUDGEMENTS = {True: True, False: False, "true": True, "false": False, "True": True, "False": False}
 
 
@@ -44,21 +43,6 @@ class Row(dict[str, Any]):
     """The fields of one row, and ``where`` it stands, for messages: ``tickets.jsonl, line 12``."""
 
     where: str = ""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training or test example, rendered: the model reads ``prompt`` and shall write ``completion``."""
-
-    prompt: str
-    completion: str
-    where: str = field(default="", compare=False)
-
-
-def classification_prompt(text: str, labels: list[str] | None = None) -> str:
-    """The prompt for ``{"text", "label"}`` rows; the labels are listed for a model that was not trained on them."""
-    listed = "" if labels is None else f"Choose one of these labels: {', '.join(labels)}.\n\n"
-    return f"{listed}Text: {text}\nLabel:"
 
 
 def labels_of(rows: Rows) -> list[str]:
@@ -69,11 +53,13 @@ def labels_of(rows: Rows) -> list[str]:
 # Checking
 
 
-def _where(row: Mapping[str, Any], otherwise: str) -> str:
+def place_of(row: Mapping[str, Any], otherwise: str) -> str:
+    """Where ``row`` stands, for messages."""
     return getattr(row, "where", "") or otherwise
 
 
-def _kind(row: Mapping[str, Any]) -> str | None:
+def kind_of(row: Mapping[str, Any]) -> str | None:
+    """Name of the row's kind in ``FORMATS``, or ``None``."""
     for kind, fields in FORMATS.items():
         if set(fields) <= row.keys() and (kind != "judged" or _is_judgement(row["label"])):
             return kind
@@ -90,7 +76,8 @@ def check_row(where: str, fields: Mapping[str, Any]) -> Row:
     Raises:
         PrefixMemoryError: a field is missing, empty or of the wrong type.
     """
-    kind = _kind(fields)
+    fields = from_sharegpt(where, fields)
+    kind = kind_of(fields)
     if kind is None:
         wanted = {name for names in FORMATS.values() for name in names}
         hints = (did_you_mean(name, wanted - fields.keys()) for name in fields if name not in wanted)
@@ -101,13 +88,22 @@ def check_row(where: str, fields: Mapping[str, Any]) -> Row:
     for name in FORMATS[kind]:
         value = fields[name]
         if name == "messages":
-            _check_messages(where, value)
-        elif kind == "judged" and name == "label":
+            row |= checked_conversation(where, fields)
+            continue
+        if kind == "judged" and name == "label":
             row[name] = _JUDGEMENTS[value]
-        elif not isinstance(value, str) or not value.strip() or not _encodes(value):
+            continue
+        if name == "label" and type(value) is int and value >= 0:  # below 0: a label that a test split hides
+            row[name] = value = str(value)
+        if not isinstance(value, str) or not value.strip() or not _encodes(value):
             raise PrefixMemoryError(f"{where}: {name!r} is {value!r}; it must be a text that is not empty.")
     if kind == "text":
         row["label"] = row["label"].strip()  # answers are compared without blanks around them
+        if len(row["label"].splitlines()) > 1:
+            raise PrefixMemoryError(
+                f"{where}: 'label' is {row['label']!r}, and an answer is compared by its first line. Write a label in "
+                'one line, or give "prompt" and "completion".'
+            )
     return row
 
 
@@ -123,32 +119,16 @@ def _encodes(text: str) -> bool:
 def check_same_format(rows: list[Row]) -> None:
     """Refuse a file whose rows are of two kinds."""
     for row in rows:
-        if _kind(row) != _kind(rows[0]):
+        if kind_of(row) != kind_of(rows[0]):
             raise PrefixMemoryError(
                 f"{row.where}: has {FORMATS[row_format([row])]} where the first row has "
                 f"{FORMATS[row_format(rows)]}. Use one format a file."
             )
 
 
-def _check_messages(where: str, messages: object) -> None:
-    well_formed = (
-        isinstance(messages, list)
-        and len(messages) >= 2
-        and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str)
-            for m in messages
-        )
-    )
-    if not well_formed or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():  # type: ignore[index]
-        raise PrefixMemoryError(
-            f'{where}: "messages" must be a list of objects with "role" and "content" that ends with the answer of '
-            'the "assistant".'
-        )
-
-
 def row_format(rows: Rows) -> str:
     """Name of the rows' kind in ``FORMATS``."""
-    kind = _kind(rows[0])
+    kind = kind_of(rows[0])
     assert kind is not None, "rows come from read_rows"
     return kind
 
@@ -157,75 +137,31 @@ def check_objective(objective: str, rows: Rows) -> None:
     """Refuse rows that ``objective`` cannot be trained on."""
     kind, possible = row_format(rows), OBJECTIVE_FORMATS[objective]
     if objective == "kto" and kind == "prompt" and "label" in rows[0]:
-        where, label = _where(rows[0], "the data"), rows[0]["label"]
+        where, label = place_of(rows[0], "the data"), rows[0]["label"]
         raise PrefixMemoryError(f"{where}: 'label' is {label!r}; for objective='kto' it must be true or false.")
     if kind not in possible:
         fitting = [name for name, kinds in OBJECTIVE_FORMATS.items() if kind in kinds]
         wanted = " or ".join(str(list(FORMATS[kind])) for kind in possible)
         raise PrefixMemoryError(
-            f"objective={objective!r} needs rows with {wanted}; {_where(rows[0], 'the data')} has "
+            f"objective={objective!r} needs rows with {wanted}; {place_of(rows[0], 'the data')} has "
             f"{list(FORMATS[kind])}. For such rows, use {' or '.join(f'objective={name!r}' for name in fitting)}."
         )
 
 
-# Rendering
+# Rows with several answers
 
 
-def render_prompt(text: str, format_: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """``text`` as the prompt of a row of that kind was rendered in training; an unknown kind leaves it as it is."""
-    if format_ == "text":
-        return classification_prompt(text)
-    if format_ in FORMATS and getattr(tokenizer, "chat_template", None) is not None:
-        question = [{"role": "user", "content": text}]
-        return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
-    return text
+def answers_a_row(rows: Rows) -> int:
+    """How many answers each of ``rows``, which are of one kind, has."""
+    return sum(name in row for row in rows[:1] for name in ANSWERS) or 1
 
 
-def render(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Rows as prompt and completion, by the model's chat template where the row is a conversation."""
-    return list(_renderer(rows, tokenizer))
-
-
-def _renderer(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    for number, row in enumerate(rows, start=1):
-        where = _where(row, f"Row {number}")
-        kind = _kind(row)
-        if kind == "text":
-            yield Example(classification_prompt(row["text"]), f" {row['label']}{tokenizer.eos_token}", where)
-        elif kind == "messages":
-            if not has_template:
-                raise PrefixMemoryError(
-                    f"{where} holds messages, but this model's tokenizer has no chat template. "
-                    'Use rows with "prompt" and "completion", or a chat model.'
-                )
-            yield _chat_example(row["messages"], tokenizer, where)
-        else:
-            prompt, completion = question_and_answer(row)
-            if has_template:
-                question = {"role": "user", "content": prompt}
-                yield _chat_example([question, {"role": "assistant", "content": completion}], tokenizer, where)
-            else:
-                yield Example(prompt, f"{completion}{tokenizer.eos_token}", where)
-
-
-def question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Prompt and completion of a row of kind ``prompt`` or ``instruction``."""
-    if "instruction" in row and "prompt" not in row:
-        given = row.get("input")
-        return f"{row['instruction']}\n\n{given}" if given else row["instruction"], row["output"]
-    return row["prompt"], row["completion"]
-
-
-def _chat_example(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Example:
-    try:
-        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        raise PrefixMemoryError(f"{where}: the model's chat template refuses this conversation ({error}).") from error
-    if not whole.startswith(prompt):
-        raise PrefixMemoryError(
-            "This model's chat template writes an answer differently from how it asks for one, so prompt and answer "
-            'cannot be told apart. Use rows with "prompt" and "completion" and a tokenizer without chat template.'
-        )
-    return Example(prompt, whole[len(prompt) :], where)
+def with_one_answer(rows: Rows) -> list[Row]:
+    """Each answer of each row as a row of its own, to see how long it is."""
+    found = []
+    for row in rows:
+        for name in ANSWERS:
+            if name in row:
+                found.append(Row(prompt=row["prompt"], completion=row[name]))
+                found[-1].where = getattr(row, "where", "")
+    return found

@@ -14,7 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.models.logits import contiguous_logits_input
-from prefixmemory.rows.collator import encode_prompt
+from prefixmemory.rows.collator import padding_id
+from prefixmemory.rows.encoding import encode_prompts
+from prefixmemory.rows.rendering import template_end
+from prefixmemory.rows.rows import Rows
 
 Progress = Callable[[int], None]
 
@@ -25,10 +28,17 @@ def first_line(text: str) -> str:
 
 
 def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and the model's own, such as Gemma's ``<end_of_turn>``."""
+    """Tokens that end an answer: those of tokenizer, chat template and model, such as Gemma's ``<end_of_turn>``."""
     own = getattr(model.generation_config, "eos_token_id", None)
+    end = template_end(tokenizer)
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ids += [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
     return sorted({int(i) for i in ids if i is not None})
+
+
+def longest_label(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest label of ``rows``, and one for the end."""
+    return 1 + max(len(tokenizer(f" {row['label']}", add_special_tokens=False)["input_ids"]) for row in rows)
 
 
 @torch.inference_mode()
@@ -60,28 +70,24 @@ def answers(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    shared_ids = encode_prompt(context, tokenizer) if context else []
-    if context:  # the prompts go on where it ends
-        ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    else:
-        ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    ids = encode_prompts([context + prompt for prompt in prompts], tokenizer)
+    pad, end = padding_id(tokenizer), end_tokens(model, tokenizer)
     writer: Any = model
     # Padding must not stand between virtual tokens and text: what all prompts begin with is read with the virtual
     # tokens, and the base model goes on from there.
     prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    if prepends:
-        if not context:
-            common = os.path.commonprefix([row[:-1] for row in ids])  # noqa: RUF071  # of lists of ids, too
-            shared_ids, ids = common, [row[len(common) :] for row in ids]
-        writer = cast(PeftModel, model).get_base_model() if shared_ids else model
+    shared_ids: list[int] = []
     shared = None
+    if context or prepends:
+        shared_ids = list(os.path.commonprefix([row[:-1] for row in ids]))  # noqa: RUF071  # of lists of ids, too
     if shared_ids:
+        if prepends:
+            writer = cast(PeftModel, model).get_base_model()
+        ids = [row[len(shared_ids) :] for row in ids]
         read = torch.tensor([shared_ids], device=device)
         shared = model(input_ids=read, use_cache=True, **_last_logits(model)).past_key_values
-        virtual = shared.get_seq_length() - len(shared_ids)
-        shared_ids = [
-            int(cast(Any, tokenizer.pad_token_id))
-        ] * virtual + shared_ids  # ids of what is cached are not read
+        # ids of what is cached are not read
+        shared_ids = [pad] * (shared.get_seq_length() - len(shared_ids)) + shared_ids
     context_ids = torch.tensor([shared_ids], dtype=torch.long, device=device)
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     found: list[str] = [""] * len(prompts)
@@ -89,7 +95,7 @@ def answers(
         same_length = prepends and shared is None
         chosen = [i for i in order[:batch_size] if not same_length or len(ids[i]) == len(ids[order[0]])]
         order = order[len(chosen) :]
-        batch = _left_padded([ids[i] for i in chosen], context_ids, tokenizer, device)
+        batch = _left_padded([ids[i] for i in chosen], context_ids, pad, device)
         cache: dict[str, Any] = {}
         if shared is not None:
             cache["past_key_values"] = copy.deepcopy(shared)
@@ -101,8 +107,8 @@ def answers(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 use_cache=True,  # the base model's config may say otherwise; a shared context needs it
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=end_tokens(model, tokenizer),
+                pad_token_id=pad,
+                eos_token_id=end or None,
             )
         new = written[:, batch["input_ids"].shape[1] :]
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
@@ -119,12 +125,9 @@ def _last_logits(model: PreTrainedModel | PeftModel) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
 
 
-def _left_padded(
-    rows: list[list[int]], context_ids: Tensor, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> dict[str, Tensor]:
+def _left_padded(rows: list[list[int]], context_ids: Tensor, pad: int, device: torch.device) -> dict[str, Tensor]:
     """``[context | padding | prompt]`` for each row: a shared cache needs the context to stand first."""
     length = max(len(row) for row in rows)
-    pad = int(tokenizer.pad_token_id)
     prompt = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
     context = context_ids.expand(len(rows), -1)

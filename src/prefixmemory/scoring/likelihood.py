@@ -12,15 +12,13 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.models.logits import contiguous_logits_input
-from prefixmemory.rows.collator import IGNORED, tokenize
-from prefixmemory.rows.rows import Example
+from prefixmemory.rows.collator import collator
+from prefixmemory.rows.encoding import IGNORED, Tokens, tokenize
+from prefixmemory.rows.rendering import Example
 from prefixmemory.scoring.generation import Progress
-from prefixmemory.training.loop import collator
 
 #: Logits of so many tokens are held at once, beside those of one long row.
 TOKENS_A_BATCH = 2048
-
-Features = list[dict[str, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,12 @@ class Likelihood:
     Attributes:
         nats: sum of the log-probabilities of its tokens.
         tokens: how many there are.
+        cut: whether its prompt lost its beginning.
     """
 
     nats: float
     tokens: int
+    cut: bool = False
 
     @property
     def per_token(self) -> float:
@@ -69,33 +69,32 @@ def likelihoods(
     was_training = model.training
     model.eval()
     limit = getattr(model.config, "max_position_embeddings", None) or 10**9
-    features = tokenize([replace(one, prompt=context + one.prompt) for one in examples], tokenizer, limit)
+    rows = tokenize([replace(one, prompt=context + one.prompt) for one in examples], tokenizer, limit)
     collate = collator(model, tokenizer)
     device = next(model.parameters()).device
-    found = [Likelihood(0.0, 0)] * len(features)
-    for chosen in _batches(features, batch_size, collate.crop_logits):
-        batch = collate([features[i] for i in chosen])
+    found = [Likelihood(0.0, 0)] * len(rows)
+    for chosen in _batches(rows, batch_size, collate.crop_logits):
+        batch = collate([rows[i].feature for i in chosen])
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         with contiguous_logits_input(model):
             logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
         losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
         nats = -losses.view(labels.shape).sum(1)
-        tokens = (labels != IGNORED).sum(1)
-        for i, value, count in zip(chosen, nats.tolist(), tokens.tolist(), strict=True):
-            found[i] = Likelihood(value, count)
+        for i, value in zip(chosen, nats.tolist(), strict=True):
+            found[i] = Likelihood(value, len(rows[i].completion), rows[i].cut)
         if progress is not None:
             progress(len(chosen))
     model.train(was_training)
     return found
 
 
-def _batches(features: Features, batch_size: int, crop_logits: bool) -> Iterator[list[int]]:
+def _batches(rows: Sequence[Tokens], batch_size: int, crop_logits: bool) -> Iterator[list[int]]:
     """Indices of the examples of each batch, by rising length."""
-    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
 
     def logits(i: int) -> int:
-        return sum(label != IGNORED for label in features[i]["labels"]) if crop_logits else len(features[i]["labels"])
+        return len(rows[i].completion) if crop_logits else len(rows[i])
 
     batch: list[int] = []
     for i in order:

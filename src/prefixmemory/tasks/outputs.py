@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from prefixmemory.rows.rows import Row, question_and_answer, render, row_format
-from prefixmemory.training.preferences import with_one_answer
+from prefixmemory.rows.rendering import question_and_answer, render
+from prefixmemory.rows.rows import Row, row_format, with_one_answer
 
 
 def prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:

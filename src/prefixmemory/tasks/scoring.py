@@ -13,12 +13,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.rows import Example, Row, question_and_answer, render, row_format
+from prefixmemory.rows.rendering import Example, question_and_answer, render
+from prefixmemory.rows.rows import Row, row_format, with_one_answer
 from prefixmemory.scoring.generation import answers
 from prefixmemory.scoring.likelihood import Likelihood, likelihoods, nats_a_token
 from prefixmemory.tasks.metrics import best, bleu, last_number, percent, rouge_l, squad_exact_match, squad_f1
 from prefixmemory.tasks.task import Task
-from prefixmemory.training.preferences import with_one_answer
 from prefixmemory.training.settings import TrainingSettings
 
 
@@ -86,11 +86,6 @@ def score(
     length = task.max_new_tokens or max_new_tokens
     asked = _Asked(model, tokenizer, rows, context, length, batch_size, settings or task.settings())
     return SCORERS[task.scoring](asked)
-
-
-def longest_label(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest label of ``rows``, and one for the end."""
-    return 1 + max(len(tokenizer(f" {row['label']}", add_special_tokens=False)["input_ids"]) for row in rows)
 
 
 def _right_answer(row: Row) -> str:

@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME
 
 from prefixmemory.files.markup import in_markdown
 from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
-from prefixmemory.rows.data import hub_id
+from prefixmemory.rows.readers import hub_id
 
 CARD = "README.md"
 PAPER = "2506.13674"
@@ -36,7 +36,7 @@ _SEAL = "<!-- Written by prefixmemory, and written anew unless edited. sha256 of
 _SEAL_PATTERN = re.compile(_SEAL.format(r"(\w+)") + "$")
 
 
-def model_card(record: dict[str, Any]) -> str:
+def model_card(record: Mapping[str, Any]) -> str:
     """The README.md of an adapter, with the Hub's metadata; what the record does not say is left out.
 
     Args:
@@ -62,7 +62,7 @@ def model_card(record: dict[str, Any]) -> str:
     return _sealed("\n".join(part for part in parts if part))
 
 
-def write_model_card(folder: Path, record: dict[str, Any]) -> None:
+def write_model_card(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the card of ``record`` into an adapter folder, unless a person wrote or edited the one that is there.
 
     What the record lacks and ``adapter_config.json`` knows (task, method, base model, name of a registered memory) is

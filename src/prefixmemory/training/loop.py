@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -23,17 +20,17 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.models.logits import contiguous_logits_input
-from prefixmemory.rows.collator import LeftPaddingCollator, tokenize
-from prefixmemory.rows.rows import Example
+from prefixmemory.rows.collator import collator
+from prefixmemory.rows.encoding import Tokens, tokenize
+from prefixmemory.rows.rendering import Example
 from prefixmemory.training.checkpoints import last_complete_checkpoint
+from prefixmemory.training.interrupt import Interrupted, StopOnSignal
 from prefixmemory.training.sampler import LengthGroupedTrainer
 from prefixmemory.training.settings import TrainingSettings
 
@@ -43,40 +40,6 @@ CHECKPOINTING = (
     if "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
     else "gradient_checkpointing"
 )
-
-
-class Interrupted(Exception):
-    """Training was stopped by ctrl-C after a checkpoint was written."""
-
-
-class StopOnInterrupt(TrainerCallback):
-    """First ctrl-C: finish the step, write a checkpoint, stop. Second ctrl-C: stop at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> StopOnInterrupt:
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nStopping after this step; ctrl-C again stops at once.", file=sys.stderr)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop once asked to, all processes at the same step: the checkpoint is written together."""
-        if args.world_size > 1:
-            asked = torch.tensor(int(self.asked), device=args.device)
-            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-            self.asked = bool(asked)
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
 
 
 def training_arguments(
@@ -132,27 +95,18 @@ def check_trackers(report_to: Sequence[str]) -> None:
 def completion_trainer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    features: list[dict[str, list[int]]],
-    validation: list[dict[str, list[int]]],
+    rows: Sequence[Tokens],
+    validation: Sequence[Tokens],
     arguments: dict[str, Any],
 ) -> Trainer:
-    """A Trainer for the likelihood of completions (``objective="sft"``), on what :func:`tokenize` returns."""
+    """A Trainer for the likelihood of completions (``objective="sft"``)."""
     return LengthGroupedTrainer(
         model=model,
         args=TrainingArguments(**arguments, remove_unused_columns=False),
-        train_dataset=Dataset.from_list(features),
-        eval_dataset=Dataset.from_list(validation) if validation else None,
+        train_dataset=Dataset.from_list([one.feature for one in rows]),
+        eval_dataset=Dataset.from_list([one.feature for one in validation]) if validation else None,
         data_collator=collator(model, tokenizer),
     )
-
-
-def collator(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> LeftPaddingCollator:
-    """The collator that suits ``model``."""
-    # Methods that prepend virtual tokens prepend labels too, count on logits for all of them, and ignore position ids.
-    prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    crop_logits = not prepends and "logits_to_keep" in inspect.signature(base.forward).parameters
-    return LeftPaddingCollator(int(tokenizer.pad_token_id), crop_logits, right=prepends)
 
 
 @contextmanager
@@ -175,14 +129,14 @@ def fit(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
-    """Run a trainer to its end, or to a checkpoint when ctrl-C is pressed.
+    """Run a trainer to its end, or to a checkpoint on ctrl-C or SIGTERM.
 
     Returns:
         The Trainer's metrics: ``train_loss``, ``train_runtime`` in seconds, ``eval_loss`` where there is validation
         data, and others.
 
     Raises:
-        Interrupted: ctrl-C; the last checkpoint holds everything up to the last finished step.
+        Interrupted: ctrl-C or SIGTERM; the last checkpoint holds everything up to the last finished step.
         PrefixMemoryError: nothing to resume.
     """
     last = last_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
@@ -195,11 +149,11 @@ def fit(
         trainer.add_callback(callback)
     if settings.patience is not None and trainer.eval_dataset is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
-    with StopOnInterrupt() as stop, contiguous_logits_input(cast(Any, trainer.model)):
+    with StopOnSignal() as stop, contiguous_logits_input(cast(Any, trainer.model)):
         trainer.add_callback(stop)
         result = trainer.train(resume_from_checkpoint=last)
         if stop.asked and trainer.state.global_step < trainer.state.max_steps:
-            raise Interrupted
+            raise Interrupted(stop.asked)
         metrics = dict(result.metrics)
         if trainer.eval_dataset is not None:
             metrics |= trainer.evaluate()
@@ -242,15 +196,15 @@ def train(
         The Trainer's metrics.
 
     Raises:
-        Interrupted: ctrl-C; the last checkpoint holds everything up to the last finished step.
+        Interrupted: ctrl-C or SIGTERM; the last checkpoint holds everything up to the last finished step.
         PrefixMemoryError: nothing to train, nothing to resume, or an example that does not fit.
     """
     check_trainable(model)
     arguments = training_arguments(settings, checkpoints, evaluates=False)
     use_cache = getattr(model.config, "use_cache", None)
     try:
-        features = tokenize(examples, tokenizer, settings.max_length)
-        trainer = completion_trainer(model, tokenizer, features, [], arguments)
+        rows = tokenize(examples, tokenizer, settings.max_length)
+        trainer = completion_trainer(model, tokenizer, rows, [], arguments)
         return fit(trainer, settings, resume, callbacks)
     finally:
         model.config.use_cache = use_cache  # the Trainer switches it off and leaves it so

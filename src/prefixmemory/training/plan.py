@@ -13,10 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefixmemory.attention.sites import CHILD
 from prefixmemory.models.loading import explain, full_name, load_tokenizer, location
-from prefixmemory.rows.rows import row_format
+from prefixmemory.training.job import job_of, rows_of
 from prefixmemory.training.methods import attach
 from prefixmemory.training.recipe import Recipe
-from prefixmemory.training.run import features_of, rows_of
 from prefixmemory.training.settings import TrainingSettings
 
 GIB = 2**30
@@ -76,28 +75,26 @@ def plan_of(recipe: Recipe) -> Plan:
         PrefixMemoryError: whatever the run itself would be refused for, except for the output folder, weights that
             cannot be read, and packages that are not installed.
     """
-    rows, validation = rows_of(recipe)
+    rows = rows_of(recipe)
     settings = recipe.training
     base_model = full_name(recipe.model)
-    tokenizer = load_tokenizer(base_model)
-    features = features_of([*rows, *validation], tokenizer, settings, 10**9)
-    features_of([*rows, *validation], tokenizer, settings)  # what does not fit is refused here, as in the run
-    lengths = [len(feature["input_ids"]) for feature in features]
+    job = job_of(recipe, base_model, load_tokenizer(base_model), rows)
+    longest = job.longest  # what does not fit is refused here, as in the run
     name, file = location(base_model)
     try:
         config: Any = AutoConfig.from_pretrained(name, **file)
     except (OSError, ValueError, KeyError) as error:
         raise explain(base_model, error) from error
+    job.check_context(config)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=recipe.attention)
-        adapted = attach(model, recipe.config())
+        adapted = attach(model, job.config)
     trained = {n: p.numel() for n, p in adapted.named_parameters() if p.requires_grad}
     frozen = {n: p for n, p in adapted.named_parameters() if not p.requires_grad}
-    longest = min(max(lengths), settings.max_length)
     examples_a_step = settings.batch_size * settings.gradient_accumulation
-    pairs_for_kto = settings.objective == "kto" and row_format(rows) == "preference"
-    steps_an_epoch = math.ceil((2 if pairs_for_kto else 1) * len(rows) / examples_a_step)
+    examples = len(job.tokens) if settings.objective == "kto" else len(job.rows)  # of a pair, kto makes two
+    steps_an_epoch = math.ceil(examples / examples_a_step)
     return Plan(
         base_model=base_model,
         method=recipe.method.get("name", "prefix_memory"),
@@ -105,10 +102,10 @@ def plan_of(recipe: Recipe) -> Plan:
         trainable=sum(trained.values()),
         total=sum(trained.values()) + sum(p.numel() for p in frozen.values()),
         adapter_file=4 * sum(trained.values()),
-        rows=len(rows),
-        validation_rows=len(validation),
+        rows=len(job.rows),
+        validation_rows=len(job.validation),
         longest=longest,
-        cut=sum(length > settings.max_length for length in lengths),
+        cut=job.rows_cut,
         steps=math.ceil(settings.epochs * steps_an_epoch),
         weights=_weights(model, dtype, recipe.quantization),
         optimizer=(4 + 4 + 8) * sum(trained.values()),  # fp32 value, gradient, two moments of AdamW

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftType
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.collator import IGNORED, encode_prompt
-from prefixmemory.rows.rows import Row, Rows, render
+from prefixmemory.rows.encoding import Tokens
+from prefixmemory.rows.rows import Rows
+from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.settings import TrainingSettings
-
-ANSWERS = ("chosen", "rejected", "completion")
 
 
 def check_trl(objective: str) -> None:
@@ -25,42 +23,33 @@ def check_trl(objective: str) -> None:
         raise PrefixMemoryError(f"objective={objective!r} runs in TRL: pip install 'prefixmemory[trl]'.")
 
 
-def preference_trainer(
-    model: PreTrainedModel,
-    config: PeftConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    validation: Rows,
-    settings: TrainingSettings,
-    arguments: dict[str, Any],
-) -> Trainer:
-    """A DPOTrainer, KTOTrainer or CPOTrainer (for SimPO) of TRL.
+def preference_trainer(model: PreTrainedModel, job: TrainingJob, arguments: dict[str, Any]) -> Trainer:
+    """A DPOTrainer, KTOTrainer or CPOTrainer (for SimPO) of TRL, on the job's own tokens.
 
     The reference model of DPO and KTO is ``model`` without the adapter; SimPO has none.
 
     Raises:
         PrefixMemoryError: TRL is not installed, or refuses model, method or settings.
     """
+    settings = job.settings
     check_trl(settings.objective)
-    prepare = simpo_dataset if settings.objective == "simpo" else preference_dataset
-    kind, make, more = _simpo(config, settings) if settings.objective == "simpo" else _trl(settings)
+    kind, make, more = _simpo(job.config, settings) if settings.objective == "simpo" else _trl(settings)
+    columns = {"dpo": _dpo_rows, "simpo": _simpo_rows, "kto": _kto_rows}[settings.objective]
+    parts = ((job.rows, job.tokens), (job.validation, job.validation_tokens))
+    train, validation = (Dataset.from_list(columns(*part, settings)) if part[0] else None for part in parts)
     try:
         trainer: Trainer = make(
             model=model,
             args=kind(**arguments, beta=settings.reward_scale, **more),
-            train_dataset=prepare(rows, tokenizer, settings),
-            eval_dataset=prepare(validation, tokenizer, settings) if validation else None,
-            processing_class=tokenizer,
-            peft_config=config,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=job.tokenizer,
+            peft_config=job.config,
         )
     except PrefixMemoryError:
         raise
     except ValueError as error:
         raise PrefixMemoryError(f"objective={settings.objective!r}: TRL refuses this run: {error}") from error
-    if settings.objective != "simpo":
-        trainer.train_dataset = _cut_prompts(trainer.train_dataset, settings.max_length)
-        if validation:
-            trainer.eval_dataset = _cut_prompts(trainer.eval_dataset, settings.max_length)
     return trainer
 
 
@@ -70,9 +59,15 @@ Classes = tuple[Any, Any, dict[str, Any]]  # of config and trainer, and further 
 def _trl(settings: TrainingSettings) -> Classes:
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-    classes = {"dpo": (DPOConfig, DPOTrainer), "kto": (KTOConfig, KTOTrainer)}[settings.objective]
-    # TRL would cut answers at their end, and drop rows with long prompts.
-    return *classes, {"max_length": None}
+    config, trainer = {"dpo": (DPOConfig, DPOTrainer), "kto": (KTOConfig, KTOTrainer)}[settings.objective]
+
+    class OnTokens(trainer):  # type: ignore[misc, valid-type]
+        """Takes rows that are tokens already: TRL would cut answers at their end, and drop rows with long prompts."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    return config, OnTokens, {"max_length": None}
 
 
 def _simpo(config: PeftConfig, settings: TrainingSettings) -> Classes:
@@ -109,59 +104,36 @@ def _simpo(config: PeftConfig, settings: TrainingSettings) -> Classes:
     return CPOConfig, SimPOTrainer, more
 
 
-def simpo_dataset(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings) -> Dataset:
-    """Rows as tokens, the same as in ``sft`` and in scoring; a long prompt loses its beginning, for both answers."""
-    examples = render(with_one_answer(rows), tokenizer)
-    features = []
-    for pair in zip(examples[::2], examples[1::2], strict=True):
-        answers = [tokenizer(one.completion, add_special_tokens=False)["input_ids"] for one in pair]
-        room = max(settings.max_length - max(map(len, answers)), 1)
-        prompt = encode_prompt(pair[0].prompt, tokenizer)[-room:]
-        feature: dict[str, Any] = {"prompt": pair[0].prompt}
-        for name, ids in zip(("chosen", "rejected"), answers, strict=True):
-            feature[name] = pair[name == "rejected"].completion
-            feature[f"{name}_input_ids"] = prompt + ids
-            feature[f"{name}_attention_mask"] = [1] * len(prompt + ids)
-            feature[f"{name}_labels"] = [IGNORED] * len(prompt) + ids
-        features.append(feature)
-    return Dataset.from_list(features)
+# Rows in the columns of TRL's trainers; the answers to one prompt stand one behind the other
 
 
-def _cut_prompts(dataset: Any, max_length: int) -> Any:
-    """Tokenized rows whose prompts lose their beginning where prompt and answer are too long together."""
-
-    def cut(row: Mapping[str, Any]) -> dict[str, Any]:
-        longest = max(len(row[f"{name}_ids"]) for name in ANSWERS if f"{name}_ids" in row)
-        return {"prompt_ids": row["prompt_ids"][-max(max_length - longest, 1) :]}
-
-    return dataset.map(cut)
+def _dpo_rows(rows: Rows, tokens: list[Tokens], settings: TrainingSettings) -> list[dict[str, Any]]:
+    return [
+        {"prompt_ids": chosen.prompt, "chosen_ids": chosen.completion, "rejected_ids": rejected.completion}
+        for chosen, rejected in zip(tokens[::2], tokens[1::2], strict=True)
+    ]
 
 
-def with_one_answer(rows: Rows) -> list[Row]:
-    """Each answer of each row as a row of its own, to see how long it is."""
+def _simpo_rows(rows: Rows, tokens: list[Tokens], settings: TrainingSettings) -> list[dict[str, Any]]:
     found = []
-    for row in rows:
-        for name in ANSWERS:
-            if name in row:
-                found.append(Row(prompt=row["prompt"], completion=row[name]))
-                found[-1].where = getattr(row, "where", "")
+    for row, *pair in zip(rows, tokens[::2], tokens[1::2], strict=True):
+        columns: dict[str, Any] = {name: row[name] for name in ("prompt", "chosen", "rejected")}  # CPO logs them
+        for name, answer in zip(("chosen", "rejected"), pair, strict=True):
+            columns |= {f"{name}_{column}": ids for column, ids in answer.feature.items()}
+            columns[f"{name}_attention_mask"] = [1] * len(answer)
+        found.append(columns)
     return found
 
 
-def preference_dataset(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings) -> Dataset:
-    """Rows in TRL's columns: conversations where the model has a chat template, else texts."""
-    from trl import unpair_preference_dataset
-
-    chats = getattr(tokenizer, "chat_template", None) is not None
-
-    def said(role: str, text: str) -> Any:
-        return [{"role": role, "content": text}] if chats else text
-
-    def converted(row: Mapping[str, Any]) -> dict[str, Any]:
-        answers = {name: said("assistant", row[name]) for name in ANSWERS if name in row}
-        judgement = {"label": row["label"]} if "chosen" not in row else {}
-        return {"prompt": said("user", row["prompt"]), **answers, **judgement}
-
-    dataset = Dataset.from_list([converted(row) for row in rows])
-    pairs_for_kto = settings.objective == "kto" and "chosen" in dataset.column_names
-    return unpair_preference_dataset(dataset) if pairs_for_kto else dataset
+def _kto_rows(rows: Rows, tokens: list[Tokens], settings: TrainingSettings) -> list[dict[str, Any]]:
+    """Each with the completion of another row of its batch, by which KTO measures how far it is from the base model."""
+    labels = [row["label"] for row in rows if "chosen" not in row]
+    if not labels:  # pairs: all chosen answers, then all rejected ones, so that neighbours differ in their prompts
+        tokens, labels = tokens[::2] + tokens[1::2], [True] * len(rows) + [False] * len(rows)
+    found = []
+    for start in range(0, len(tokens), settings.batch_size):
+        batch = tokens[start : start + settings.batch_size]
+        for i, (one, label) in enumerate(zip(batch, labels[start:], strict=False)):
+            columns = {"prompt_ids": one.prompt, "completion_ids": one.completion, "label": label}
+            found.append({**columns, "KL_completion_ids": batch[i - 1].completion})
+    return found

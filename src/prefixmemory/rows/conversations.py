@@ -1,0 +1,94 @@
+"""Conversations: their messages, and what else a chat template is given, checked and in one form."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefixmemory.errors import PrefixMemoryError
+
+#: Who speaks in ShareGPT's files, and the role of chat templates.
+_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+#: What ``apply_chat_template`` itself is told.
+_TAKEN = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"self", "kwargs"}
+
+
+def from_sharegpt(where: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``fields`` with ``messages`` in the place of ShareGPT's ``conversations``; other rows as they are.
+
+    Raises:
+        PrefixMemoryError: a speaker whose role nobody knows.
+    """
+    turns = fields.get("conversations")
+    if "messages" in fields or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return fields
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        if "from" in turn:
+            if turn["from"] not in _SHAREGPT:
+                raise PrefixMemoryError(
+                    f"{where}: 'from' is {turn['from']!r} in turn {number}; it must be one of {', '.join(_SHAREGPT)}. "
+                    'For other roles, give "messages" with "role" and "content".'
+                )
+            turn = {"role": _SHAREGPT[turn["from"]], "content": turn.get("value")}
+        messages.append(turn)
+    if isinstance(fields.get("system"), str) and fields["system"].strip():
+        messages.insert(0, {"role": "system", "content": fields["system"]})
+    return {name: value for name, value in fields.items() if name != "conversations"} | {"messages": messages}
+
+
+def checked_conversation(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``messages``, ``tools``, ``documents`` and ``chat_template_kwargs`` of a row, as a chat template takes them.
+
+    A content that is a list of texts becomes one text; tools may be written as JSON.
+
+    Raises:
+        PrefixMemoryError: one of them is malformed, or the conversation does not end with an answer.
+    """
+    messages = fields["messages"]
+    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(m, dict) for m in messages):
+        messages = []
+    # what a message does not have is null where rows are columns, as in Parquet files
+    messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    for message in messages:
+        message["content"] = _text(message.get("content"))
+    if not messages or not all(map(_is_message, messages)) or messages[-1]["role"] != "assistant":
+        raise PrefixMemoryError(
+            f'{where}: "messages" must be a list of objects with "role" and "content" (a text, a list of parts of type '
+            '"text", or null beside the "tool_calls" of an assistant) that ends with the answer of the "assistant".'
+        )
+    if not (messages[-1]["content"] or "").strip() and not messages[-1].get("tool_calls"):
+        raise PrefixMemoryError(f'{where}: the answer of the "assistant" that ends "messages" is empty.')
+    found = {"messages": messages}
+    for name in ("tools", "documents"):
+        value = fields.get(name)
+        if isinstance(value, str) and value.strip():
+            try:
+                found[name] = value = json.loads(value)
+            except ValueError as error:
+                raise PrefixMemoryError(f"{where}: {name!r} is a text, and no JSON ({error}).") from error
+        if value and not (isinstance(value, list) and all(isinstance(one, dict) for one in value)):
+            raise PrefixMemoryError(f"{where}: {name!r} must be a list of objects.")
+    given = fields.get("chat_template_kwargs") or {}
+    if not isinstance(given, dict) or not _TAKEN.isdisjoint(given):
+        raise PrefixMemoryError(
+            f"{where}: 'chat_template_kwargs' is {given!r}; it must be an object with variables of the chat template, "
+            f"none of which is called {', '.join(sorted(_TAKEN))}."
+        )
+    return found
+
+
+def _text(content: object) -> object:
+    """A list of texts as one text; any other content as it is."""
+    parts = content if isinstance(content, list) else []
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return "".join(texts) if parts and len(texts) == len(parts) else content
+
+
+def _is_message(message: Mapping[str, Any]) -> bool:
+    calls = message.get("role") == "assistant" and bool(message.get("tool_calls")) and message["content"] is None
+    return isinstance(message.get("role"), str) and (calls or isinstance(message["content"], str))

@@ -1,0 +1,124 @@
+"""What is to be trained, on what, and how: everything that a run is told, and its rows as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from peft import PeftConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.rows.encoding import Tokens, tokenize
+from prefixmemory.rows.rendering import render
+from prefixmemory.rows.rows import Row, Rows, answers_a_row, check_objective, with_one_answer
+from prefixmemory.training.recipe import Recipe
+from prefixmemory.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingJob:
+    """An adapter to be trained.
+
+    Args:
+        base_model: what the adapter's config names as its base model.
+        tokenizer: of the base model.
+        rows: training rows.
+        config: PEFT config of the adapter.
+        settings: how to train.
+        validation: rows for the validation loss.
+        data: names of the data, for the record.
+        report_to: trackers that receive the metrics.
+        quantization: how the base model is quantised when it is loaded, for the record.
+
+    Raises:
+        PrefixMemoryError: rows that the objective cannot be trained on.
+    """
+
+    base_model: str
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    config: PeftConfig
+    settings: TrainingSettings = field(default_factory=TrainingSettings)
+    validation: Rows = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    report_to: Sequence[str] = ()
+    quantization: str | None = None
+
+    def __post_init__(self) -> None:
+        for rows in (self.rows, self.validation):
+            if rows:
+                check_objective(self.settings.objective, rows)
+
+    @cached_property
+    def tokens(self) -> list[Tokens]:
+        """The training rows; those with several answers once for each.
+
+        Raises:
+            PrefixMemoryError: an answer does not fit into ``max_length``, or a row cannot be rendered.
+        """
+        return self._tokens(self.rows)
+
+    @cached_property
+    def validation_tokens(self) -> list[Tokens]:
+        """The same of the validation rows."""
+        return self._tokens(self.validation)
+
+    def _tokens(self, rows: Rows) -> list[Tokens]:
+        several = 1 if self.settings.objective == "sft" else answers_a_row(rows)
+        rows = rows if self.settings.objective == "sft" else with_one_answer(rows)
+        return tokenize(render(rows, self.tokenizer), self.tokenizer, self.settings.max_length, several)
+
+    @cached_property
+    def rows_cut(self) -> int:
+        """How many rows, validation included, lose the beginning of their prompt."""
+        return sum(
+            tokens.cut
+            for rows, found in ((self.rows, self.tokens), (self.validation, self.validation_tokens))
+            for tokens in found[:: len(found) // max(len(rows), 1) or 1]
+        )
+
+    @property
+    def cut_message(self) -> str:
+        """The line that says so; empty where no row is cut."""
+        if not self.rows_cut:
+            return ""
+        return (
+            f"{self.rows_cut:,} rows are longer than max_length={self.settings.max_length} and lose the beginning of "
+            "their prompt, system message included."
+        )
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row, as it is trained on."""
+        return max(map(len, [*self.tokens, *self.validation_tokens]))
+
+    def check_context(self, config: PretrainedConfig) -> None:
+        """Refuse rows that are longer than the base model of ``config`` can read."""
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None) or self.longest
+        if self.longest > limit:
+            raise PrefixMemoryError(
+                f"The longest row has {self.longest} tokens, and the base model reads {limit} at most. "
+                f"Set max_length={limit}."
+            )
+
+
+def job_of(recipe: Recipe, base_model: str, tokenizer: PreTrainedTokenizerBase, rows: tuple[Rows, Rows]) -> TrainingJob:
+    """What ``recipe`` says to train, on rows that :func:`rows_of` has read."""
+    data = {name: value for name, value in asdict(recipe.data).items() if value is not None}
+    return TrainingJob(
+        base_model, tokenizer, rows[0], recipe.config(), recipe.training, rows[1], data, recipe.report_to,
+        recipe.quantization,
+    )  # fmt: skip
+
+
+def rows_of(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+    """Training and validation rows of a recipe, every one checked, also for its objective."""
+    seed = recipe.training.seed
+    rows, validation = recipe.data.training_rows(seed), recipe.data.validation_rows(seed)
+    for part in (rows, validation):
+        if part:
+            check_objective(recipe.training.objective, part)
+    return rows, validation

@@ -1,0 +1,68 @@
+"""The record of a run, ``run.json``: what was run, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any, TypedDict, cast
+
+from transformers import PreTrainedModel
+
+from prefixmemory.files.records import Provenance
+from prefixmemory.rows.rows import Rows, row_format
+from prefixmemory.training.job import TrainingJob
+from prefixmemory.training.methods import choices, method_name
+
+
+class Plan(TypedDict):
+    """What is going to be run: what a run that is resumed must have in common with the interrupted one."""
+
+    base_model: str
+    method: str
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    rows: int
+    row_format: str
+    rows_cut: int
+    rows_sha256: str
+    validation_sha256: str | None
+    dtype: str
+    attention: str | None
+    quantization: str | None
+
+
+class RunRecord(Plan, Provenance, total=False):
+    """A plan, its outcome (times in seconds), and where it ran."""
+
+    data: dict[str, Any]
+    train_loss: float
+    validation_loss: float
+    train_seconds: float
+    processes: int
+    trainable_parameters: int
+
+
+def plan_of_run(job: TrainingJob, model: PreTrainedModel) -> Plan:
+    """The plan of ``job``, as it will be read back: sets become lists."""
+    plan: Plan = {
+        "base_model": job.base_model,
+        "method": method_name(job.config),
+        "config": choices(job.config),
+        "settings": asdict(job.settings),
+        "rows": len(job.rows),
+        "row_format": row_format(job.rows),
+        "rows_cut": job.rows_cut,
+        "rows_sha256": checksum(job.rows),
+        "validation_sha256": checksum(job.validation) if job.validation else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "quantization": job.quantization,
+    }
+    as_read = json.dumps(plan, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    return cast(Plan, json.loads(as_read))
+
+
+def checksum(rows: Rows) -> str:
+    """Of rows as they were read; Parquet holds dates and bytes beside texts."""
+    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()
