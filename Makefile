@@ -48,7 +48,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@echo "==> installing torch (the CPU build where the mirror has one)"
 	@$(PIP) torch
 	@echo "==> installing prefixmemory and the tested versions of what it needs"
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[cli]'
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.core

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 import tiny
-from prefixmemory.cli import main
+from prefixmemory_cli import main
 
 WEIGHTS = "adapter_model.safetensors"
 

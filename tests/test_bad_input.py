@@ -18,10 +18,10 @@ from transformers.utils import logging
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.cli import main
 from prefixmemory.rows.rows import Example
 from prefixmemory.training.loop import train
 from prefixmemory.training.settings import TrainingSettings
+from prefixmemory_cli import main
 
 ROWS = [{"text": f"line {i} is dead", "label": "ab"[i % 2]} for i in range(8)]
 SETTINGS = ("--batch-size", "4", "--epochs", "2", "--save-steps", "2", "--dtype", "float32")

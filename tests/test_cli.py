@@ -18,9 +18,9 @@ import prefixmemory.adapters.hub
 import tiny
 from command_line import call, call_line, files_of, jsonl, work_in_copy
 from prefixmemory import quickstart
-from prefixmemory.cli import app
 from prefixmemory.models.loading import load_model
 from prefixmemory.rows.data import northline
+from prefixmemory_cli.app import app
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # here a folder
 TICKETS = [{"text": f"line {i} is dead" + "!" * (i % 5), "label": "abc"[i % 3]} for i in range(24)]

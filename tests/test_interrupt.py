@@ -21,10 +21,10 @@ from transformers.utils import logging
 
 import tiny
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.cli import main
 from prefixmemory.rows.rows import Example
 from prefixmemory.training.loop import Interrupted, train
 from prefixmemory.training.settings import TrainingSettings
+from prefixmemory_cli import main
 
 WEIGHTS = "adapter_model.safetensors"
 #: 24 rows in batches of 4: 6 steps an epoch. Rows differ in length, so that their order matters.

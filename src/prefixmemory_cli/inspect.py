@@ -8,8 +8,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from prefixmemory.cli.common import BaseOption, quiet
-from prefixmemory.errors import PrefixMemoryError, check_choice
+from prefixmemory_cli.common import BaseOption, ready
 
 
 def inspect(
@@ -67,12 +66,13 @@ def inspect(
     from prefixmemory.adapters.loading import Adapter, load_adapter, read_record
     from prefixmemory.analysis import figures
     from prefixmemory.analysis import inspection as ins
+    from prefixmemory.errors import PrefixMemoryError, check_choice
     from prefixmemory.memories.checkpoint import check_config_file
     from prefixmemory.models.loading import Dtype
     from prefixmemory.rows.data import sample
     from prefixmemory.rows.rows import render
 
-    quiet()
+    ready()
     check_choice("dtype", dtype, get_args(Dtype))
     console = Console(stderr=True)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -125,6 +125,8 @@ def inspect(
 
 
 def _numbers(text: str) -> list[int]:
+    from prefixmemory.errors import PrefixMemoryError
+
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
@@ -134,6 +136,8 @@ def _numbers(text: str) -> list[int]:
 
 
 def _read(file: Path) -> str:
+    from prefixmemory.errors import PrefixMemoryError
+
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory.cli.common import quiet
-from prefixmemory.errors import PrefixMemoryError, check_choice
+from prefixmemory_cli.common import ready
 
 
 def compare(
@@ -42,8 +41,9 @@ def compare(
     from prefixmemory.compare.store import Store
     from prefixmemory.compare.suite import load_suite
     from prefixmemory.compare.work import checksums, forget_work, state
+    from prefixmemory.errors import PrefixMemoryError, check_choice
 
-    quiet()
+    ready()
     check_choice("--engine", engine, ENGINES)
     loaded = load_suite(suite)
     if data is not None and not data.is_dir():

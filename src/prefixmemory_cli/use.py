@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory.cli.common import AdapterOption, BaseOption, quiet
-from prefixmemory.errors import PrefixMemoryError
+from prefixmemory_cli.common import AdapterOption, BaseOption, ready
 
 
 def generate(
@@ -26,10 +25,11 @@ def generate(
     Example: prefixmemory generate --adapter tickets-memory --prompt 'my line is dead since this morning'
     """
     from prefixmemory.adapters.loading import load_adapter
+    from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.rows.rows import render_prompt
     from prefixmemory.scoring.generation import answers
 
-    quiet()
+    ready()
     if not prompt.strip():
         raise PrefixMemoryError("The prompt is empty. Give a text to continue: --prompt 'Text: my line is dead'.")
     check_tokens(max_new_tokens)
@@ -78,11 +78,12 @@ def evaluate(
     )
     from prefixmemory.adapters.hub import adapter_folder
     from prefixmemory.adapters.loading import load_adapter, read_record
+    from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.files.records import write_json
     from prefixmemory.progress import say_loading
     from prefixmemory.rows.data import sample
 
-    quiet()
+    ready()
     if (data is None) == (tasks is None):
         raise PrefixMemoryError("Give either --data FILE, or --tasks NAME,NAME of lm-evaluation-harness.")
     if limit is not None and limit < 1:
@@ -128,8 +129,9 @@ def chat(
     """
     from prefixmemory.adapters.chat import chat as run
     from prefixmemory.adapters.loading import load_adapter
+    from prefixmemory.errors import PrefixMemoryError
 
-    quiet()
+    ready()
     check_tokens(max_new_tokens)
     if not 0 <= temperature < 100:
         raise PrefixMemoryError(f"temperature={temperature} is out of range: give a number from 0 on.")
@@ -148,11 +150,13 @@ def push(
     """
     from prefixmemory.adapters.hub import push_adapter
 
-    quiet()
+    ready()
     print(f"Uploaded to {push_adapter(adapter, to, private=private)}")
 
 
 def check_tokens(max_new_tokens: int) -> None:
     """Refuse an answer of no tokens."""
+    from prefixmemory.errors import PrefixMemoryError
+
     if max_new_tokens < 1:
         raise PrefixMemoryError(f"max_new_tokens={max_new_tokens} is out of range: give a number above 0.")

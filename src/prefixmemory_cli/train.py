@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory.cli.common import OverwriteOption, ResumeOption, quiet, resumable
-from prefixmemory.errors import PrefixMemoryError
+from prefixmemory_cli.common import OverwriteOption, ResumeOption, ready, resumable
 
 #: Options of the common cases, and the fields of a recipe that they set.
 FIELDS = {
@@ -84,12 +83,13 @@ def train(
     options = {name: arguments[name] for name in FIELDS if arguments[name] is not None}
     from rich.console import Console
 
+    from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.files.yaml_files import read_value
     from prefixmemory.training.plan import plan_of
     from prefixmemory.training.recipe import load_recipe
     from prefixmemory.training.run import Output, first_process, run_recipe
 
-    quiet()
+    ready()
     overrides = {
         FIELDS[name]: read_value(value) if isinstance(value, str) and name not in TEXTS else value
         for name, value in options.items()

@@ -1,8 +1,9 @@
-"""What the commands share: options, quiet libraries, and what an interrupted run says."""
+"""What the commands share: options, the end of start-up, and what an interrupted run says."""
 
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +27,15 @@ def given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def quiet() -> None:
-    """Silence what libraries say beside our own lines."""
+def ready() -> None:
+    """End the start-up of a command, once it has imported what it needs.
+
+    Libraries say nothing beside our own lines, and ctrl-C is an exception that the command can catch.
+    """
     from prefixmemory.training.run import quiet_libraries
 
     quiet_libraries()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

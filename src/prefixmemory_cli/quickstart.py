@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory.cli.common import OverwriteOption, ResumeOption, given, quiet, resumable
+from prefixmemory_cli.common import OverwriteOption, ResumeOption, given, ready, resumable
 
 
 def quickstart(
@@ -27,7 +27,7 @@ def quickstart(
     from prefixmemory.quickstart import quickstart as run
     from prefixmemory.training.settings import TrainingSettings
 
-    quiet()
+    ready()
     with resumable(output):
         run(output, TrainingSettings(**given(seed=seed, learning_rate=learning_rate)), overwrite, resume, Console())
 
@@ -36,5 +36,5 @@ def remeasure(adapter: Path, out: Path) -> None:
     """Second half of the quickstart, run by it in a new process."""
     from prefixmemory.quickstart import remeasure as run
 
-    quiet()
+    ready()
     run(adapter, out)
