@@ -54,14 +54,15 @@ def _signals_and_logging() -> Iterator[None]:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """The command line in this process; returns exit code and what was said on stderr."""
+    """The command line in this process; returns exit code and what was said on stderr after the model was loaded."""
 
     def run(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["prefixmemory", *map(str, words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main()
-        return int(exit_.value.code or 0), capsys.readouterr().err
+        said = capsys.readouterr().err.splitlines(keepends=True)
+        return int(exit_.value.code or 0), "".join(line for line in said if not line.startswith("Loading "))
 
     return run
 

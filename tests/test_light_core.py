@@ -7,7 +7,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
+import tiny
+from prefixmemory import PrefixMemoryConfig
 from processes import run_python
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +58,14 @@ def test_a_package_that_is_refused_cannot_be_imported(tmp_path):
     # Else the test before this one refused nothing.
     with pytest.raises(AssertionError, match="No module named 'pydantic'"):
         run("from refusal import refuse; refuse('pydantic'); import prefixmemory.training.recipe", tmp_path)
+
+
+def test_an_adapter_is_loaded_by_its_folder_alone(tmp_path):
+    tiny.save_tiny(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, PrefixMemoryConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "memory")
+    load = "import prefixmemory; adapter = prefixmemory.load_adapter('memory'); print(adapter.is_memory)"
+    assert run(f"from refusal import refuse; refuse(*{OPTIONAL})\n{load}", tmp_path) == "True\n"
 
 
 def test_the_package_requires_the_core_alone():

@@ -14,6 +14,8 @@ from typing import get_args, get_type_hints
 import pytest
 import typer
 
+import tiny
+from command_line import call, jsonl
 from prefixmemory.analysis.inspection import INSTRUMENTS
 from prefixmemory.compare.engines import ENGINES
 from prefixmemory.memories.config import Normalize, Query
@@ -78,6 +80,35 @@ def test_help_lists_the_choices_of_the_code(command, option):
     (help_,) = [parameter.help for parameter in group.commands[command].params if parameter.name == option]
     known: Iterable[str] = CHOICES[command, option]
     assert sorted(listed(help_)) == sorted(known)
+
+
+# Habits of other libraries
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("--set method.r=4", "Did you mean 'rank'?"),
+        ("--set training.lr=1", "Did you mean 'learning_rate'?"),
+        ("--lr 0", "learning_rate=0.0 is out of range"),
+    ],
+)
+def test_a_name_of_another_library_is_understood_or_leads_to_ours(words, hint):
+    assert hint in call("train", "--model", "x", "--data", "x.jsonl", "--output", "y", *words.split()).refusal
+
+
+def test_the_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tiny.save_tiny(tmp_path / "base")
+    jsonl(tmp_path / "rows.jsonl", [{"text": f"line {i}", "label": "ab"[i % 2]} for i in range(8)])
+    call("recipes", "cp", "classification", "~/mine.yaml").success  # noqa: B018
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: ~/base\noutput: ~/memory\ndata: {train: ~/rows.jsonl}\ntraining: {epochs: 1}\n")
+    call("train", "~/mine.yaml").success  # noqa: B018
+    assert (tmp_path / "memory" / "adapter_model.safetensors").is_file()
+    assert "rows 8" in call("evaluate", "~/memory", "--data", "~/rows.jsonl", "--output=~/scores.json").out
+    assert (tmp_path / "scores.json").is_file() and not (tmp_path / "~").exists()
 
 
 # Ctrl-C

@@ -6,6 +6,7 @@ take a ``LoraConfig``.
 """
 
 import prefixmemory._imports  # noqa: F401  # isort: skip  # first: PEFT is imported there
+from prefixmemory.adapters.loading import load_adapter
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.feature_maps import register_feature_map
@@ -19,6 +20,7 @@ __all__ = [
     "PrefixMemoryConfig",
     "PrefixMemoryError",
     "PrefixMemoryModel",
+    "load_adapter",
     "register_feature_map",
     "register_memory",
     "set_scale",

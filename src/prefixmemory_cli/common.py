@@ -16,10 +16,24 @@ OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace a finished run once the new one is complete.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
-AdapterOption = Annotated[str, typer.Option(help="Trained adapter: a folder, or a Hub id.")]
+AdapterArgument = Annotated[str | None, typer.Argument(help="Trained adapter: a folder, or a Hub id.")]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="The same, as an option.")]
 BaseOption = Annotated[
     str | None, typer.Option("--model", help="Base model, when it is not where the adapter's config says.")
 ]
+
+
+def path(text: str) -> Path:
+    """A path of the command line; a shell leaves the ``~`` of ``--output=~/memory`` as it is."""
+    return Path(text).expanduser()
+
+
+def one_adapter(argument: str | None, option: str | None) -> str:
+    """The adapter that was named, in either of the two ways."""
+    name = argument or option
+    if not name or (argument and option):
+        raise typer.BadParameter("give one trained adapter, a folder or a Hub id", param_hint="'adapter'")
+    return name
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -7,16 +7,18 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli.common import ready
+from prefixmemory_cli.common import path, ready
 
 
 def compare(
-    suite: Annotated[Path, typer.Argument(help="YAML file with model, tasks, methods and seeds.")],
+    suite: Annotated[Path, typer.Argument(parser=path, help="YAML file with model, tasks, methods and seeds.")],
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the tasks' data; without it, their own files or the Hub.")
+        Path | None,
+        typer.Option(parser=path, help="Folder of the tasks' data; without it, their own files or the Hub."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of records and report; default: beside the suite, with its name.")
+        Path | None,
+        typer.Option(parser=path, help="Folder of records and report; default: beside the suite, with its name."),
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray (an existing cluster, or one on this machine).")] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the runs.")] = 1,

@@ -8,17 +8,18 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from prefixmemory_cli.common import BaseOption, ready
+from prefixmemory_cli.common import BaseOption, path, ready
 
 
 def inspect(
     adapters: Annotated[
         list[str], typer.Argument(help="Trained adapters: folders, or Hub ids; several are laid side by side.")
     ],
-    output: Annotated[Path, typer.Option(help="New folder for the JSON files, the figures and the page.")],
+    output: Annotated[Path, typer.Option(parser=path, help="New folder for the JSON files, the figures and the page.")],
     what: Annotated[str, typer.Option(help="tradeoff, spectrum, shift, readout, long-input or all.")] = "all",
     text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text to look at; default: messages of the Northline data set.")
+        Path | None,
+        typer.Option(parser=path, help="UTF-8 text to look at; default: messages of the Northline data set."),
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Longest input of the trade-off in tokens; default: up to 4,096.")
@@ -35,7 +36,8 @@ def inspect(
     ] = None,
     limit: Annotated[int, typer.Option(help="Use so many of these rows.")] = 64,
     context: Annotated[
-        Path | None, typer.Option(help="UTF-8 text that long-input puts in front; default: an essay on lighthouses.")
+        Path | None,
+        typer.Option(parser=path, help="UTF-8 text that long-input puts in front; default: an essay on lighthouses."),
     ] = None,
     context_lengths: Annotated[
         str | None, typer.Option(help="Its lengths in tokens, with commas; default: 0,256,1024,4000.")

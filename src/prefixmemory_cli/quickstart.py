@@ -7,13 +7,17 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli.common import OverwriteOption, ResumeOption, given, ready, resumable
+from prefixmemory_cli.common import OverwriteOption, ResumeOption, given, path, ready, resumable
 
 
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for the trained memory.")] = Path("northline-memory"),
+    output: Annotated[Path, typer.Option(parser=path, help="Folder for the trained memory.")] = Path(
+        "northline-memory"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of the training run.")] = 0,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: the recipe's.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate; default: the recipe's.")
+    ] = None,
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
 ) -> None:

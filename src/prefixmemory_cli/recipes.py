@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli.common import ready
+from prefixmemory_cli.common import path, ready
 
 app = typer.Typer(help="Recipes: YAML files that say what to train.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -35,7 +35,7 @@ def ls() -> None:
 @app.command()
 def cp(
     name: Annotated[str, typer.Argument(help="Name of a recipe, as `recipes ls` lists it.")],
-    to: Annotated[Path, typer.Argument(help="New file.")],
+    to: Annotated[Path, typer.Argument(parser=path, help="New file.")],
 ) -> None:
     """Copy a recipe, to edit and to keep.
 
@@ -62,7 +62,7 @@ def cp(
 
 @app.command()
 def validate(
-    file: Annotated[Path, typer.Argument(help="A recipe.")],
+    file: Annotated[Path, typer.Argument(parser=path, help="A recipe.")],
 ) -> None:
     """Check a recipe and every row of its data, without loading a model.
 

@@ -130,7 +130,7 @@ def _fields(source: str | Path, split: str, subset: str | None) -> Iterator[tupl
     name = hub_id(source)
     if name is not None:
         return _from_hub(name, split, subset)
-    file = Path(source)
+    file = Path(source).expanduser()
     if not file.is_file():
         problem = "is a folder" if file.is_dir() else "does not exist"
         raise PrefixMemoryError(

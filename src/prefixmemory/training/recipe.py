@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -45,6 +46,9 @@ class Recipe:
     attention: str | None = None
     quantization: Quantization | None = None
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", os.path.expanduser(self.output))
 
     def config(self) -> PeftConfig:
         """The PEFT config that ``method`` describes, made anew."""
