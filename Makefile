@@ -6,17 +6,25 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+# Oldest and newest of what pyproject.toml allows, and the tests of the method itself.
+TRANSFORMERS := 5.16.1 5.24.0
+METHOD_TESTS := $(wildcard $(patsubst %,tests/test_%.py,fidelity exact_base invariance gradients adapters files config \
+	own_memory* inside feature_mean answer_limit context_methods light_core))
 
-.PHONY: quickstart test browser models lint format clean help
+.PHONY: quickstart test test-transformers browser models lint format clean help
 
 help: ## list the commands
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
 quickstart: $(VENV)/.demo ## train a memory for SmolLM2-135M on the shipped data (about 4 minutes on two cores)
 	$(BIN)/prefixmemory quickstart --output northline-memory --overwrite $(ARGS)
 
 test: $(VENV)/.dev lint ## lint, types and tests
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+test-transformers: $(TRANSFORMERS:%=.venvs/transformers-%/.ready) ## test the method at both ends of the supported transformers
+	for version in $(TRANSFORMERS); do \
+		.venvs/transformers-$$version/bin/python -m pytest -p no:cacheprovider $(METHOD_TESTS) $(ARGS) || exit 1; done
 
 browser: ## install Debian's Chromium, in which the tests open the pages (without it they are skipped)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
@@ -38,7 +46,7 @@ format: $(VENV)/.dev ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venvs .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -48,7 +56,16 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@echo "==> installing torch (the CPU build where the mirror has one)"
 	@$(PIP) torch
 	@echo "==> installing prefixmemory and the tested versions of what it needs"
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[cli]'
+	@touch $@
+
+.venvs/transformers-%/.ready: pyproject.toml constraints.txt
+	@echo "==> installing transformers $*"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(@D)/constraints.txt
+	@cd $(@D) && bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@cd $(@D) && bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		transformers==$* --editable '../..[cli]' pytest pytest-timeout beartype jaxtyping
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.core

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 import tiny
-from prefixmemory.cli import main
+from prefixmemory_cli import main
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -35,8 +35,13 @@ class Answer:
     def refusal(self) -> str:
         """The one line of a command that was refused."""
         assert self.code == 1 and self.out == "", (self.code, self.out, self.err)
-        assert self.err.startswith("error: ") and self.err.count("\n") == 1, self.err
-        return self.err.removeprefix("error: ").rstrip("\n")
+        assert self.remarks.startswith("error: ") and self.remarks.count("\n") == 1, self.err
+        return self.remarks.removeprefix("error: ").rstrip("\n")
+
+    @property
+    def remarks(self) -> str:
+        """What stood on stderr beside the line that says what is loaded."""
+        return "".join(line for line in self.err.splitlines(keepends=True) if not line.startswith("Loading "))
 
     @property
     def success(self) -> str:

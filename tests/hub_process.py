@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.adapters.hub import adapter_folder, push_adapter
-from prefixmemory.cli import main
 from prefixmemory.training.card import write_model_card
+from prefixmemory_cli import main
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "hub.md"
 RECORD = {"base_model": "user/base", "rows": 350, "metrics": {"accuracy": {"value": 63.1, "rows": 350}}}

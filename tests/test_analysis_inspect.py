@@ -19,8 +19,8 @@ from prefixmemory.analysis import Tradeoff, figures, tradeoff
 from prefixmemory.analysis.inputs import token_ids
 from prefixmemory.analysis.inspection import labels
 from prefixmemory.analysis.page import page
-from prefixmemory.cli import main
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory_cli import main
 
 FAST = ("--length", "64", "--tokens", "48", "--heads", "2", "--limit", "2", "--context-lengths", "0,20")
 

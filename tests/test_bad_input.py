@@ -18,10 +18,10 @@ from transformers.utils import logging
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.cli import main
 from prefixmemory.rows.rendering import Example
 from prefixmemory.training.loop import train
 from prefixmemory.training.settings import TrainingSettings
+from prefixmemory_cli import main
 
 ROWS = [{"text": f"line {i} is dead", "label": "ab"[i % 2]} for i in range(8)]
 SETTINGS = ("--batch-size", "4", "--epochs", "2", "--save-steps", "2", "--dtype", "float32")
@@ -115,10 +115,10 @@ def refuse(cli: Callable[..., Answer], place: Path) -> Refuse:
         answer = cli(*words)
         assert answer.code == 1
         assert answer.out == ""
-        assert answer.err.startswith("error: ")
-        assert answer.err.count("\n") == 1 and answer.err.endswith("\n")
+        assert answer.remarks.startswith("error: ")
+        assert answer.remarks.count("\n") == 1 and answer.remarks.endswith("\n")
         assert contents(place) == before
-        return answer.err
+        return answer.remarks
 
     return run
 
@@ -140,10 +140,10 @@ def test_the_commands_that_the_tests_spoil_work_unspoilt(cli, made_once, place):
     # Without this, every refusal below could have another reason.
     words = ("--model", made_once / "base", "--data", place / "good.jsonl", "--output", place / "new", *SETTINGS)
     answer = cli("train", *words)
-    assert answer.code == 0 and answer.err == ""
+    assert answer.code == 0 and answer.remarks == ""
     assert str(place / "new") in answer.out and "8 rows" in answer.out
     answer = cli("generate", "--adapter", place / "done", "--prompt", "Text: x\\nLabel:", "--max-new-tokens", "2")
-    assert answer.code == 0 and answer.err == ""
+    assert answer.code == 0 and answer.remarks == ""
     assert [line.partition(":")[0] for line in answer.out.splitlines()] == ["base model", "with memory"]
 
 

@@ -76,7 +76,7 @@ class Oracle:
 def talk(adapter: str, *lines: str, end: str = "\n") -> list[str]:
     """What the chat printed for these lines, piped into it; the streamer's own blanks are not told apart."""
     answer = call("chat", "--adapter", adapter, "--max-new-tokens", TOKENS, stdin="\n".join(lines) + end)
-    assert answer.err == ""
+    assert answer.remarks == ""
     return [line.strip() for line in answer.success.splitlines()]
 
 

@@ -18,9 +18,9 @@ import prefixmemory.adapters.hub
 import tiny
 from command_line import call, call_line, files_of, jsonl, work_in_copy
 from prefixmemory import quickstart
-from prefixmemory.cli import app
 from prefixmemory.models.loading import load_model
 from prefixmemory.rows.data import northline
+from prefixmemory_cli.app import app
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # here a folder
 TICKETS = [{"text": f"line {i} is dead" + "!" * (i % 5), "label": "abc"[i % 3]} for i in range(24)]
@@ -127,7 +127,7 @@ EFFECTS: dict[str, Callable[[str], bool]] = {
     "quickstart": lambda out: Path("my-first-memory/adapter_model.safetensors").is_file() and "everything" in out,
     "--output tickets-memory": lambda out: Path("tickets-memory/run.json").is_file() and "tickets-memory" in out,
     "--dry-run": lambda out: "trainable parameters" in out and not Path("tickets-memory-2").exists(),
-    "--adapter tickets-memory --data": lambda out: "rows 6" in out and "perplexity" in out,
+    "evaluate tickets-memory --data": lambda out: "rows 6" in out and "perplexity" in out,
     "--tasks": lambda out: re.search(r"^tickets: acc +[\d.]+ +[\d.]+$", out, re.MULTILINE) is not None,
     "--output tickets-compared": lambda out: out.count("tickets-compared/tickets-suite.") == 3,
     "generate": lambda out: out.startswith("base model: ") and "\nwith memory: " in out,
@@ -175,7 +175,8 @@ WRONG = {
     "train --lerning-rate 3": "--learning-rate",
     "train --epochs": "requires an argument",
     "train a.yaml b.yaml": "unexpected extra argument",
-    "evaluate": "Missing option '--adapter'",
+    "evaluate": "give one trained adapter",
+    "evaluate x --adapter y --data z": "give one trained adapter",
     "evaluate --adapter x --limit few": "--limit",
     "generate --adapter x": "Missing option '--prompt'",
     "generate --adapter x --prompt a --max-new-tokens lots": "--max-new-tokens",
@@ -250,7 +251,7 @@ LOADING = {
 
 @pytest.mark.parametrize("terminal", [True, False], ids=["in a terminal", "in a log"])
 @pytest.mark.parametrize("command", LOADING)
-def test_a_terminal_is_told_what_is_loaded_before_it_is(place, monkeypatch, command, terminal):
+def test_what_is_loaded_is_said_before_it_is(place, monkeypatch, command, terminal):
     words, module, what = LOADING[command]
     said = []
 
@@ -262,7 +263,7 @@ def test_a_terminal_is_told_what_is_loaded_before_it_is(place, monkeypatch, comm
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")  # how rich is told so
     assert call(command, *words.split()).success
-    assert said == [f"Loading {what} ...\n" if terminal else ""]
+    assert said == [f"Loading {what} ...\n"]
 
 
 # A dry run

@@ -77,7 +77,7 @@ MAPS = "elu, gelu, relu, silu, identity, softmax, mlp"
             "PrefixMemoryConfig has no field 'feature_mpa'. Did you mean 'feature_map'? "
             "If a newer prefixmemory wrote it, upgrade",
         ),
-        ({"r": 8}, "PrefixMemoryConfig has no field 'r'."),
+        ({"r": 8}, "PrefixMemoryConfig has no field 'r'. Did you mean 'rank'?"),
     ],
     ids=str,
 )

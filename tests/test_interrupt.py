@@ -22,11 +22,11 @@ from transformers.utils import logging
 
 import tiny
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.cli import main
 from prefixmemory.rows.rendering import Example
 from prefixmemory.training.interrupt import Interrupted
 from prefixmemory.training.loop import train
 from prefixmemory.training.settings import TrainingSettings
+from prefixmemory_cli import main
 
 WEIGHTS = "adapter_model.safetensors"
 #: 24 rows in batches of 4: 6 steps an epoch. Rows differ in length, so that their order matters.
@@ -57,14 +57,15 @@ def _signals_and_logging() -> Iterator[None]:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """The command line in this process; returns exit code and what was said on stderr."""
+    """The command line in this process; returns exit code and what was said on stderr after the model was loaded."""
 
     def run(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["prefixmemory", *map(str, words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main()
-        return int(exit_.value.code or 0), capsys.readouterr().err
+        said = capsys.readouterr().err.splitlines(keepends=True)
+        return int(exit_.value.code or 0), "".join(line for line in said if not line.startswith("Loading "))
 
     return run
 

@@ -6,6 +6,7 @@ take a ``LoraConfig``.
 """
 
 import prefixmemory._imports  # noqa: F401  # isort: skip  # first: PEFT is imported there
+from prefixmemory.adapters.loading import load_adapter
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.feature_maps import register_feature_map
@@ -21,6 +22,7 @@ __all__ = [
     "PrefixMemoryError",
     "PrefixMemoryModel",
     "calibrate",
+    "load_adapter",
     "register_feature_map",
     "register_memory",
     "set_scale",

@@ -1,6 +1,6 @@
-"""``python -m prefixmemory``: for launchers that want a module, such as ``accelerate launch -m prefixmemory train``."""
+"""``python -m prefixmemory``: the command, for launchers that want a module."""
 
-from prefixmemory.cli import main
+from prefixmemory_cli import main
 
 if __name__ == "__main__":
     main()

@@ -16,9 +16,23 @@ class UnknownFieldError(PrefixMemoryError, TypeError):
     """A keyword that does not exist: a ``TypeError``, as Python's own, with a suggestion."""
 
 
+#: Names of other libraries for what is meant here.
+_ELSEWHERE = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lr": "learning_rate",
+    "lora_alpha": "scale",
+    "lora_dropout": "dropout",
+    "num_virtual_tokens": "prefix_length",
+}
+
+
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """`` Did you mean 'elu'?`` for the nearest of ``choices``, or an empty string when none is near."""
-    near = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
+    choices = list(choices)
+    if _ELSEWHERE.get(value) in choices:
+        return f" Did you mean {_ELSEWHERE[value]!r}?"
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -24,9 +24,8 @@ def progress_bar(console: Console) -> Progress:
 
 
 def say_loading(console: Console, what: str) -> None:
-    """A line before a model is loaded, which takes its time; nothing when ``console`` is no terminal."""
-    if console.is_terminal:
-        console.print(f"Loading {what} ...", markup=False, highlight=False, soft_wrap=True)
+    """A line before a model is loaded, which takes its time."""
+    console.print(f"Loading {what} ...", markup=False, highlight=False, soft_wrap=True)
 
 
 class LogLines(TrainerCallback):

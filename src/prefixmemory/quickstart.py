@@ -108,7 +108,7 @@ def quickstart(
     record = run_training(model, job, output, resume, overwrite, console)
     figures_file = folder / "reloaded.json"
     if again:
-        command = [sys.executable, "-m", "prefixmemory", "remeasure", str(folder), str(figures_file)]
+        command = [sys.executable, "-m", "prefixmemory_cli", "remeasure", str(folder), str(figures_file)]
         done = subprocess.run(command, check=False)
         if done.returncode != 0:
             raise PrefixMemoryError(f"Measuring the saved adapter in a new process failed; see above. {command}")

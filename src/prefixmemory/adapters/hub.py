@@ -89,7 +89,7 @@ def adapter_folder(name: str, revision: str | None = None) -> Path:
     Raises:
         PrefixMemoryError: ``name`` is neither, or the Hub refuses or cannot be reached.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise PrefixMemoryError(f"revision={revision!r} needs a Hub id, and {name} is a folder. Leave it out.")

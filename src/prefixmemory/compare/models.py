@@ -103,7 +103,7 @@ class Models:
                 "attention": self.suite.attention,
             }
             recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
-            words = [*self.suite.launcher, "-m", "prefixmemory", "train", str(recipe), "--overwrite"]
+            words = [*self.suite.launcher, "-m", "prefixmemory_cli", "train", str(recipe), "--overwrite"]
             ended = subprocess.run(words, capture_output=True, text=True)
             if ended.returncode:
                 lines = ended.stderr.strip().splitlines() or ["no message"]

@@ -31,15 +31,6 @@ from prefixmemory.memories.registry import AUTO, MEMORY_FIELDS, MemoryKind, memo
 Query = Literal["content", "rotary"]
 Auto = Literal["auto"]
 
-#: Words from habit, and ours.
-HABITS = {
-    "r": "rank",
-    "lora_rank": "rank",
-    "lora_alpha": "scale",
-    "alpha": "scale",
-    "num_virtual_tokens": "prefix_length",
-}
-
 
 @dataclass
 class PrefixMemoryConfig(PeftConfig):
@@ -131,9 +122,8 @@ class PrefixMemoryConfig(PeftConfig):
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:
-                meant = f" Did you mean {HABITS[name]!r}?" if name in HABITS else did_you_mean(name, known)
                 raise UnknownFieldError(
-                    f"PrefixMemoryConfig has no field {name!r}.{meant} "
+                    f"PrefixMemoryConfig has no field {name!r}.{did_you_mean(name, known)} "
                     "If a newer prefixmemory wrote it, upgrade with `pip install -U prefixmemory`."
                 )
         return cast(PrefixMemoryConfig, super().__new__(cls))

@@ -11,15 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.models.quantization import (
@@ -157,8 +151,10 @@ def _packing(model: str, dtype: Dtype, quantization: Quantization | None) -> dic
         check_quantization(quantization)
     name, file = location(model)
     if file and quantization is None:
-        # Unpacked weights always work; packed ones only where transformers has a kernel for the machine.
-        return {"quantization_config": GgufConfig(dequantize=True)}
+        # Unpacked weights always work; packed ones only where transformers has a kernel for the machine. Releases
+        # without this config always unpack.
+        config_of_gguf = getattr(transformers, "GgufConfig", None)
+        return {} if config_of_gguf is None else {"quantization_config": config_of_gguf(dequantize=True)}
     if file:
         raise PrefixMemoryError(
             f"quantization={quantization!r} does not go with the GGUF file {model!r}: transformers unpacks such a file "

@@ -38,7 +38,7 @@ def fields_of(source: str | Path, split: str, subset: str | None) -> Fields:
     name = hub_id(source)
     if name is not None:
         return _from_hub(name, split, subset)
-    file = Path(source)
+    file = Path(source).expanduser()
     if not file.exists() or file.is_dir():
         problem = "is a folder" if file.is_dir() else "does not exist"
         raise PrefixMemoryError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ from peft import PeftConfig
 from pydantic import TypeAdapter, ValidationError
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.files import yaml_files
 from prefixmemory.files.yaml_files import Source, blamed_path, explained, put, read_yaml
 from prefixmemory.models.loading import Dtype
 from prefixmemory.models.quantization import Quantization
@@ -47,6 +46,9 @@ class Recipe:
     attention: str | None = None
     quantization: Quantization | None = None
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", os.path.expanduser(self.output))
 
     def config(self) -> PeftConfig:
         """The PEFT config that ``method`` describes, made anew."""
@@ -142,37 +144,3 @@ def _nearest(name: str, section: str, known: Mapping[str, list[str]]) -> str:
 
 
 _FIELDS = {f.name for kind in (Recipe, Data, TrainingSettings) for f in fields(kind)}
-
-
-# The recipes that ship with the package
-
-
-def shipped() -> dict[str, Traversable]:
-    """Recipes of the package by name."""
-    return yaml_files.shipped("recipes")
-
-
-def summary(text: str) -> str:
-    """First line of a recipe, which says what it is for."""
-    return text.partition("\n")[0].lstrip("# ").strip()
-
-
-def copy_recipe(name: str, to: Path) -> None:
-    """Copy the shipped recipe ``name`` to a new file.
-
-    Raises:
-        PrefixMemoryError: no such recipe, or the file exists.
-    """
-    recipes = shipped()
-    if name not in recipes:
-        there_are = f"There are: {', '.join(recipes)}."
-        raise PrefixMemoryError(f"There is no recipe {name!r}.{did_you_mean(name, recipes)} {there_are}")
-    for folder in to.parents:
-        if folder.is_file():
-            raise PrefixMemoryError(f"{folder} is a file. Give a new file in a folder.")
-    if to.exists():
-        raise PrefixMemoryError(f"{to} exists already. Give another name; nothing is overwritten.")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = to.with_name(f".{to.name}.tmp")
-    temporary.write_text(recipes[name].read_text(encoding="utf-8"), encoding="utf-8")
-    temporary.replace(to)

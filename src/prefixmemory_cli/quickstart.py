@@ -7,13 +7,17 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory.cli.common import OverwriteOption, ResumeOption, given, quiet, resumable
+from prefixmemory_cli.common import OverwriteOption, ResumeOption, given, path, ready, resumable
 
 
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for the trained memory.")] = Path("northline-memory"),
+    output: Annotated[Path, typer.Option(parser=path, help="Folder for the trained memory.")] = Path(
+        "northline-memory"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of the training run.")] = 0,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: the recipe's.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate; default: the recipe's.")
+    ] = None,
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
 ) -> None:
@@ -27,7 +31,7 @@ def quickstart(
     from prefixmemory.quickstart import quickstart as run
     from prefixmemory.training.settings import TrainingSettings
 
-    quiet()
+    ready()
     with resumable(output):
         run(output, TrainingSettings(**given(seed=seed, learning_rate=learning_rate)), overwrite, resume, Console())
 
@@ -36,5 +40,5 @@ def remeasure(adapter: Path, out: Path) -> None:
     """Second half of the quickstart, run by it in a new process."""
     from prefixmemory.quickstart import remeasure as run
 
-    quiet()
+    ready()
     run(adapter, out)

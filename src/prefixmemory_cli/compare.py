@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory.cli.common import quiet
-from prefixmemory.errors import PrefixMemoryError, check_choice
+from prefixmemory_cli.common import path, ready
 
 
 def compare(
-    suite: Annotated[Path, typer.Argument(help="YAML file with model, tasks, methods and seeds.")],
+    suite: Annotated[Path, typer.Argument(parser=path, help="YAML file with model, tasks, methods and seeds.")],
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the tasks' data; without it, their own files or the Hub.")
+        Path | None,
+        typer.Option(parser=path, help="Folder of the tasks' data; without it, their own files or the Hub."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of records and report; default: beside the suite, with its name.")
+        Path | None,
+        typer.Option(parser=path, help="Folder of records and report; default: beside the suite, with its name."),
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray (an existing cluster, or one on this machine).")] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the runs.")] = 1,
@@ -43,8 +44,9 @@ def compare(
     from prefixmemory.compare.suite import load_suite
     from prefixmemory.compare.summarise import summarise
     from prefixmemory.compare.work import checksums, forget_work, state
+    from prefixmemory.errors import PrefixMemoryError, check_choice
 
-    quiet()
+    ready()
     check_choice("--engine", engine, ENGINES)
     loaded = load_suite(suite)
     if data is not None and not data.is_dir():

@@ -1,8 +1,9 @@
-"""What the commands share: options, quiet libraries, and what an interrupted run says."""
+"""What the commands share: options, the end of start-up, and what an interrupted run says."""
 
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,24 @@ OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace a finished run once the new one is complete.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
-AdapterOption = Annotated[str, typer.Option(help="Trained adapter: a folder, or a Hub id.")]
+AdapterArgument = Annotated[str | None, typer.Argument(help="Trained adapter: a folder, or a Hub id.")]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="The same, as an option.")]
 BaseOption = Annotated[
     str | None, typer.Option("--model", help="Base model, when it is not where the adapter's config says.")
 ]
+
+
+def path(text: str) -> Path:
+    """A path of the command line; a shell leaves the ``~`` of ``--output=~/memory`` as it is."""
+    return Path(text).expanduser()
+
+
+def one_adapter(argument: str | None, option: str | None) -> str:
+    """The adapter that was named, in either of the two ways."""
+    name = argument or option
+    if not name or (argument and option):
+        raise typer.BadParameter("give one trained adapter, a folder or a Hub id", param_hint="'adapter'")
+    return name
 
 
 def given(**values: Any) -> dict[str, Any]:
@@ -26,11 +41,15 @@ def given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def quiet() -> None:
-    """Silence what libraries say beside our own lines."""
+def ready() -> None:
+    """End the start-up of a command, once it has imported what it needs.
+
+    Libraries say nothing beside our own lines, and ctrl-C is an exception that the command can catch.
+    """
     from prefixmemory.training.run import quiet_libraries
 
     quiet_libraries()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory.cli.common import AdapterOption, BaseOption, quiet
-from prefixmemory.errors import PrefixMemoryError
+from prefixmemory_cli.common import AdapterArgument, AdapterOption, BaseOption, one_adapter, path, ready
 
 
 def generate(
-    adapter: AdapterOption,
     prompt: Annotated[str, typer.Option(help="What a row's prompt, text or question would be; \\n is a new line.")],
+    adapter: AdapterArgument = None,
+    adapter_: AdapterOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt to the model as it is.")] = False,
     model: BaseOption = None,
@@ -23,17 +23,23 @@ def generate(
     The prompt is rendered as the rows were in training (chat template, or text and label).
 
     \b
-    Example: prefixmemory generate --adapter tickets-memory --prompt 'my line is dead since this morning'
+    Example: prefixmemory generate tickets-memory --prompt 'my line is dead since this morning'
     """
+    from rich.console import Console
+
     from prefixmemory.adapters.loading import load_adapter
+    from prefixmemory.errors import PrefixMemoryError
+    from prefixmemory.progress import say_loading
     from prefixmemory.rows.rendering import render_prompt
     from prefixmemory.scoring.generation import answers
 
-    quiet()
+    ready()
+    name = one_adapter(adapter, adapter_)
     if not prompt.strip():
         raise PrefixMemoryError("The prompt is empty. Give a text to continue: --prompt 'Text: my line is dead'.")
     check_tokens(max_new_tokens)
-    loaded = load_adapter(adapter, model)
+    say_loading(Console(stderr=True), f"{name} and its base model")
+    loaded = load_adapter(name, model)
     text = render_prompt(prompt.replace("\\n", "\n"), "" if raw else loaded.row_format, loaded.tokenizer)
 
     def answer() -> str:
@@ -41,23 +47,25 @@ def generate(
 
     with loaded.model.disable_adapter():
         base = answer()
-    name = "with memory:" if loaded.is_memory else "adapted:    "
-    print(f"base model:  {base}\n{name} {answer()}")
+    title = "with memory:" if loaded.is_memory else "adapted:    "
+    print(f"base model:  {base}\n{title} {answer()}")
 
 
 def evaluate(
-    adapter: AdapterOption,
+    adapter: AdapterArgument = None,
+    adapter_: AdapterOption = None,
     data: Annotated[str | None, typer.Option(help="Test rows: a file, or the id of a data set of the Hub.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas: hellaswag,arc_easy.")
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
+    include_path: Annotated[Path | None, typer.Option(parser=path, help="Folder with tasks of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score so many rows only (of each task).")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
     output: Annotated[
-        Path | None, typer.Option(help="New JSON file for the figures, and the answers to rows with labels.")
+        Path | None,
+        typer.Option(parser=path, help="New JSON file for the figures, and the answers to rows with labels."),
     ] = None,
     save: Annotated[bool, typer.Option("--save", help="Add the figures to run.json and card.")] = False,
     model: BaseOption = None,
@@ -67,8 +75,8 @@ def evaluate(
     An adapter whose logits equal the base model's is refused: its scores would be the base model's.
 
     \b
-    Example: prefixmemory evaluate --adapter tickets-memory --data tickets-test.jsonl
-    Example: prefixmemory evaluate --adapter tickets-memory --tasks tickets --include-path my-tasks --limit 4
+    Example: prefixmemory evaluate tickets-memory --data tickets-test.jsonl
+    Example: prefixmemory evaluate tickets-memory --tasks tickets --include-path my-tasks --limit 4
     """
     from rich.console import Console
 
@@ -82,11 +90,13 @@ def evaluate(
     )
     from prefixmemory.adapters.hub import adapter_folder
     from prefixmemory.adapters.loading import load_adapter, read_record
+    from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.files.records import write_json
     from prefixmemory.progress import say_loading
     from prefixmemory.rows.data import sample
 
-    quiet()
+    ready()
+    name = one_adapter(adapter, adapter_)
     if (data is None) == (tasks is None):
         raise PrefixMemoryError("Give either --data FILE, or --tasks NAME,NAME of lm-evaluation-harness.")
     if limit is not None and limit < 1:
@@ -96,13 +106,13 @@ def evaluate(
     check_tokens(max_new_tokens)
     if output is not None and output.exists():
         raise PrefixMemoryError(f"{output} exists already. Give another name; nothing is overwritten.")
-    folder = adapter_folder(adapter)
-    if save and folder != Path(adapter):
+    folder = adapter_folder(name)
+    if save and not path(name).is_dir():
         raise PrefixMemoryError("--save writes into the adapter's folder; this one is on the Hub. Leave it out.")
     rows = None if data is None else sample(rows_to_score(read_record(folder), data, split), None, limit, seed=0)
     console = Console(stderr=True)
-    say_loading(console, f"{adapter} and its base model")
-    loaded = load_adapter(adapter, model)
+    say_loading(console, f"{name} and its base model")
+    loaded = load_adapter(name, model)
     refuse_untrained(loaded)
     scores: Scores
     if rows is not None:
@@ -117,7 +127,8 @@ def evaluate(
 
 
 def chat(
-    adapter: AdapterOption,
+    adapter: AdapterArgument = None,
+    adapter_: AdapterOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     model: BaseOption = None,
@@ -128,20 +139,26 @@ def chat(
     conversation, /quit (or ctrl-D) ends it.
 
     \b
-    Example: echo 'my line is dead' | prefixmemory chat --adapter tickets-memory
+    Example: echo 'my line is dead' | prefixmemory chat tickets-memory
     """
+    from rich.console import Console
+
     from prefixmemory.adapters.chat import chat as run
     from prefixmemory.adapters.loading import load_adapter
+    from prefixmemory.errors import PrefixMemoryError
+    from prefixmemory.progress import say_loading
 
-    quiet()
+    ready()
+    name = one_adapter(adapter, adapter_)
     check_tokens(max_new_tokens)
     if not 0 <= temperature < 100:
         raise PrefixMemoryError(f"temperature={temperature} is out of range: give a number from 0 on.")
-    run(load_adapter(adapter, model), max_new_tokens, temperature)
+    say_loading(Console(stderr=True), f"{name} and its base model")
+    run(load_adapter(name, model), max_new_tokens, temperature)
 
 
 def push(
-    adapter: Annotated[Path, typer.Option(help="Folder of a trained adapter.")],
+    adapter: Annotated[Path, typer.Option(parser=path, help="Folder of a trained adapter.")],
     to: Annotated[str, typer.Option(help="Hub id: user/name.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
@@ -152,11 +169,13 @@ def push(
     """
     from prefixmemory.adapters.hub import push_adapter
 
-    quiet()
+    ready()
     print(f"Uploaded to {push_adapter(adapter, to, private=private)}")
 
 
 def check_tokens(max_new_tokens: int) -> None:
     """Refuse an answer of no tokens."""
+    from prefixmemory.errors import PrefixMemoryError
+
     if max_new_tokens < 1:
         raise PrefixMemoryError(f"max_new_tokens={max_new_tokens} is out of range: give a number above 0.")

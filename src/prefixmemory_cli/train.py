@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory.cli.common import OverwriteOption, ResumeOption, quiet, resumable
-from prefixmemory.errors import PrefixMemoryError
+from prefixmemory_cli.common import OverwriteOption, ResumeOption, path, ready, resumable
 
 #: Options of the common cases, and the fields of a recipe that they set.
 FIELDS = {
@@ -38,7 +37,7 @@ TEXTS = ("model", "data", "validation", "output")
 
 def train(
     recipe: Annotated[
-        Path | None, typer.Argument(help="YAML recipe; without one, give --model, --data, --output.")
+        Path | None, typer.Argument(parser=path, help="YAML recipe; without one, give --model, --data, --output.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a folder, a .gguf file, a Hub id, or smollm2.")] = None,
     data: Annotated[
@@ -50,7 +49,7 @@ def train(
     objective: Annotated[
         str | None, typer.Option(help="sft, dpo or simpo (preference pairs), or kto (good and bad answers).")
     ] = None,
-    learning_rate: Annotated[str | None, typer.Option(help="Peak learning rate.")] = None,
+    learning_rate: Annotated[str | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")] = None,
     epochs: Annotated[str | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[str | None, typer.Option(help="Rows per step.")] = None,
     max_length: Annotated[str | None, typer.Option(help="Longest row in tokens; prompts lose their beginning.")] = None,
@@ -84,13 +83,14 @@ def train(
     options = {name: arguments[name] for name in FIELDS if arguments[name] is not None}
     from rich.console import Console
 
+    from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.files.yaml_files import read_value
     from prefixmemory.training.output import Output
     from prefixmemory.training.plan import plan_of
     from prefixmemory.training.recipe import load_recipe
     from prefixmemory.training.run import first_process, run_recipe
 
-    quiet()
+    ready()
     overrides = {
         FIELDS[name]: read_value(value) if isinstance(value, str) and name not in TEXTS else value
         for name, value in options.items()

@@ -8,18 +8,18 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from prefixmemory.cli.common import BaseOption, quiet
-from prefixmemory.errors import PrefixMemoryError, check_choice
+from prefixmemory_cli.common import BaseOption, path, ready
 
 
 def inspect(
     adapters: Annotated[
         list[str], typer.Argument(help="Trained adapters: folders, or Hub ids; several are laid side by side.")
     ],
-    output: Annotated[Path, typer.Option(help="New folder for the JSON files, the figures and the page.")],
+    output: Annotated[Path, typer.Option(parser=path, help="New folder for the JSON files, the figures and the page.")],
     what: Annotated[str, typer.Option(help="tradeoff, spectrum, shift, readout, long-input or all.")] = "all",
     text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text to look at; default: messages of the Northline data set.")
+        Path | None,
+        typer.Option(parser=path, help="UTF-8 text to look at; default: messages of the Northline data set."),
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Longest input of the trade-off in tokens; default: up to 4,096.")
@@ -36,7 +36,8 @@ def inspect(
     ] = None,
     limit: Annotated[int, typer.Option(help="Use so many of these rows.")] = 64,
     context: Annotated[
-        Path | None, typer.Option(help="UTF-8 text that long-input puts in front; default: an essay on lighthouses.")
+        Path | None,
+        typer.Option(parser=path, help="UTF-8 text that long-input puts in front; default: an essay on lighthouses."),
     ] = None,
     context_lengths: Annotated[
         str | None, typer.Option(help="Its lengths in tokens, with commas; default: 0,256,1024,4000.")
@@ -67,12 +68,13 @@ def inspect(
     from prefixmemory.adapters.loading import Adapter, load_adapter, read_record
     from prefixmemory.analysis import figures
     from prefixmemory.analysis import inspection as ins
+    from prefixmemory.errors import PrefixMemoryError, check_choice
     from prefixmemory.memories.checkpoint import check_config_file
     from prefixmemory.models.loading import Dtype
     from prefixmemory.rows.data import sample
     from prefixmemory.rows.rendering import render
 
-    quiet()
+    ready()
     check_choice("dtype", dtype, get_args(Dtype))
     console = Console(stderr=True)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -125,6 +127,8 @@ def inspect(
 
 
 def _numbers(text: str) -> list[int]:
+    from prefixmemory.errors import PrefixMemoryError
+
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
@@ -134,6 +138,8 @@ def _numbers(text: str) -> list[int]:
 
 
 def _read(file: Path) -> str:
+    from prefixmemory.errors import PrefixMemoryError
+
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
