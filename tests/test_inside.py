@@ -322,7 +322,7 @@ CHOICES = dict(
     mixing=["none", "fixed", "layer", "head"],
     reparameterize=[None, 4],
     query=["content", "rotary"],
-    rank=[PrefixMemoryConfig.rank, None],
+    rank=["auto", None],
 )
 
 
