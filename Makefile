@@ -7,16 +7,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: quickstart test browser models lint format clean help
+.PHONY: quickstart test test-processors browser models lint format clean help
 
 help: ## list the commands
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
 quickstart: $(VENV)/.demo ## train a memory for SmolLM2-135M on the shipped data (about 4 minutes on two cores)
 	$(BIN)/prefixmemory quickstart --output northline-memory --overwrite $(ARGS)
 
 test: $(VENV)/.dev lint ## lint, types and tests
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+test-processors: $(VENV)/.dev ## the tests under stand-ins for other processors (six times the suite: hours)
+	$(BIN)/python -m experiments.processors $(ARGS)
 
 browser: ## install Debian's Chromium, in which the tests open the pages (without it they are skipped)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import tiny
+from close import close_figures
 from command_line import call, files_of, jsonl, save_talker
 from prefixmemory.compare import engines
 from prefixmemory.compare import runs as plan
@@ -193,7 +194,7 @@ def test_a_full_run_trains_every_weight_and_leaves_the_base_as_it_was(tmp_path):
     again = tmp_path / "again"
     again.mkdir()
     call("compare", write(again, methods=["base"], seeds=[3])).success  # noqa: B018
-    assert next(iter(records(again).values()))["test"] == found["base"]["test"]
+    close_figures(next(iter(records(again).values()))["test"], found["base"]["test"])
 
 
 def test_long_inputs_transfer_and_forgetting_are_scored_for_the_chosen_rate(tmp_path):
@@ -436,7 +437,7 @@ def test_a_killed_comparison_loses_at_most_the_run_in_flight(made, tmp_path):
         kept = now
     answer = call("compare", suite, "--keep-adapters")
     assert answer.code == 0 and answer.err.count("seed") == len(scores(folder)) - len(kept)
-    assert scores(tmp_path) == scores(folder)
+    close_figures(scores(tmp_path), scores(folder))
 
 
 def test_two_starts_at_once_share_the_runs(made, tmp_path):
@@ -447,7 +448,7 @@ def test_two_starts_at_once_share_the_runs(made, tmp_path):
     assert [process.returncode for process in both] == [0, 0], said
     lines = [line for text in said for line in text.splitlines() if "seed" in line]
     assert len(lines) == len(records(tmp_path)) == len(records(folder))
-    assert scores(tmp_path) == scores(folder)
+    close_figures(scores(tmp_path), scores(folder))
 
 
 def test_workers_and_a_launcher_give_the_same_scores(made, tmp_path):
@@ -459,7 +460,8 @@ def test_workers_and_a_launcher_give_the_same_scores(made, tmp_path):
     found = scores(tmp_path)
     assert len(found) == 4
     before = {without_key(name): score for name, score in scores(folder).items()}
-    assert {without_key(name): score for name, score in found.items()}.items() <= before.items()
+    after = {without_key(name): score for name, score in found.items()}
+    close_figures(after, {name: before[name] for name in after})
     trained = [record for record in records(tmp_path).values() if "trained_with" in record]
     assert len(trained) == 3 and all(record["processes"] == 1 for record in trained)
 
@@ -495,7 +497,7 @@ def test_ray_shares_the_runs(made, tmp_path):
     finally:
         ray.shutdown()
     assert answer.code == 0, answer.err
-    assert scores(tmp_path) == scores(folder)
+    close_figures(scores(tmp_path), scores(folder))
 
 
 # What is refused
