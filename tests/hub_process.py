@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +34,12 @@ RECORD = {"base_model": "user/base", "rows": 350, "metrics": {"accuracy": {"valu
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=tiny.tokens(), use_cache=False).logits
+
+
+def seen(model: nn.Module) -> dict[str, Any]:
+    """What is compared between the processes: logits, and the tensors of the adapter that is active."""
+    adapter = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    return {"logits": logits(model), "adapter": {name: tensor.detach().clone() for name, tensor in adapter.items()}}
 
 
 def base_model() -> Any:
@@ -58,10 +64,10 @@ def command(line: str) -> tuple[int, str]:
 def push() -> dict[str, Any]:
     tiny.build().push_to_hub("user/base")
     tiny.tokenizer().push_to_hub("user/base")
-    found: dict[str, Any] = {"base": logits(base_model())}
+    found: dict[str, Any] = {"base": {"logits": logits(base_model())}}
 
     model = tiny.with_memory(base_model())
-    found["memory"] = logits(model)
+    found["memory"] = seen(model)
     folder = Path("memory")
     model.save_pretrained(folder)
     (folder / "README.md").unlink()  # PEFT's form
@@ -72,17 +78,17 @@ def push() -> dict[str, Any]:
     found["peft's address"] = str(model.push_to_hub("user/by-peft"))
 
     tiny.randomize(model, seed=9)
-    found["memory v2"] = logits(model)
+    found["memory v2"] = seen(model)
     model.save_pretrained(folder)
     found["address of v2"] = push_adapter(folder, "user/memory", revision="v2")
 
     nested = get_peft_model(base_model(), PrefixMemoryConfig(task_type="CAUSAL_LM"), adapter_name="other")
     tiny.randomize(nested, "other", seed=5)
-    found["nested"] = logits(nested)
+    found["nested"] = seen(nested)
     nested.push_to_hub("user/nested")
 
     lora = get_peft_model(base_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
-    found["lora"] = logits(lora)
+    found["lora"] = seen(lora)
     lora.save_pretrained("lora")
     Path("lora", "README.md").unlink()
     push_adapter(Path("lora"), "user/lora")
@@ -92,7 +98,7 @@ def push() -> dict[str, Any]:
 def load() -> dict[str, Any]:
     def outcome(get: Callable[[], nn.Module]) -> Any:
         try:
-            return logits(get())
+            return seen(get())
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 

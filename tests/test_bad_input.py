@@ -17,6 +17,7 @@ from transformers import MambaConfig, MambaForCausalLM, TrainerCallback
 from transformers.utils import logging
 
 import tiny
+from close import close_training
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.rows.rendering import Example
 from prefixmemory.training.loop import train
@@ -453,7 +454,8 @@ def test_a_run_that_cannot_be_put_in_its_place_keeps_the_old_one_and_can_be_resu
     assert contents(place / "done") == before
     assert cli(*overwrite[:-1], "--seed", "3", "--resume").code == 0
     assert cli(*overwrite, "--seed", "3", "--output", place / "again").code == 0
-    assert contents(place / "done")[WEIGHTS][0] == contents(place / "again")[WEIGHTS][0] != before[WEIGHTS][0]
+    close_training(load_file(place / "done" / WEIGHTS), load_file(place / "again" / WEIGHTS))
+    assert contents(place / "done")[WEIGHTS][0] != before[WEIGHTS][0]
 
 
 def test_overwrite_works_beside_the_leftover_of_a_crashed_replacement(cli, overwrite, place):

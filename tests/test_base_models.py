@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers.integrations.gguf import kernels as gguf_kernels
 from transformers.integrations.gguf.utils import GgufLinear, replace_with_gguf_modules
 
+from close import close_logits, same_parameters
 from packed import (
     adapt,
     assert_untouched,
@@ -76,7 +77,8 @@ def test_a_model_saved_packed_is_loaded_as_it_is_and_carries_a_memory(folder, tm
     saved = str(tmp_path / "packed")
     model.save_pretrained(saved)
     again = load_model(saved, "float32")
-    assert torch.equal(logits(again), logits(model))
+    assert_untouched(again, bits(model))
+    close_logits(logits(again), logits(model))
     with pytest.raises(PrefixMemoryError, match=r"saved quantised .* Leave quantization out") as error:
         load_model(saved, quantization=kind)
     one_line(error)
@@ -135,7 +137,8 @@ def test_a_gguf_file_is_unpacked_and_carries_a_memory(gguf_file, tmp_path):
         assert torch.equal(logits(adapted), alone)
     adapted.save_pretrained(tmp_path)
     fresh = PeftModel.from_pretrained(load_model(gguf_file), str(tmp_path)).eval()
-    assert torch.equal(logits(fresh), logits(adapted))
+    same_parameters(fresh, adapted)
+    close_logits(logits(fresh), logits(adapted))
     ids = tokens(2, 5)
     assert torch.equal(*(m.generate(ids, max_new_tokens=4, do_sample=False) for m in (fresh, adapted)))
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import prefixmemory.models.loading
 import tiny
+from close import close_logits, same_parameters
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.models.loading import SMOLLM2_HUB_ID
 from prefixmemory.training.card import THIS_FOLDER, is_ours, model_card, with_address, write_model_card
@@ -207,7 +208,8 @@ def test_the_loading_lines_work(base, method, tmp_path, monkeypatch):
     monkeypatch.setattr(prefixmemory.models.loading, "smollm2", lambda: str(folder))
     loaded = run_loading_lines((tmp_path / "adapter" / "README.md").read_text(), replace)
     assert isinstance(loaded, PeftModel)
-    assert torch.equal(logits(loaded), logits(model))
+    same_parameters(loaded, model)
+    close_logits(logits(loaded), logits(model))
     assert (logits(loaded) - before).abs().max() > 1e-3
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
 import tiny
+from close import close_figures
 from command_line import call, files_of, jsonl, save_talker, work_in_copy
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.training.card import is_ours
@@ -196,7 +197,8 @@ def test_columns_of_the_training_data_are_known_again(place):
     columns = "data.columns={text: question, label: topic}"
     call("train", "--model", "base", "--data", "theirs.jsonl", "--output", "mapped", "--set", columns).success  # noqa: B018
     found, ours = evaluate("mapped", "theirs.jsonl"), evaluate("mapped", "tickets.jsonl")  # our names work as well
-    assert found["metrics"] == ours["metrics"] and found["details"] == ours["details"]
+    close_figures(found["metrics"], ours["metrics"])
+    close_figures(found["details"], ours["details"])
     theirs[5]["topic"] = ""
     jsonl(place / "theirs.jsonl", theirs)
     refusal = call("evaluate", "--adapter", "mapped", "--data", "theirs.jsonl").refusal

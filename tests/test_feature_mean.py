@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tiny
+from close import close_logits, same_parameters
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, reference
 from prefixmemory.tuner.layer import memory_layers
 
@@ -158,7 +159,8 @@ def test_gradient_checkpointing_takes_the_same_mean_and_gives_the_same_gradients
             assert number == 0 or one.abs().max() > 1e-5  # A's gradient is zero at first
             torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-5)
         assert all(mean.any() for mean in means(models[0]))
-        assert equal(means(models[0]), means(models[1]))
+        for one, other in zip(means(models[0]), means(models[1]), strict=True):
+            torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-5)
 
 
 # Adapters, copies, files
@@ -186,7 +188,8 @@ def test_a_copy_goes_its_own_way():
     step(twin, SECOND)
     assert not equal(means(twin), means(model))
     again = copy.deepcopy(model)
-    assert equal(means(again), means(model)) and torch.equal(logits(again), logits(model))
+    same_parameters(again, model)
+    close_logits(logits(again), logits(model))
     step(again, SECOND)
     assert equal(means(again), means(model))
 
@@ -197,7 +200,8 @@ def test_a_loaded_memory_keeps_its_mean_when_it_is_trained_on(tmp_path: Path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.build(), tmp_path, is_trainable=True)
     assert equal(means(loaded), means(model)) and all(mean.any() for mean in means(loaded))
-    assert torch.equal(logits(loaded), logits(model))
+    same_parameters(loaded, model)
+    close_logits(logits(loaded), logits(model))
     before = logits(loaded)
     step(loaded, SECOND)
     assert equal(means(loaded), means(model))
@@ -234,7 +238,9 @@ def test_memories_with_different_means_are_summed(first, second, share_heads, tm
     model.base_model.set_adapter("sum")
     expected = logits(model)
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny.build(), tmp_path / "sum")), expected)
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / "sum")
+    same_parameters(get_peft_model_state_dict(loaded), get_peft_model_state_dict(model, adapter_name="sum"))
+    close_logits(logits(loaded), expected)
 
 
 @pytest.mark.parametrize("case", ["two low ranks beyond the features", "full memories that cancel"])

@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import tiny
+from close import close_logits, same_parameters
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.memories.matrix import MatrixMemory
 from prefixmemory.memories.registry import MemorySite
@@ -123,12 +124,14 @@ def test_dropout_acts_in_training_only():
         with torch.no_grad():
             return model(input_ids=tiny.tokens(), use_cache=False).logits
 
-    assert torch.equal(logits(dropped), logits(plain))
+    same_parameters(dropped, plain)
+    close_logits(logits(dropped), logits(plain))
     plain.train()
     dropped.train()
     assert torch.equal(logits(plain), logits(plain))  # the base model itself has no randomness
     assert not torch.equal(logits(dropped), logits(dropped))
-    assert torch.equal(logits(dropped.eval()), logits(plain.eval()))
+    close_logits(logits(dropped.eval()), logits(plain.eval()))
+    assert torch.equal(logits(dropped), logits(dropped))
 
 
 def test_dropout_keeps_the_expectation_of_the_read():

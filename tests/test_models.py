@@ -135,6 +135,19 @@ def test_another_adapter_on_disk_fails_reload(monkeypatch: pytest.MonkeyPatch) -
         save(folder)
 
     monkeypatch.setattr(asked.model, "save_pretrained", save_another)
+    assert "other parameters" in fails("reload", asked)
+
+
+def test_another_base_under_the_adapter_fails_reload(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = subject()
+
+    def another(kind: object, model_type: str) -> torch.nn.Module:
+        base = build_case(CAUSAL_LM, model_type)
+        with torch.no_grad():  # the fingerprint, which would refuse it, is of the input embeddings
+            base.model.layers[0].mlp.down_proj.weight.view(-1)[0] += 0.1
+        return base
+
+    monkeypatch.setattr(checks, "build_case", another)
     assert "other logits" in fails("reload", asked)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from close import close_logits, same_parameters
 from packed import KINDS, adapt, base_folder, bits, check_training, logits  # noqa: F401  # the fixture `folder`
 from prefixmemory.models.loading import load_model
 from tiny import memory_parameters, tokenizer
@@ -62,7 +63,8 @@ def test_gptq_and_awq_checkpoints(folder, tmp_path, save, monkeypatch):
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), alone)
     fresh = PeftModel.from_pretrained(load_model(str(tmp_path / "base"), "float32"), str(tmp_path / "adapter")).eval()
-    assert torch.equal(logits(fresh), answered)
+    same_parameters(get_peft_model_state_dict(fresh), get_peft_model_state_dict(adapted))
+    close_logits(logits(fresh), answered)
 
 
 # --- what needs a GPU: written, never run -----------------------------------------------------------------------
@@ -80,7 +82,8 @@ def check_on_gpu(base, load, tmp_path) -> None:
     check_training(adapted, before, steps=4, autocast=True)
     adapted.save_pretrained(tmp_path)
     fresh = PeftModel.from_pretrained(load(), str(tmp_path)).eval()
-    assert torch.equal(logits(fresh), logits(adapted))
+    same_parameters(get_peft_model_state_dict(fresh), get_peft_model_state_dict(adapted))
+    close_logits(logits(fresh), logits(adapted))
 
 
 @pytest.mark.gpu

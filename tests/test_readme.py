@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from close import close_logits, same_parameters
 from command_line import call_line, code_blocks, jsonl
 from tiny import save_tiny
 
@@ -26,8 +27,9 @@ def test_the_snippet_trains_saves_and_loads(tmp_path, monkeypatch):
         trained = names["model"](**batch).logits
         plain = AutoModelForCausalLM.from_pretrained(base)
         before = plain(**batch).logits
-        loaded = PeftModel.from_pretrained(plain, "my-memory").eval()(**batch).logits
-    assert torch.equal(loaded, trained)
+        loaded = PeftModel.from_pretrained(plain, "my-memory").eval()
+        close_logits(loaded(**batch).logits, trained)
+    same_parameters(loaded, names["model"])
     assert (trained - before).abs().max() > 1e-3
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import tiny
+from close import close_training
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.files.records import RECORD, provenance, write_json
 from prefixmemory.models.logits import contiguous_logits_input
@@ -205,10 +206,8 @@ def test_training_leaves_the_rows_as_they_are_and_repeats_itself(tmp_path):
         model = get_peft_model(tiny.build(), PrefixMemoryConfig(task_type="CAUSAL_LM"))
         train(model, TOKENIZER, list(EXAMPLES), settings, tmp_path / name)
         weights.append(tiny.memory_parameters(model))
-    assert weights[0].keys() == weights[1].keys()
-    for name, parameter in weights[0].items():
-        assert parameter.abs().max() > 0
-        assert torch.equal(parameter, weights[1][name])
+    assert all(parameter.abs().max() > 0 for parameter in weights[0].values())
+    close_training(weights[0], weights[1])
 
 
 @pytest.mark.parametrize(

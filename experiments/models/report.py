@@ -49,7 +49,7 @@ offline, with three methods on each: a memory (`PrefixMemoryConfig()`), PEFT's `
 | gradients | training: every parameter of the adapter gets a finite gradient, not zero where its module gets one |
 | generate | greedy `generate` with cache: the tokens that whole forward passes give, and their logits to 1e-3 |
 | padding | a row padded on the left (encoders: on the right) has the logits that it has alone, to 1e-4 |
-| reload | `save_pretrained`, then `from_pretrained` onto a fresh base model: bit-equal logits |
+| reload | `save_pretrained`, then `from_pretrained` onto a fresh base: the same parameters bit for bit, close logits |
 | disable | inside `disable_adapter()`, the base model's logits, bit for bit |
 | cross attention | memory in encoder-decoders: cross attention gets some when it is named; they act and get gradients |
 | step | one optimizer step moves every parameter of the adapter and nothing else, and changes the loss |
