@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import torch
 import torch._dynamo
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from prefixmemory import PrefixMemoryConfig, calibrate
 from tiny import build, memory_parameters, tokens, with_memory
 
 TOLERANCE = 1e-4
@@ -71,11 +72,26 @@ def check_counter(model: PeftModel) -> None:
     print("ok: another scale is another graph, and is counted")
 
 
+def check_training(second: bool) -> None:
+    """After ``calibrate`` a training step of the default memory is one graph, also beside an adapter never trained."""
+    torch._dynamo.reset()
+    model = get_peft_model(build("llama_gqa"), PrefixMemoryConfig(task_type="CAUSAL_LM")).train()
+    if second:
+        model.add_adapter("second", PrefixMemoryConfig(task_type="CAUSAL_LM"))
+    calibrate(model, input_ids=tokens(2, 11))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    logits = [m(input_ids=tokens(2, 11), use_cache=False).logits for m in (compiled, model)]
+    torch.testing.assert_close(*logits, atol=TOLERANCE, rtol=0)
+    print(f"ok: a training step after calibrate is one graph, {second=}")
+
+
 def main(query: str, backend: str) -> None:
     torch.set_num_threads(1)
     check(with_memory(build("llama_gqa"), query=query), backend, f"llama_gqa, {query}")
     check_counter(with_memory(build("llama_gqa"), query=query))
     if query == "content":
+        for second in (False, True):
+            check_training(second)
         config = dict(feature_map="mlp", rank=3, share_heads=True, normalize="query_rms", answer_limit=0.3)
         # Without code generation, for speed: what could break graphs or recompile shows all the same.
         check(with_memory(build("qwen3"), query=query, **config), "aot_eager", f"qwen3, {query}, {config}")

@@ -175,7 +175,7 @@ def find_sites(model: nn.Module) -> dict[str, AttentionSite]:
         raise PrefixMemoryError(
             f"{type(model).__name__} has no softmax self-attention that prefixmemory knows{why}, so there is nowhere "
             "to put a memory. Use a transformer with softmax attention, or add its family to the tables in "
-            "prefixmemory/families.py (CONTRIBUTING.md says how)."
+            "prefixmemory/attention/families.py (CONTRIBUTING.md says how)."
         )
     return sites
 

@@ -1,4 +1,4 @@
-"""How model families write their attention: the tables that ``attention.py`` matches against live modules.
+"""How model families write their attention: the tables that ``discovery.py`` matches against live modules.
 
 A row says where something lies; the widths of the live modules must agree with it, else the module is refused. Class
 names are given as regular expressions that the name must begin with, for children that mean different things in

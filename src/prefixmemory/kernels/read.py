@@ -112,7 +112,7 @@ class _AddLimited(torch.autograd.Function):
         return torch.add(onto, _times(answer, factor).to(onto.dtype), alpha=scale)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         outputs, answer, longest, length, factor = ctx.saved_tensors
         given = gradient.to(answer.dtype) * ctx.scale

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,6 +19,8 @@ from torch.nn import functional
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 
+#: Names of embeddings, as PEFT knows them, that are saved beside an adapter.
+EMBEDDINGS = re.compile(rf"(^|\.)({'|'.join(EMBEDDING_LAYER_NAMES)}|wte|word_embeddings)\.weight$")
 FINGERPRINT_SIZE = 64
 #: Of the vocabulary, by halves of the sample: what is sampled must not depend on its size, which grows when tokens are
 #: added. Rows that a small vocabulary lacks are left out of comparisons.
@@ -45,6 +49,16 @@ def check_saved_whole(folder: Path) -> None:
             f"{file} was written without the whole memories. If they are spread over processes, let every process call "
             "model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model), is_main_process=...)."
         )
+
+
+def embedding_rows(folder: Path) -> int | None:
+    """How many rows the embeddings in a weights file have; ``None`` if there are none."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as tensors:
+        names = [name for name in tensors.keys() if EMBEDDINGS.search(name)]  # noqa: SIM118  # no mapping
+        return int(tensors.get_slice(names[0]).get_shape()[0]) if names else None
 
 
 def check_config_file(folder: Path, any_method: bool = False) -> dict[str, Any]:

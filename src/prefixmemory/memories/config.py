@@ -89,6 +89,8 @@ class PrefixMemoryConfig(PeftConfig):
         modules_to_save: further modules to train and save in full, as in PEFT.
         base_model_fingerprint: written by ``get_peft_model``: a sample of the base model's input embeddings, by
             which loading refuses another base model. Set it to ``None`` to load onto another model on purpose.
+        resized_vocabulary: written when saving: number of rows of the embeddings, where PEFT saved them since they had
+            been resized; without it, a file with embeddings is refused.
         prefixmemory_version: of the package that made the config.
         weights_sha256: written when saving: checksum of the weights file, by which loading refuses a damaged one.
     """
@@ -118,6 +120,7 @@ class PrefixMemoryConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     base_model_fingerprint: list[float | None] | None = field(default=None, repr=False)
     weights_sha256: str | None = field(default=None, repr=False)
+    resized_vocabulary: int | None = field(default=None, repr=False)
     prefixmemory_version: str | None = field(default=None, repr=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PrefixMemoryConfig:
@@ -243,6 +246,7 @@ class PrefixMemoryConfig(PeftConfig):
         written = "auto_mapping_dict" in kwargs
         if written:
             checkpoint.check_saved_whole(Path(save_directory))
+        self.resized_vocabulary = checkpoint.embedding_rows(Path(save_directory)) if written else None
         self.weights_sha256 = checkpoint.weights_checksum(Path(save_directory)) if written else None
         super().save_pretrained(save_directory, **kwargs)
 

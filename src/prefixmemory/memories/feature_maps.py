@@ -16,6 +16,7 @@ axis of each counts ``groups``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -33,8 +34,8 @@ FEATURE_MAPS: dict[str, FeatureMapFactory] = {
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
-    "identity": lambda q: q,
-    "softmax": lambda q: torch.softmax(q, dim=-1),
+    "identity": torch.positive,
+    "softmax": partial(torch.softmax, dim=-1),  # no lambdas: models are pickled whole
 }
 
 

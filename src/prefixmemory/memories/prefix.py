@@ -1,7 +1,7 @@
 """Prefix vectors: p trainable keys and values per key/value head, and what they answer outside the softmax.
 
 Steps 1 to 3 of ``reference.py``. Inside the softmax the vectors stand beside the input's keys and values
-(``inside.py``); outside they answer on their own, by an exact softmax or through a feature map.
+(``attention/prepending.py``); outside they answer on their own, by an exact softmax or through a feature map.
 """
 
 from __future__ import annotations

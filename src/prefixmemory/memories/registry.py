@@ -276,13 +276,29 @@ def check_start(kind: MemoryKind, memory: nn.Module, site: MemorySite, others: I
     query = query.to(parameters[0].device) if parameters else query
     training = memory.training
     memory.eval()
-    answer = ask(kind.name, memory, site, *[query] * len(kind.says("queries", (None,))))
+    answer = ask(kind.name, memory, site, *[query] * len(queries_of(memory, "content")))
     memory.train(training)
     if not torch.all(answer == 0):
         raise PrefixMemoryError(
             f"memory={kind.name!r} does not start at zero, so a new adapter would change the base model. Let one "
             "factor of its answer start at zero."
         )
+
+
+def lacks_mean(memory: nn.Module) -> bool:
+    """Whether a memory subtracts a mean that is still zero."""
+    mean = getattr(memory, "mean", None)
+    return isinstance(mean, nn.Parameter) and not mean.is_meta and not bool(whole(mean).any())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, also one that is spread over processes."""
+    return cast(Tensor, cast(Any, tensor).full_tensor()) if hasattr(tensor, "full_tensor") else tensor
+
+
+def queries_of(memory: nn.Module, query: str) -> tuple[str, ...]:
+    """The queries that a memory wants; ``query`` where it does not say."""
+    return tuple(getattr(memory, "queries", (query,)))
 
 
 def is_inside(memory: nn.Module) -> bool:

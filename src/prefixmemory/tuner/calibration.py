@@ -20,21 +20,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.memories.registry import lacks_mean, whole
 from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
 
 
 class FirstBatch:
-    """Waits at a model for the first batch that it is trained on.
+    """Waits at a model for the first batch that each of its new adapters is trained on; there is one a model.
 
     It stands before the model and the parts of it that hold all memory layers, since some trainers call such a part
-    alone; when no memory waits for its mean any more, it is gone.
+    alone; when no adapter waits any more, it is gone.
     """
 
-    def __init__(self, model: nn.Module, layers: list[PrefixMemoryLayer]) -> None:
-        paths = [name.split(".") for name, module in model.named_modules() if module in set(layers)]
+    def __init__(self, model: nn.Module, adapter: str) -> None:
+        layers = memory_layers(model)
+        before = next((layer.first_batch for layer in layers if layer.first_batch is not None), None)
+        self._waiting = {adapter} if before is None else before.leave() | {adapter}
+        paths = [name.split(".") for name, module in model.named_modules() if isinstance(module, PrefixMemoryLayer)]
         common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
         holders = [model.get_submodule(".".join(common[:n])) for n in range(len(common) + 1)]
         holders = [module for module in holders if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+        self._layers = layers
         for layer in layers:
             layer.first_batch = self
         self._handles = [
@@ -42,21 +47,30 @@ class FirstBatch:
         ]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and torch.is_grad_enabled():
+        if not (module.training and torch.is_grad_enabled()) or self._layers[0].disable_adapters:
+            return
+        if any(name in self._waiting for name in self._layers[0].active_names()):
             self._take(module, args, kwargs)
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="call prefixmemory.calibrate(model, **batch) before the first compiled step, which takes the means"
     )
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take_means(module, args, kwargs)
-        if not any(_waits(memory) for layer in memory_layers(module) for memory in layer.prefix_memory_bank.values()):
+        self.seen(take_means(module, args, kwargs))
+
+    def seen(self, adapters: set[str]) -> None:
+        """These adapters have what they waited for."""
+        self._waiting -= adapters
+        if not self._waiting:
             self.leave()
 
-    def leave(self) -> None:
-        """Wait no longer."""
+    def leave(self) -> set[str]:
+        """Wait no longer; the adapters that still do."""
         for handle in self._handles:
             handle.remove()
+        for layer in self._layers:
+            layer.first_batch = None
+        return self._waiting
 
 
 def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -72,19 +86,12 @@ def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     Raises:
         PrefixMemoryError: the model holds no memory.
     """
-    if not memory_layers(model):
+    layers = memory_layers(model)
+    if not layers:
         raise PrefixMemoryError(f"{type(model).__name__} holds no memory. Make one with get_peft_model first.")
-    take_means(model, args, kwargs)
-
-
-def _waits(memory: nn.Module) -> bool:
-    """Whether a memory has a mean that is still zero."""
-    mean = getattr(memory, "mean", None)
-    return isinstance(mean, nn.Parameter) and not mean.is_meta and not bool(_whole(mean).any())
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return cast(Tensor, cast(Any, tensor).full_tensor()) if hasattr(tensor, "full_tensor") else tensor
+    seen = take_means(model, args, kwargs)
+    if layers[0].first_batch is not None:
+        layers[0].first_batch.seen(seen)
 
 
 class _Sums:
@@ -108,35 +115,45 @@ class _Sums:
         self.counts[here] += sound.sum(dim=(0, 2)).to(self.counts.device)
 
 
-def take_means(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def take_means(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[str]:
     """Give the active memories that wait for one the mean of their features over one call of ``module``.
 
     Processes that train together, each on its part of the batch or with its part of the heads, take the mean of all.
+
+    Returns:
+        The active adapters that need no further call: no memory of theirs was passed by.
     """
-    waiting: list[tuple[nn.Module, _Sums]] = []
+    seen: set[str] = set()
+    waiting: list[tuple[str, nn.Module, _Sums]] = []
     handles = []
     for layer in memory_layers(module):
         for name in layer.answering() if not layer.disable_adapters else []:
+            seen.add(name)
             memory = layer.memory(name)
-            if _waits(memory):
-                sums = _Sums(_whole(cast(Tensor, memory.mean)))
-                waiting.append((memory, sums))
+            if lacks_mean(memory):
+                sums = _Sums(whole(cast(Tensor, memory.mean)))
+                waiting.append((name, memory, sums))
                 handles.append(memory.register_forward_hook(partial(_add, sums, layer)))
     if not waiting:
-        return
+        return seen
+    devices = {sums.sums.device for _, _, sums in waiting}
+    cuda = [device for device in devices if device.type == "cuda"]  # not every one of the machine
     try:
-        with torch.no_grad(), _evaluating(module), torch.random.fork_rng():
+        with torch.no_grad(), _evaluating(module), torch.random.fork_rng(cuda):
             module(*args, **{key: _own(value) for key, value in kwargs.items()})
     finally:
         for handle in handles:
             handle.remove()
-    _add_up([sums for _, sums in waiting])
+    _add_up([sums for _, _, sums in waiting])
     for part in module.modules():
         if hasattr(part, "reshard"):  # FSDP2: what it has gathered is not what it keeps
             cast(Any, part).reshard()
-    for memory, sums in waiting:
-        if not sums.has_learned and sums.counts.any():
+    for name, memory, sums in waiting:
+        if not sums.counts.any():
+            seen.discard(name)
+        elif not sums.has_learned:
             _set(cast(nn.Parameter, memory.mean), sums.sums / sums.counts.clamp(min=1.0)[:, None])
+    return seen
 
 
 def _add(sums: _Sums, layer: PrefixMemoryLayer, memory: nn.Module, args: tuple[Tensor, ...], answer: Tensor) -> None:

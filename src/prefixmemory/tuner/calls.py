@@ -150,10 +150,14 @@ def row_adapters() -> RowAdapters | None:
 
 
 @contextmanager
-def use_row_adapters(rows: RowAdapters) -> Iterator[None]:
-    """Give each row of the batches that this thread passes its own adapter."""
-    before, _thread.rows = _thread.rows, rows
+def model_call(rows: RowAdapters | None) -> Iterator[None]:
+    """One call of a model: with ``rows``, each row of its batches has its own adapter.
+
+    What Ctrl-C broke off in it ends with it, so that no call holds on to the tensors, and the graph, of a lost step.
+    """
+    call, before = _thread.call, _thread.rows
+    _thread.rows = rows
     try:
         yield
     finally:
-        _thread.rows = before
+        _thread.call, _thread.rows = call, before

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from prefixmemory.attention.sites import AttentionSite, placement
 from prefixmemory.errors import PrefixMemoryError, check_number
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.mixing import Mixing
-from prefixmemory.memories.registry import MemorySite, ask, is_inside
+from prefixmemory.memories.registry import MemorySite, ask, is_inside, lacks_mean, queries_of, whole
 from prefixmemory.tuner.calls import Call, RowAdapters, close_call, current_call, open_call, row_adapters
 from prefixmemory.tuner.plan import Plan, Step, score_bias
 from prefixmemory.tuner.tensor_parallel import HeadShare
@@ -41,14 +42,14 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
     site: AttentionSite
     live_site: AttentionSite
     adapter_layer_names = ("prefix_memory_bank", "prefix_memory_mixing")
-    other_param_names = ("fixed", "scale", "configs", "sites")
+    other_param_names = ("fixed", "_scale", "configs", "sites")
 
     def __init__(self, site: AttentionSite, share: HeadShare | None = None) -> None:
         super().__init__()
         self.share = share
         self.prefix_memory_bank = nn.ModuleDict()
         self.prefix_memory_mixing = nn.ModuleDict()
-        self.scale: dict[str, float] = {}
+        self._scale: dict[str, float] = {}
         self.configs: dict[str, PrefixMemoryConfig] = {}
         self.sites: dict[str, MemorySite] = {}
         self.fixed: dict[str, list[str]] = {}  # parameters that do not learn, by adapter
@@ -72,6 +73,11 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
     def active_names(self) -> list[str]:
         """Names of the active adapters."""
         return cast(list[str], self.active_adapters)
+
+    @property
+    def scale(self) -> Mapping[str, float]:
+        """The scale of each adapter, to be read; :meth:`set_scale` sets it."""
+        return MappingProxyType(self._scale)
 
     def memory(self, adapter_name: str) -> nn.Module:
         """The memory of one adapter."""
@@ -109,7 +115,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             name=name,
             memory=memory,
             ask=answers,
-            queries=tuple(getattr(memory, "queries", (config.query,))),
+            queries=queries_of(memory, config.query),
             scale=self.scale[name],
             limit=cast(float | None, config.answer_limit),
             mixing=cast(Mixing, self.prefix_memory_mixing[name]) if name in self.prefix_memory_mixing else None,
@@ -224,6 +230,19 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
                 "memory was passed by. Its forward is not one that prefixmemory knows; exclude it with exclude_modules."
             )
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        """As in PyTorch; but what a memory learned with a mean is refused without it, also by ``strict=False``."""
+        for name, memory in self.prefix_memory_bank.items():
+            place = f"{prefix}prefix_memory_bank.{name}."
+            given = [tensor for key, tensor in state_dict.items() if key.startswith(place)]
+            has_learned = bool(given) and all(bool(whole(tensor).any()) for tensor in given)  # it started at zero
+            if has_learned and f"{place}mean" not in state_dict and lacks_mean(memory):
+                raise PrefixMemoryError(
+                    f"The tensors of {place[:-1]} come without its mean, which is a parameter that does not require "
+                    "a gradient. Save all parameters of the adapter, as save_pretrained does."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # PEFT's lifecycle
 
     def update_layer(self, adapter_name: str, memory: nn.Module, config: PrefixMemoryConfig, site: MemorySite) -> None:
@@ -233,14 +252,14 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         if config.mixing != "none":
             assert isinstance(config.mix, float)
             self.prefix_memory_mixing[adapter_name] = Mixing(config.mixing, self.site.heads, config.mix)
-        self.scale[adapter_name] = config.scale
+        self._scale[adapter_name] = config.scale
         self.configs[adapter_name], self.sites[adapter_name] = config, site
         BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
         self.set_adapter(self.active_names())
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Give one adapter another scale."""
-        self.scale[adapter_name] = scale
+        self._scale[adapter_name] = scale
         self._replan()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:

@@ -6,8 +6,9 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from functools import partial, wraps
+from copy import copy, deepcopy
+from dataclasses import replace
+from functools import wraps
 from typing import Any, cast
 
 from peft import PeftModel
@@ -26,11 +27,11 @@ from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.memories import checkpoint
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
-from prefixmemory.memories.registry import MemorySite, check_start
+from prefixmemory.memories.registry import MemorySite, check_start, is_inside, queries_of
 from prefixmemory.models.quantization import keep_trainable
 from prefixmemory.tuner import weighted_adapter
 from prefixmemory.tuner.calibration import FirstBatch
-from prefixmemory.tuner.calls import RowAdapters, row_adapters, use_row_adapters
+from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
 from prefixmemory.tuner.tensor_parallel import head_share, same_start
 
@@ -64,6 +65,7 @@ class PrefixMemoryModel(BaseTuner):
         self, peft_config: PrefixMemoryConfig, model_config: dict[str, Any]
     ) -> PrefixMemoryConfig:
         """Check the config against the live model before anything is added to it, and fill in what it left open."""
+        replace(peft_config)  # values may have been set since it was made
         present = checkpoint.fingerprint(self.model)
         saved = peft_config.base_model_fingerprint
         if saved is None:
@@ -81,14 +83,13 @@ class PrefixMemoryModel(BaseTuner):
             peft_config.target_modules = _shortest_names(chosen, self.model)
             for name, reason in skipped_attention(self.model, chosen, others).items():
                 logger.warning("No memory in %s: %s.", name, reason)
-        targeted = _check_targets(peft_config, sites, self.model)
-        inside = peft_config.placement == "inside"
-        if inside or peft_config.query == "rotary":
-            for name, site in targeted.items():
-                check_interface(name, site, "placement='inside'" if inside else "query='rotary'")
-            install_tap()
+        _check_targets(peft_config, sites, self.model)
         keep_trainable(self.model, inference=bool(peft_config.inference_mode))
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PrefixMemoryConfig, key: str) -> Any:
+        return _is_target(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -115,6 +116,10 @@ class PrefixMemoryModel(BaseTuner):
                 check_start(peft_config.kind, memory, place, others)
             if share is not None:
                 share.check(memory, peft_config.mixing)
+            inside = is_inside(memory)
+            if inside or "rotary" in queries_of(memory, peft_config.query):
+                check_interface(current_key, site, "placement='inside'" if inside else "query='rotary'")
+                install_tap()
         except PrefixMemoryError:
             _discard(self.model, adapter_name)
             raise
@@ -145,7 +150,7 @@ class PrefixMemoryModel(BaseTuner):
         layers = self._layers_of(adapter_name)
         same_start(self.model, (layer.memory(adapter_name) for layer in layers))
         if any(getattr(layer.memory(adapter_name), "mean", None) is not None for layer in layers):
-            FirstBatch(self.model, layers)
+            FirstBatch(self.model, adapter_name)
 
     # Running
 
@@ -154,7 +159,8 @@ class PrefixMemoryModel(BaseTuner):
         """PEFT opens this around forward and generate; here ``adapter_names=`` picks an adapter for each row."""
         names: Sequence[str] | None = kwargs.get("adapter_names")
         if names is None:
-            yield
+            with model_call(None):
+                yield
             return
         if self.model.training:
             raise PrefixMemoryError(
@@ -168,30 +174,35 @@ class PrefixMemoryModel(BaseTuner):
                     f"adapter_names has {name!r}, which is not loaded.{did_you_mean(name, known)} "
                     f"Loaded: {', '.join(sorted(known))}."
                 )
-        handles = [
-            module.register_forward_pre_hook(partial(_pass_adapter_names, names=list(names)), with_kwargs=True)
-            for module in self.model.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        try:
-            with use_row_adapters(RowAdapters(names)):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        for module in self.model.modules():
+            hooks = module._forward_pre_hooks  # it stays there: other threads may be calling
+            if isinstance(module, AuxiliaryTrainingWrapper) and _pass_adapter_names not in hooks.values():
+                module.register_forward_pre_hook(_pass_adapter_names, with_kwargs=True)
+        rows = RowAdapters(names)
+        self._check_rows(rows, args, kwargs)  # PeftModel itself calls the base model past our forward
+        with model_call(rows):
+            yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass; with ``adapter_names``, their number must be that of the rows."""
         if (rows := row_adapters()) is not None:
-            rows.check(_batch_size(args, kwargs))
+            self._check_rows(rows, args, kwargs)
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generation; with ``adapter_names``, beams and return sequences share their row's."""
         if (rows := row_adapters()) is not None:
-            rows.check(_batch_size(args, kwargs))
+            self._check_rows(rows, args, kwargs)
             rows.beams = self._rows_per_prompt(kwargs)
         return cast(Any, self.model).generate(*args, **kwargs)
+
+    def _check_rows(self, rows: RowAdapters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a batch that has another number of rows than there are names."""
+        names = ("input_ids", "inputs_embeds", "inputs", getattr(self.model, "main_input_name", "input_ids"))
+        given = (*args[:1], *(kwargs.get(name) for name in names))
+        batch = next((value.shape[0] for value in given if isinstance(value, Tensor) and value.ndim), None)
+        if batch is not None:
+            rows.check(batch)
 
     def _rows_per_prompt(self, kwargs: dict[str, Any]) -> int:
         """How many rows generate() makes of each row that it is given."""
@@ -305,6 +316,7 @@ class PrefixMemoryModel(BaseTuner):
         names: dict[str, str] = {}  # in the checkpoint -> in the model
         expected: dict[str, Tensor] = {}
         others: set[str] = set()
+        embeddings = _embeddings(model) if config.resized_vocabulary else []  # PEFT saves them then
         for path, module in model.named_modules():
             if isinstance(module, PrefixMemoryLayer):  # a state dict of all would change what bitsandbytes has repacked
                 for key, tensor in module.state_dict(prefix=f"{path}.").items():
@@ -312,7 +324,7 @@ class PrefixMemoryModel(BaseTuner):
                     stored = _stored(key, adapter_name)
                     if stored is not None:
                         expected[_bare(stored)], names[_bare(stored)] = tensor, key
-            elif isinstance(module, AuxiliaryTrainingWrapper):  # modules saved in full, or some of their rows
+            elif isinstance(module, AuxiliaryTrainingWrapper) or module in embeddings:  # saved in full, or some rows
                 others |= {_bare(f"{path}.{name}") for name, _ in module.named_parameters()}
         try:
             found = {_bare(key): tensor for key, tensor in state_dict.items()}
@@ -330,6 +342,12 @@ def _bare(key: str) -> str:
     return ".".join(part for part in key.replace("base_model.model.", "").split(".") if part not in WRAPPERS)
 
 
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """The input and output embeddings of a model, as far as it has them."""
+    getters = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
+    return [module for get in getters if get is not None and (module := get()) is not None]
+
+
 def _stored(key: str, adapter_name: str) -> str | None:
     """The name that a tensor of an adapter has in a checkpoint; ``None`` if it is not this adapter's."""
     for place in PLACES:
@@ -338,38 +356,28 @@ def _stored(key: str, adapter_name: str) -> str | None:
     return None
 
 
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The number of rows of the first tensor that a model is given."""
-    return next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
-
-
-def _check_targets(
-    config: PrefixMemoryConfig, sites: dict[str, AttentionSite], model: nn.Module
-) -> dict[str, AttentionSite]:
-    """The targeted attention modules by name.
+def _check_targets(config: PrefixMemoryConfig, sites: dict[str, AttentionSite], model: nn.Module) -> None:
+    """Refuse targets that match no module, or one that is no softmax attention.
 
     Raises:
-        PrefixMemoryError: the pattern matches no module, or one that is no softmax attention.
+        PrefixMemoryError: names what matched, and the attention modules that there are.
     """
     matched = [
         name
         for name, module in model.named_modules()
         if name
-        and not isinstance(matched := check_target_module_exists(config, name), _ExcludedModule)
+        and not isinstance(matched := _is_target(config, name), _ExcludedModule)
         and matched
         and not isinstance(module, PrefixMemoryLayer)
     ]
     available = sorted({name.rpartition(".")[2] for name in sites})
-    targeted = {}
     for name in matched:
         # cross attention is no site by default, and may be asked for by name
-        site = sites.get(name) or find_site(model.get_submodule(name))
-        if site is None:
+        if name not in sites and find_site(model.get_submodule(name)) is None:
             raise PrefixMemoryError(
                 f"target_modules={_shown(config.target_modules)} matches {name!r}, which is no softmax attention. "
                 f"Name attention modules, here {available}, or leave target_modules out for all of them."
             )
-        targeted[name] = site
     if not matched:
         wanted = config.target_modules if isinstance(config.target_modules, str) else min(config.target_modules or [""])
         narrowed = [
@@ -382,7 +390,14 @@ def _check_targets(
             f"module of {type(model).__name__}.{did_you_mean(wanted, available)} Its {len(sites)} attention modules "
             f"are called {available}, from {next(iter(sites))!r} on; leave target_modules out for all of them."
         )
-    return targeted
+
+
+def _is_target(config: PrefixMemoryConfig, key: str) -> Any:
+    """As in PEFT, but that ``layers_to_transform`` counts for targets given by their whole names too."""
+    if config.layers_to_transform is not None and key in (config.target_modules or ()):
+        config = copy(config)
+        config.target_modules = {key.rpartition(".")[2]}
+    return check_target_module_exists(config, key)
 
 
 def _shown(value: object) -> str:
@@ -419,10 +434,13 @@ def _discard(model: nn.Module, adapter_name: str) -> None:
 
 
 def _pass_adapter_names(
-    module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Tell a module saved in full which adapter each row uses; adapters without their own copy use the original."""
-    own = [name if name in module._adapters else BASE_MODEL for name in names]
+    rows = row_adapters()
+    if rows is None:
+        return None
+    own = [name if name in module._adapters else BASE_MODEL for name in rows.names]
     return args, {**kwargs, "adapter_names": [n for n in own for _ in range(args[0].shape[0] // len(own))]}
 
 

@@ -50,13 +50,7 @@ def check(adapters: list[str], configs: list[PrefixMemoryConfig], layers: list[l
             )
     for name, config, adapted in zip(adapters[1:], configs[1:], layers[1:], strict=True):
         cannot = f"Adapters {adapters[0]!r} and {name!r} cannot be summed"
-        for field in (
-            "memory",
-            "memory_options",
-            *sorted(MEMORY_FIELDS.keys() - {"rank", "dropout"}),
-            "query",
-            "answer_limit",
-        ):
+        for field in FIELDS:
             ours, theirs = getattr(configs[0], field), getattr(config, field)
             if ours != theirs:
                 raise PrefixMemoryError(f"{cannot}: {field} is {ours!r} and {theirs!r}. {advice}")
