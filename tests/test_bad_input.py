@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from transformers.utils import logging
 
 import tiny
 from close import close_training
+from command_line import Answer
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.rows.rendering import Example
 from prefixmemory.training.loop import train
@@ -31,13 +31,6 @@ CONFIG = "adapter_config.json"
 
 Refuse = Callable[..., str]
 Change = Callable[[Path], None]
-
-
-@dataclass
-class Answer:
-    code: int
-    out: str
-    err: str
 
 
 def jsonl(*rows: object) -> bytes:

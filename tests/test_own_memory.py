@@ -11,13 +11,13 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tiny
 from close import close_logits, same_parameters
 from own_memories import FIELDS, GATED, OWN, Gated, different, logits, registered, run_as, several  # noqa: F401
-from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, register_memory, set_scale
+from prefixmemory import MemorySite, PrefixMemoryConfig, PrefixMemoryError, reference, register_memory, set_scale
 from prefixmemory.adapters.loading import load_adapter
 from prefixmemory.memories.checkpoint import check_config_file
 from prefixmemory.memories.registry import MEMORIES
@@ -368,3 +368,83 @@ def test_a_copy_and_another_adapter_share_nothing_with_it():
     same_parameters(model, twin)
     close_logits(logits(model), logits(twin))
     assert torch.equal(run_as(model, "second"), second)
+
+
+# --- what a class may say of itself -----------------------------------------------------------------------------
+
+
+class Centred(nn.Module):
+    """(cos(q) − μ)ᵀM, with a field of the config, and a mean."""
+
+    def __init__(self, site: MemorySite, rank: int = 3) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(site.heads, site.head_dim, rank))
+        self.B = nn.Parameter(torch.zeros(site.heads, rank, site.value_dim))
+        self.mean = nn.Parameter(torch.zeros(site.heads, site.head_dim), requires_grad=False)
+
+    def features(self, query: Tensor) -> Tensor:
+        return torch.cos(query)
+
+    def forward(self, query: Tensor) -> Tensor:
+        centred = self.features(query.unsqueeze(-2)).squeeze(-2) - self.mean
+        return torch.einsum("bthf,hfr,hrv->bthv", centred, self.A, self.B)
+
+
+class Both(nn.Module):
+    """Reads both queries."""
+
+    queries = ("content", "rotary")
+
+    def __init__(self, site: MemorySite) -> None:
+        super().__init__()
+        self.M = nn.Parameter(torch.zeros(site.heads, site.head_dim, site.value_dim))
+
+    def forward(self, content: Tensor, rotary: Tensor) -> Tensor:
+        return torch.einsum("bthf,hfv->bthv", content * rotary, self.M)
+
+
+def test_it_may_have_a_field_of_the_config_a_mean_and_a_limit(tmp_path):
+    register_memory("centred")(Centred)
+    model = tiny.with_memory(tiny.build(), fill=False, memory="centred", rank="auto", answer_limit=0.5)
+    assert model.peft_config["default"].rank == 3 and memory_layers(model)[1].memory("default").A.shape == (4, 8, 3)
+    model.train()
+    model(input_ids=tiny.tokens(), labels=tiny.tokens()).loss.backward()
+    layer = memory_layers(model)[0]
+    memory = layer.memory("default")
+    q = content_query(model)
+    torch.testing.assert_close(memory.mean.detach(), torch.cos(q).mean(dim=(0, 1)), atol=1e-6, rtol=1e-5)
+    assert not memory.mean.requires_grad and memory.mean.grad is None
+
+    with torch.no_grad():
+        memory.B.normal_(std=100.0)  # far beyond the limit
+        model.eval()
+        with model.disable_adapter():
+            base = heads_output(model)
+        answer = torch.einsum("bthf,hfv->bthv", torch.cos(q) - memory.mean, memory.A @ memory.B)
+        limited = reference.limited(answer.transpose(1, 2), base.transpose(1, 2), 0.5).transpose(1, 2)
+        torch.testing.assert_close(heads_output(model) - base, limited, atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path)
+    assert torch.equal(memory_layers(loaded)[0].memory("default").mean, memory.mean)
+    given = PrefixMemoryConfig(memory="centred", rank=5)
+    assert given.rank == 5 and given.answer_limit is None  # no limit but where it is asked for
+
+
+def test_it_may_read_both_queries():
+    register_memory("both")(Both)
+    model = tiny.with_memory(tiny.build(), memory="both")
+    at, ids = torch.arange(9)[None], tiny.tokens()
+    first = memory_layers(model)[0].memory("default")
+    seen = []
+    handle = first.register_forward_hook(lambda m, args, output: seen.append(args))
+    logits(model, ids, position_ids=at)
+    logits(model, ids, position_ids=at + 37)
+    handle.remove()
+    torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-6, rtol=0)  # content: where it stands changes nothing
+    assert different(seen[0][1], seen[1][1])
+
+
+def test_options_that_are_fields_of_the_config_are_given_as_such():
+    register_memory("centred")(Centred)
+    with pytest.raises(PrefixMemoryError, match="memory_options has 'rank', a field of the config: give rank=5"):
+        PrefixMemoryConfig(memory="centred", memory_options={"rank": 5})

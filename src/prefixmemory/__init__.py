@@ -6,6 +6,7 @@ take a ``LoraConfig``.
 """
 
 import prefixmemory._imports  # noqa: F401  # isort: skip  # first: PEFT is imported there
+from prefixmemory._version import __version__
 from prefixmemory.adapters.loading import load_adapter
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.config import PrefixMemoryConfig
@@ -15,12 +16,12 @@ from prefixmemory.tuner.calibration import calibrate
 from prefixmemory.tuner.layer import set_scale
 from prefixmemory.tuner.model import PrefixMemoryModel, register
 
-__version__ = "0.1.0"
 __all__ = [
     "MemorySite",
     "PrefixMemoryConfig",
     "PrefixMemoryError",
     "PrefixMemoryModel",
+    "__version__",
     "calibrate",
     "load_adapter",
     "register_feature_map",

@@ -12,9 +12,11 @@ Nothing here knows modules, adapters or calls. Symbols are those of ``reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from prefixmemory._shapes import Float
 
@@ -80,23 +82,60 @@ def add(
         onto: what it is added to; ``None``: ``outputs``. Several memories are limited each by the heads' own outputs.
     """
     onto = outputs if onto is None else onto
-    if limit is not None:
-        factor = limit_factor(outputs, answer, limit)  # too small for float16 where a is long
-        answer = answer * (factor if answer.dtype == torch.float16 else factor.to(answer.dtype))
-    return torch.add(onto, answer.to(onto.dtype), alpha=scale)
+    if limit is None:
+        return torch.add(onto, answer.to(onto.dtype), alpha=scale)
+    learns = torch.is_grad_enabled() and (outputs.requires_grad or answer.requires_grad)
+    if learns and not torch.compiler.is_compiling():  # a compiler fuses what it derives itself
+        return cast(Tensor, _AddLimited.apply(outputs, answer, onto, limit, scale))  # type: ignore[no-untyped-call]
+    longest, length = _squares(outputs, answer, limit)
+    factor = (longest / (longest + length)).sqrt()
+    return torch.add(onto, _times(answer, factor).to(onto.dtype), alpha=scale)
 
 
-def limit_factor(
-    outputs: Float[Tensor, "*b h v"], answer: Float[Tensor, "*b h v"], limit: float
-) -> Float[Tensor, "*b h 1"]:
-    """√(L / (L + |a|²)), in float32 at least: squares of float16 would overflow."""
+class _AddLimited(torch.autograd.Function):
+    """onto + s·f·a with f = √(L / (L + |a|²)), L = c²·|o|² + V·TINY.
+
+    With p = s·∂/∂out and d = Σ_v p·a, one number per token and head:
+
+        ∂/∂a = f·p − d·f/(L + |a|²)·a
+        ∂/∂o = d·f·c²·|a|²/(L·(L + |a|²))·o
+
+    By hand because the gradient that torch derives passes over full-size tensors fifteen times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, answer: Tensor, onto: Tensor, limit: float, scale: float) -> Tensor:
+        longest, length = _squares(outputs, answer, limit)
+        factor = (longest / (longest + length)).sqrt()
+        ctx.save_for_backward(outputs, answer, longest, length, factor)
+        ctx.limit, ctx.scale = limit, scale
+        return torch.add(onto, _times(answer, factor).to(onto.dtype), alpha=scale)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        outputs, answer, longest, length, factor = ctx.saved_tensors
+        given = gradient.to(answer.dtype) * ctx.scale
+        along = (given * answer).sum(dim=-1, keepdim=True, dtype=factor.dtype) * factor / (longest + length)
+        to_answer = _times(given, factor) - _times(answer, along)
+        to_outputs = None
+        if ctx.needs_input_grad[0]:
+            to_outputs = _times(outputs, along * length / longest * ctx.limit**2).to(outputs.dtype)
+        return to_outputs, to_answer.to(answer.dtype), gradient, None, None
+
+
+def _squares(outputs: Tensor, answer: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """L and |a|², ``[*b, h, 1]``, in float32 at least: squares of float16 would overflow."""
     own, length = (
         torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         for x in (outputs, answer)
     )
-    longest = (own * own).mul(limit * limit).add(outputs.shape[-1] * TINY)
-    factor: Tensor = (longest / torch.addcmul(longest, length, length)).sqrt()
-    return factor
+    return (own * own).mul(limit * limit).add(outputs.shape[-1] * TINY), length * length
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """x·factor in x's dtype; in float32 where x is float16, in which such factors are zero."""
+    return x * (factor if x.dtype == torch.float16 else factor.to(x.dtype))
 
 
 def read(

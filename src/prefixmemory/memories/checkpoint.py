@@ -18,7 +18,9 @@ from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 
 FINGERPRINT_SIZE = 64
-FINGERPRINT_ROWS = 512  # of the vocabulary: few enough to be left alone when tokens are added at its end
+#: Of the vocabulary, by halves of the sample: what is sampled must not depend on its size, which grows when tokens are
+#: added. Rows that a small vocabulary lacks are left out of comparisons.
+FINGERPRINT_ROWS = (32, 512)
 SAME_MODEL_COSINE = 0.95  # survives a change of dtype, quantisation or fine-tuning of the base; another model gives ~0
 
 
@@ -152,11 +154,11 @@ def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module) -> list[float] | None:
+def fingerprint(model: nn.Module) -> list[float | None] | None:
     """A sample of the input embeddings: enough to tell one base model from another, whatever its dtype.
 
-    Returns ``None`` where the embeddings cannot be read (no embeddings, meta device, quantised). Where they are spread
-    over processes, all of these must call it.
+    A value is ``None`` where the vocabulary has no such row. Returns ``None`` where the embeddings cannot be read (no
+    embeddings, meta device, quantised). Where they are spread over processes, all of these must call it.
     """
     try:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -168,10 +170,13 @@ def fingerprint(model: nn.Module) -> list[float] | None:
     if weight.is_meta or len(shape) != 2 or not weight.is_floating_point() or not plain:
         return None
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(min(FINGERPRINT_ROWS, shape[0]), (FINGERPRINT_SIZE,), generator=generator)
-    columns = torch.randint(shape[1], (FINGERPRINT_SIZE,), generator=generator)
-    sample = _rows(weight, rows.to(weight.device)).gather(1, columns.to(weight.device)[:, None])[:, 0]
-    return [float(f"{value:.4g}") for value in sample.float().tolist()]
+    few, more = (torch.randint(n, (FINGERPRINT_SIZE // 2,), generator=generator) for n in FINGERPRINT_ROWS)
+    columns = torch.randint(shape[1], (FINGERPRINT_SIZE,), generator=generator).to(weight.device)
+    rows = torch.cat([few, more]).to(weight.device)
+    there = rows < shape[0]
+    sample = _rows(weight, rows.where(there, 0)).gather(1, columns[:, None])[:, 0]
+    values = zip(sample.float().tolist(), there.tolist(), strict=True)
+    return [float(f"{value:.4g}") if is_there else None for value, is_there in values]
 
 
 def _is_dtensor(weight: Tensor) -> bool:
@@ -194,11 +199,12 @@ def _rows(weight: Tensor, rows: Tensor) -> Tensor:
     return weight[rows]
 
 
-def same_base_model(saved: list[float], present: list[float]) -> bool:
-    """Whether two fingerprints come from the same base model (or a fine-tuned or quantised copy of it)."""
-    if len(saved) != len(present):
+def same_base_model(saved: list[float | None], present: list[float | None]) -> bool:
+    """Whether two fingerprints come from the same base model (or a fine-tuned, quantised or extended copy of it)."""
+    pairs = [(x, y) for x, y in zip(saved, present, strict=False) if x is not None and y is not None]
+    if len(saved) != len(present) or not pairs:
         return False
-    a, b = torch.tensor(saved), torch.tensor(present)
+    a, b = torch.tensor(pairs).unbind(1)
     if torch.equal(a, b):
         return True  # also where all sampled values are zero
     return bool(torch.cosine_similarity(a, b, dim=0) > SAME_MODEL_COSINE)

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import peft
+from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
 
 import prefixmemory.memories.matrix  # the built-in memories register themselves
 import prefixmemory.memories.prefix  # noqa: F401
+from prefixmemory._version import __version__
 from prefixmemory.errors import (
     PrefixMemoryError,
     UnknownFieldError,
@@ -91,6 +94,7 @@ class PrefixMemoryConfig(PeftConfig):
         modules_to_save: further modules to train and save in full, as in PEFT.
         base_model_fingerprint: written by ``get_peft_model``: a sample of the base model's input embeddings, by
             which loading refuses another base model. Set it to ``None`` to load onto another model on purpose.
+        prefixmemory_version: of the package that made the config.
         weights_sha256: written when saving: checksum of the weights file, by which loading refuses a damaged one.
     """
 
@@ -117,16 +121,19 @@ class PrefixMemoryConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    base_model_fingerprint: list[float] | None = field(default=None, repr=False)
+    base_model_fingerprint: list[float | None] | None = field(default=None, repr=False)
     weights_sha256: str | None = field(default=None, repr=False)
+    prefixmemory_version: str | None = field(default=None, repr=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PrefixMemoryConfig:
         """Refuse unknown fields."""
-        # Checked here, before the generated __init__, so that a typo gets a suggestion. PEFT would turn the
-        # TypeError for an unknown field of a saved config into a warning and drop the field.
+        # Checked here, before the generated __init__, so that a typo gets a suggestion. PEFT turns Python's own
+        # TypeError for an unknown field of a saved config into a warning, and drops the field.
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:
+                if not did_you_mean(name, known) and _is_of_a_newer_peft(kwargs):
+                    raise TypeError(f"PrefixMemoryConfig got an unexpected keyword argument {name!r}")
                 raise UnknownFieldError(
                     f"PrefixMemoryConfig has no field {name!r}.{did_you_mean(name, known)} "
                     "If a newer prefixmemory wrote it, upgrade with `pip install -U prefixmemory`."
@@ -136,6 +143,7 @@ class PrefixMemoryConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PREFIX_MEMORY
+        self.prefixmemory_version = self.prefixmemory_version or __version__
         # Not a field: read from a file whose tensors are not loaded yet, so that a refusal takes the adapter with it.
         self.awaits_weights = self.weights_sha256 is not None
         self._check_values()
@@ -269,3 +277,13 @@ class PrefixMemoryConfig(PeftConfig):
             checkpoint.check_hub_weights(str(pretrained_model_name_or_path), subfolder, config.weights_sha256, hub)
         config.awaits_weights = True
         return config
+
+
+def _is_of_a_newer_peft(saved: dict[str, Any]) -> bool:
+    """Whether unknown fields of a file are PEFT's: a newer PEFT wrote it, with a prefixmemory no newer than this."""
+    try:
+        return Version(str(saved.get("peft_version"))) > Version(peft.__version__) and Version(
+            str(saved.get("prefixmemory_version"))
+        ) <= Version(__version__)
+    except InvalidVersion:
+        return False

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 from peft.utils import CONFIG_NAME
 
 from prefixmemory.files.markup import in_markdown
+from prefixmemory.memories.registry import MEMORIES
 from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
 from prefixmemory.rows.readers import hub_id
 
@@ -53,7 +54,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     parts = [
         _metadata(record, base, ours),
         f"# {'Memory' if ours else f'{method} adapter'}{f' for {base.title}' if base.title else ''}\n",
-        _what_it_is(base, ours, method, record.get("memory")),
+        _what_it_is(base, ours, method, _registered(record)),
         f"## Load it\n\n{_loading(record, base, ours)}",
         _table("Training", ("", ""), _training(record)),
         _table("Results", ("metric", "value", "conditions"), _metrics(record.get("metrics") or {})),
@@ -161,6 +162,12 @@ def _metadata(record: Mapping[str, Any], base: _Base, ours: bool) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
+def _registered(record: Mapping[str, Any]) -> str | None:
+    """The name of a memory that is not the package's own."""
+    name = record.get("memory")
+    return None if name is None or (name in MEMORIES and MEMORIES[name].says("is_builtin")) else str(name)
+
+
 def _what_it_is(base: _Base, ours: bool, method: str, own_memory: str | None) -> str:
     if not ours:
         return (
@@ -203,8 +210,8 @@ def _loading(record: Mapping[str, Any], base: _Base, ours: bool) -> str:
             loader = f'AutoModel{task}.from_pretrained("path/to", gguf_file="{base.file}")'
         lines += ["from peft import PeftModel", source]
         lines += [f'model = PeftModel.from_pretrained({loader}, "{THIS_FOLDER}")']
-    if ours and record.get("memory") is not None:
-        lines.insert(0, f"# first import the module that registers memory={record['memory']!r}")
+    if ours and (registered := _registered(record)) is not None:
+        lines.insert(0, f"# first import the module that registers memory={registered!r}")
     packages = "the Python packages `prefixmemory` and `peft`" if ours else "the Python package `peft`"
     return "```python\n" + "\n".join(lines) + f"\n```\n\nThis needs {packages}.\n"
 

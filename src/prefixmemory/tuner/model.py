@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
+from functools import partial, wraps
 from typing import Any, cast
 
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
@@ -40,6 +42,13 @@ PLACES = tuple(f".{CHILD}.{place}." for place in PrefixMemoryLayer.adapter_layer
 
 #: What torch's activation checkpointing adds to the names of modules and parameters, not to those in a state dict.
 WRAPPER = "_checkpoint_wrapped_module."
+
+#: Names of the one child of modules that wrap a model or a layer.
+WRAPPERS = ("_orig_mod", "module", "base_layer")
+
+
+class NoAttentionMatchedError(PrefixMemoryError, NoMatchingPeftModuleError):
+    """The config names no module of the model; also what PEFT raises where nothing matches."""
 
 
 class PrefixMemoryModel(BaseTuner):
@@ -293,30 +302,32 @@ class PrefixMemoryModel(BaseTuner):
 
         A refused checkpoint takes its half-made adapter with it, so that the model stays as it was.
         """
-        prefix = "base_model.model."  # not there where PEFT's layers were injected without a PeftModel
         names: dict[str, str] = {}  # in the checkpoint -> in the model
         expected: dict[str, Tensor] = {}
         others: set[str] = set()
         for path, module in model.named_modules():
-            if isinstance(
-                module, PrefixMemoryLayer
-            ):  # not the model: asking it changes weights that bitsandbytes repacked
+            if isinstance(module, PrefixMemoryLayer):  # a state dict of all would change what bitsandbytes has repacked
                 for key, tensor in module.state_dict(prefix=f"{path}.").items():
                     key = key.replace(WRAPPER, "")
                     stored = _stored(key, adapter_name)
                     if stored is not None:
-                        expected[stored.removeprefix(prefix)], names[stored.removeprefix(prefix)] = tensor, key
+                        expected[_bare(stored)], names[_bare(stored)] = tensor, key
             elif isinstance(module, AuxiliaryTrainingWrapper):  # modules saved in full, or some of their rows
-                others |= {f"{path}.{name}".removeprefix(prefix) for name, _ in module.named_parameters()}
-        found = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
+                others |= {_bare(f"{path}.{name}") for name, _ in module.named_parameters()}
         try:
+            found = {_bare(key): tensor for key, tensor in state_dict.items()}
             checkpoint.check_state_dict(found, expected, also_known=others)
         except PrefixMemoryError:
             if config.awaits_weights:  # an adapter that was there before stays
                 _discard(model, adapter_name)
             raise
         config.awaits_weights = False
-        return {names.get(key.removeprefix(prefix), key): tensor for key, tensor in state_dict.items()}
+        return {names.get(_bare(key), key): tensor for key, tensor in state_dict.items()}
+
+
+def _bare(key: str) -> str:
+    """A tensor's name without what wrappers around the base model put into it: PEFT, ``torch.compile``, DDP."""
+    return ".".join(part for part in key.replace("base_model.model.", "").split(".") if part not in WRAPPERS)
 
 
 def _stored(key: str, adapter_name: str) -> str | None:
@@ -366,7 +377,7 @@ def _check_targets(
             for field in ("layers_to_transform", "layers_pattern", "exclude_modules")
             if (value := getattr(config, field)) is not None
         ]
-        raise PrefixMemoryError(
+        raise NoAttentionMatchedError(
             f"target_modules={_shown(config.target_modules)}{''.join(f', {n}' for n in narrowed)} matches no attention "
             f"module of {type(model).__name__}.{did_you_mean(wanted, available)} Its {len(sites)} attention modules "
             f"are called {available}, from {next(iter(sites))!r} on; leave target_modules out for all of them."
@@ -424,11 +435,41 @@ def accept_adapter_names() -> None:
     warnings.filterwarnings("ignore", message, UserWarning)
 
 
+def check_configs_on_load() -> None:
+    """Refuse to load an adapter over one of the same name that has another config.
+
+    ``PeftModel.load_adapter`` reads the config only for a new name, and would answer with the old config and the new
+    weights. It is wrapped, once; adapters of other methods pass through.
+    """
+    original = PeftModel.load_adapter
+    if getattr(original, "_checks_memories", False):
+        return
+
+    @wraps(original)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        present = self.peft_config.get(adapter_name)
+        if isinstance(present, PrefixMemoryConfig):
+            options, _ = self._split_kwargs(kwargs)
+            saved = PrefixMemoryConfig.from_pretrained(model_id, **options)
+            for name in ("modules_to_save", "mixing", "mix", *weighted_adapter.FIELDS, "rank", "scale"):
+                ours, theirs = getattr(present, name), getattr(saved, name)
+                if ours != theirs:
+                    raise PrefixMemoryError(
+                        f"{model_id} cannot be loaded over the adapter {adapter_name!r}: {name} is {theirs!r} there "
+                        f"and {ours!r} here. Load it under another name, or delete_adapter({adapter_name!r}) first."
+                    )
+        return original(self, model_id, adapter_name, *args, **kwargs)
+
+    load_adapter._checks_memories = True  # type: ignore[attr-defined]
+    PeftModel.load_adapter = load_adapter
+
+
 def register() -> None:
     """Make ``PREFIX_MEMORY`` known to PEFT; called at import, and harmless when that happens again."""
     if PREFIX_MEMORY in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     accept_adapter_names()
+    check_configs_on_load()
     register_peft_method(
         name=PREFIX_MEMORY.lower(),
         config_cls=PrefixMemoryConfig,
