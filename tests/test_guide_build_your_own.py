@@ -192,7 +192,8 @@ def test_what_the_new_process_printed_is_what_the_instruments_measure(guide: Run
 def test_without_the_import_loading_stops_with_the_line_of_the_guide(guide: Run, monkeypatch: pytest.MonkeyPatch):
     (line,) = [block for language, block in BLOCKS if language == "text" and "is not registered" in block]
     base = tiny.build()
-    monkeypatch.setattr("prefixmemory.memories.registry.MEMORIES", {})
+    builtin = {name: MEMORIES[name] for name in ("matrix", "prefix")}
+    monkeypatch.setattr("prefixmemory.memories.registry.MEMORIES", builtin)
     for load in (guide.adapter, lambda: PeftModel.from_pretrained(base, guide.place / "gated-memory")):
         with pytest.raises(PrefixMemoryError) as refusal:
             load()

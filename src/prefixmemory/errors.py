@@ -9,7 +9,7 @@ from typing import cast
 
 
 class PrefixMemoryError(ValueError):
-    """Something in the user's input is wrong; the message says what and how to mend it."""
+    """Something in the user's input is wrong; the message says what and how to fix it."""
 
 
 class UnknownFieldError(PrefixMemoryError, TypeError):

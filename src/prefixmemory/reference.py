@@ -109,7 +109,7 @@ def kernel_prefix(
 def read_memory(
     q: Float[Tensor, "b h i d"], memory: Float[Tensor, "h f v"], phi: FeatureMapFn
 ) -> Float[Tensor, "b h i v"]:
-    """φ(q_i)ᵀM: what the memory of each head answers to each query."""
+    """φ(q_i)ᵀM: the memory output of each head for each query."""
     return phi(q) @ memory
 
 
@@ -135,7 +135,7 @@ def prefix_memory(
 def limited(
     answer: Float[Tensor, "b h i v"], o: Float[Tensor, "b h i v"], limit: float, tiny: float = 1e-12
 ) -> Float[Tensor, "b h i v"]:
-    """answer / √(1 + |answer|² / (c·|o|)²): our limit on step 4, no answer is as long as c = ``limit`` times o.
+    """answer / √(1 + |answer|² / (c·|o|)²): our limit on step 4: no memory output is as long as c = ``limit`` times o.
 
     ``tiny`` stands in for the mean square of an o that is zero.
     """

@@ -27,17 +27,17 @@ def inspect(
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of the text for the other instruments; default: up to 1,024.")
     ] = None,
-    heads: Annotated[int, typer.Option(help="Ablate so many heads, those with the largest memories.")] = 16,
+    heads: Annotated[int, typer.Option(help="Ablate this many heads, those with the largest memories.")] = 16,
     data: Annotated[
         str | None,
         typer.Option(
             help="Rows that long-input answers (default: Northline) and ablations measure (default: the text)."
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(help="Use so many of these rows.")] = 64,
+    limit: Annotated[int, typer.Option(help="Use this many of these rows.")] = 64,
     context: Annotated[
         Path | None,
-        typer.Option(parser=path, help="UTF-8 text that long-input puts in front; default: an essay on lighthouses."),
+        typer.Option(parser=path, help="UTF-8 text that long-input prepends; default: an essay on lighthouses."),
     ] = None,
     context_lengths: Annotated[
         str | None, typer.Option(help="Its lengths in tokens, with commas; default: 0,256,1024,4000.")
@@ -52,7 +52,7 @@ def inspect(
     tradeoff: the share of attention that a prefix takes, or what a memory adds, against the length of the input.
     spectrum: in how many directions the adapter changes what attention answers (any PEFT method).
     shift: how far it moves the attention maps. readout: the tokens that a memory speaks for, the heads that matter.
-    long-input: what accuracy is left as unrelated text is put in front.
+    long-input: what accuracy is left behind unrelated text.
 
     \b
     Example: prefixmemory inspect tickets-memory --output tickets-inspected

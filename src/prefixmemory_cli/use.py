@@ -60,7 +60,7 @@ def evaluate(
         str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas: hellaswag,arc_easy.")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(parser=path, help="Folder with tasks of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Score so many rows only (of each task).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only this many rows (of each task).")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
     output: Annotated[
@@ -135,7 +135,7 @@ def chat(
 ) -> None:
     """Talk with a trained adapter; answers appear as they are written.
 
-    In the chat: /base switches the adapter off and on, /scale 0.5 changes a memory's dose, /reset forgets the
+    In the chat: /base switches the adapter off and on, /scale 0.5 changes a memory's scale, /reset forgets the
     conversation, /quit (or ctrl-D) ends it.
 
     \b

@@ -1,4 +1,4 @@
-"""``prefixmemory evaluate``: an adapter beside its base model, on rows of one's own or on lm-evaluation-harness."""
+"""``prefixmemory evaluate``: an adapter beside its base model, on your rows or on lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Scores:
     Attributes:
         conditions: what was scored: data or task, number of rows.
         metrics: name -> (base model, adapter).
-        details: one entry a row, or what the harness returned.
+        details: one entry per row, or what the harness returned.
     """
 
     conditions: dict[str, Any]

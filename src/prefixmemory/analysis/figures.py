@@ -1,4 +1,4 @@
-"""Figures of what the instruments measured, to go into a paper: one function an instrument.
+"""Figures of what the instruments measured, to go into a paper: one function per instrument.
 
 Adapters are told apart by colour (Okabe and Ito's palette, safe for colour-blind readers), line style and marker.
 Matplotlib is imported when a figure is made.
@@ -300,7 +300,7 @@ def long_input_figure(found: Mapping[str, LongInput]) -> Any:
 
 
 def interval(percent: float, rows: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval, in percent, of a share that was found in ``rows`` rows."""
+    """Wilson's interval, in percent, of a fraction that was found in ``rows`` rows."""
     share = percent / 100
     middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
     half = z / (1 + z**2 / rows) * math.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))

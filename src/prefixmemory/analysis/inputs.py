@@ -38,7 +38,7 @@ def text_sites(model: nn.Module) -> dict[str, AttentionSite]:
 
 
 def prefix_lengths(model: nn.Module) -> dict[str, int]:
-    """How many keys of its own the active adapter puts in front of the input's, by attention module.
+    """How many keys of its own the active adapter prepends to the input's, by attention module.
 
     That is a prefix inside the softmax: ours, or PEFT's prefix tuning. 0: none.
     """

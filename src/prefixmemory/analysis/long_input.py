@@ -1,4 +1,4 @@
-"""Long input: how much of an adapter's accuracy is left as unrelated text is put in front of the question."""
+"""Long input: how much of an adapter's accuracy is left as unrelated text precedes the question."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from prefixmemory.rows.unrelated_text import context_tokens, unrelated_text
 from prefixmemory.scoring.generation import accuracy, answers
 
 DEFINITION = (
-    "percentage of rows whose generated label is exactly theirs, behind so many tokens of unrelated text; the base "
+    "percentage of rows whose generated label is exactly theirs, behind this many tokens of unrelated text; the base "
     "model reads the same prompts"
 )
 #: Tokens of unrelated text, where nothing else is asked for.
 LENGTHS = (0, 256, 1024, 4000)
 #: Tokens of an answer: as many, or what the longest label needs.
 ANSWER = 16
-#: A batch keeps the keys and values of so many tokens at most.
+#: A batch keeps the keys and values of this many tokens at most.
 BATCH_TOKENS = 16_384
 #: Tokens that the blank line and the seam between text and prompt may take.
 SEAM = 8
@@ -39,7 +39,7 @@ class LongInput:
     Attributes:
         definition: of the figures, in words.
         rows: number of rows that were answered.
-        lengths: tokens of unrelated text in front.
+        lengths: tokens of unrelated text before the rows.
         accuracy: one a length, in percent, with the adapter.
         base_accuracy: one a length, in percent, of the base model.
     """
@@ -67,7 +67,7 @@ def long_input(
         rows: with ``text`` and ``label``.
         lengths: tokens of unrelated text; ``None``: 0, 256, 1,024 and 4,000, cut to what model and text allow.
         file: a UTF-8 text; ``None``: the essay that ships with the package.
-        progress: called with a number of rows, each time that so many were answered.
+        progress: called with a number of rows, each time that this many more were answered.
 
     Raises:
         PrefixMemoryError: there is no adapter, rows have no label, or a length is more than the model reads or the

@@ -1,4 +1,4 @@
-"""What attention functions really receive and answer, behind every prefix that was put in front.
+"""What attention functions really receive and answer, behind every prefix that was prepended.
 
 Shares and maps of attention are computed here from queries, keys and masks, for a few queries at a time. So no
 backend has to hand out attention weights, and inputs of thousands of tokens fit into memory.

@@ -33,12 +33,12 @@ class Spectrum:
     Attributes:
         definition: of the figures, in words.
         layers: names of the attention modules.
-        tokens: over so many tokens the covariance was taken: no rank can exceed ``tokens - 1``.
+        tokens: how many the covariance was taken over: no rank can exceed ``tokens - 1``.
         width: size of the bias, that of the hidden state.
         eigenvalues: ``[layer][n]``, falling; at most as many as tokens or width.
-        effective_rank: one a layer; 0 where the bias does not vary.
-        constant: one a layer: the part of the bias's mean square that is its mean, which covariance does not see.
-        relative_norm: one a layer: root mean square of the bias, divided by that of the output without the adapter.
+        effective_rank: one per layer; 0 where the bias does not vary.
+        constant: one per layer: the part of the bias's mean square that is its mean, which covariance does not see.
+        relative_norm: one per layer: root mean square of the bias, divided by that of the output without the adapter.
     """
 
     definition: str

@@ -1,6 +1,6 @@
 """The trade-off: how much of a head's answer is the adapter's, against the length of the input.
 
-A prefix inside the softmax takes its share α of the attention from the input, and the longer the input, the less is
+A prefix inside the softmax takes its share α of attention from the input, and the longer the input, the less is
 left for it. A memory outside adds to what attention answers; the same question is then how large the addition is.
 """
 
@@ -41,7 +41,7 @@ class Tradeoff:
         prefix_length: number of prefix keys; ``None`` for a memory.
         layers: names of the attention modules.
         lengths: lengths of the input, in tokens.
-        queries: over so many last queries of each input the mean was taken (all, in a shorter one).
+        queries: the mean was taken over this many last queries of each input (all, in a shorter one).
         values: ``[length][layer][head]``.
     """
 

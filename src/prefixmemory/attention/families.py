@@ -18,8 +18,8 @@ class QueryProjection:
 
     Attributes:
         path: name of the projection, dotted, from the module that computes the attention.
-        blocks: what the projection returns is this many equal parts, each beginning with the queries of its share of
-            the heads: 1 (all queries first), ``heads`` (one part a head), ``kv_heads`` (one part a group), or a number.
+        blocks: what the projection returns is this many equal parts, each beginning with the queries of its
+            heads: 1 (all queries first), ``heads`` (one part per head), ``kv_heads`` (one part per group), or a number.
         beside: what else it returns.
         classes: which attention classes the row is for.
         bias: name of a parameter ``[heads * head_dim]`` that is added to the query after the projection.

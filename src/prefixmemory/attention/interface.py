@@ -14,7 +14,7 @@ from transformers.modeling_utils import AttentionInterface
 from prefixmemory.attention.sites import CHILD, AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 
-#: Shown every call of an attention function behind the tap: what it really received, and its answer. Empty unless
+#: Shown every call of an attention function behind the tap: what it really received, and its output. Empty unless
 #: ``analysis.observe`` is at work.
 OBSERVERS: list[Callable[..., None]] = []
 
@@ -37,7 +37,7 @@ def install_tap() -> None:
     """Let memory layers see and change what attention functions receive, in every model and backend.
 
     ``AttentionInterface.get_interface`` hands out the attention function of each call; what it hands out is wrapped
-    so that a memory layer hanging in the calling module is shown the query and may put its prefix in front of keys and
+    so that a memory layer hanging in the calling module is shown the query and may prepend its prefix to keys and
     values. Without such a layer the wrapper only passes its arguments on. Installed once, when the first memory with
     ``query="rotary"`` or ``placement="inside"`` is made.
     """

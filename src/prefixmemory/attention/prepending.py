@@ -1,6 +1,6 @@
 """Inside the softmax: prefix keys and values beside the input's, in every attention backend of transformers.
 
-Step 1 of ``reference.py``. The prefix is put in front of keys and values when the attention function is called, after
+Step 1 of ``reference.py``. The prefix is prepended to keys and values when the attention function is called, after
 rotation and after the cache was read, so that it never lies in a cache: gradient checkpointing, static caches, left
 padding and several adapters in one batch need nothing of their own.
 """
@@ -18,7 +18,7 @@ from prefixmemory.errors import PrefixMemoryError
 
 @dataclass(frozen=True)
 class Prefix:
-    """What stands in front of the input.
+    """What is prepended to the input's keys and values.
 
     Attributes:
         keys, values: ``[1 or batch, kv_heads, length, dim]``.
@@ -46,7 +46,7 @@ def prepend_prefix(
     is_causal: bool | None = None,
     counts_from_end: bool = False,
 ) -> tuple[Tensor, Tensor, Any]:
-    """Keys, values and mask with ``prefix`` in front of them.
+    """Keys, values and mask with ``prefix`` prepended.
 
     Args:
         prefix: the prefix.
@@ -113,7 +113,7 @@ def _present(prefix: Prefix, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _block_mask(prefix: Prefix, mask: Any) -> Any:
-    """A flex attention mask with the prefix in front."""
+    """A flex attention mask with the prefix prepended."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch, heads = mask.shape[:2]

@@ -6,7 +6,7 @@ the first and the third by the tables of ``families.py``; the second comes throu
 (``interface.py``).
 
 What a model does between attention and its output projection (a gate, a norm, a difference of heads) is done when a
-memory adds its answer: head ``n`` adds to the ``n``-th of the slices that the output projection reads. Nothing in the
+memory adds its output: head ``n`` adds to the ``n``-th of the slices that the output projection reads. Nothing in the
 base model is replaced: hooks read and add, and are removed again by ``unload``.
 """
 
@@ -36,7 +36,7 @@ class AttentionSite:
         core: the module that computes the attention; ``module`` itself, or its child (BERT's ``self``).
         query_source, query_path: the descendant of ``module`` whose output holds the query, and its dotted name.
         normed: whether that is a q-norm rather than the projection.
-        blocks: the projection returns so many equal parts, each beginning with the queries of its heads.
+        blocks: the projection returns this many equal parts, each beginning with the queries of its heads.
         bias: name of a parameter of ``core`` that is added to the query, or empty.
         clip: largest absolute value of the query, or ``None``.
         output_projection, output_path: the descendant of ``module`` that reads the heads' outputs,

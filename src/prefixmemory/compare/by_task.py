@@ -132,7 +132,7 @@ def cell(loaded: Loaded, pair: Pair, finals: Finals) -> Cell:
 
 
 def behind_text(tasks: list[tuple[Task, BySeed]]) -> dict[str, Behind]:
-    """tokens in front -> score, and how it differs from that of the same rows and seeds behind nothing."""
+    """tokens before the rows -> score, and how it differs from that of the same rows and seeds behind nothing."""
     measured = [set(record.long_input) for _, found in tasks for record in found.values()]
     result = {}
     for length in sorted(set.intersection(*measured), key=int):

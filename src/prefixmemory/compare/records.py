@@ -63,9 +63,9 @@ class Scores:
 
     Attributes:
         score: the task's own figure; more is better.
-        points: one a row.
+        points: one per row.
         metrics: further figures by name, with their unit.
-        answers: what a classifier wrote, one a row.
+        answers: what a classifier wrote, one per row.
     """
 
     score: float
@@ -110,7 +110,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Greedy tokens a second of the model, and of the base model in the same run."""
+    """Greedy tokens per second of the model, and of the base model in the same run."""
 
     tokens_a_second: float
     base: float | None = None
@@ -143,9 +143,9 @@ class Record:
         training: where something was trained.
         validation: scores of a ``rate`` run.
         test: scores of a ``final`` run.
-        long_input: tokens of unrelated text in front -> scores, ``0`` being the same rows behind nothing.
+        long_input: tokens of unrelated text before the rows -> scores, ``0`` being the same rows behind nothing.
         transfer: other task -> scores.
-        neutral_text: negative log-likelihood of the shipped essay, in nats a token.
+        neutral_text: negative log-likelihood of the shipped essay, in nats per token.
         decoding: speed of writing.
         peak_memory_bytes: on the GPU.
     """

@@ -15,7 +15,7 @@ from prefixmemory.models.loading import Dtype
 from prefixmemory.tasks import Task, load_task, shipped_tasks
 from prefixmemory.training.settings import TrainingSettings
 
-#: Share of the steps in which the learning rate rises, where neither suite nor task nor method says otherwise. The
+#: Fraction of the steps in which the learning rate rises, where neither suite nor task nor method says otherwise. The
 #: default of ``TrainingSettings`` is the default memory's own.
 WARMUP = 0.1
 #: A task or a method in a suite: its name (or file), or a mapping of ``use:`` and the fields to change.
@@ -37,7 +37,7 @@ class Suite:
         every_rate: methods whose final runs are made at every candidate, not at the chosen one only.
         validation_rows: rows by which the learning rate is chosen.
         test_rows: rows of the score.
-        long_input: tokens of unrelated text in front of the test rows.
+        long_input: tokens of unrelated text before the test rows.
         long_input_rows: test rows that are scored behind long inputs.
         transfer_rows: rows of each task of ``transfers_to`` on which adapters are scored; 0: none.
         written_answers: test rows of each task with free answers (``loss``, ``preference``) that every final
@@ -46,7 +46,7 @@ class Suite:
             own over these, as the default memory has.
         dtype: of the base model.
         attention: as transformers' ``attn_implementation``, in training; ``None``: the model's default.
-        launcher: command in front of each training run, such as ``[accelerate, launch, --num_processes, "2"]``.
+        launcher: command that starts each training run, such as ``[accelerate, launch, --num_processes, "2"]``.
     """
 
     name: str

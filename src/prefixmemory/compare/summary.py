@@ -73,9 +73,9 @@ class Cell(Estimate):
         collapsed: runs below the untrained model; ``None`` where it has no score.
         rows: of the test.
         metrics: further figures by name.
-        long_input: tokens in front -> score.
+        long_input: tokens before the rows -> score.
         transfer: other task -> score.
-        neutral_text: the essay's nats a token.
+        neutral_text: the essay's nats per token.
     """
 
     task: str

@@ -104,7 +104,7 @@ class Worker:
             for tokens in sorted(self.suite.long_input):
                 text = unrelated_text(self.models.tokenizer, tokens) + shots
                 long_input[str(tokens)] = self._score(model, task, behind, text, settings)
-            if self.suite.long_input:  # the same rows without the text in front
+            if self.suite.long_input:  # the same rows without the text before them
                 long_input["0"] = self._score(model, task, behind, shots, settings)
             others = task.transfers_to if self.suite.transfer_rows else ()
             transfer = {other: self._transfer(model, self.loaded.task(other)) for other in others}
@@ -180,14 +180,14 @@ class Worker:
 
     @torch.inference_mode()
     def _neutral(self, model: PreTrainedModel | PeftModel) -> float:
-        """Negative log-likelihood of the shipped essay, in nats a token; the base model's own in the base's record."""
+        """Negative log-likelihood of the shipped essay in nats per token; the base model's is in the base's record."""
         ids = self.models.tokenizer(unrelated_text(self.models.tokenizer, NEUTRAL_TOKENS))["input_ids"][:NEUTRAL_TOKENS]
         tokens = torch.tensor([ids], device=self.models.base.device)
         return float(model(input_ids=tokens, labels=tokens).loss)
 
     @torch.inference_mode()
     def _decoding(self, model: PreTrainedModel | PeftModel) -> Decoding:
-        """Greedy tokens a second for 8 short rows, with the adapter and without, one behind the other."""
+        """Greedy tokens per second for 8 short rows, with the adapter and without, one behind the other."""
         rows = self.models.tokenizer(["The keeper of the light"] * 8, return_tensors="pt").to(self.models.base.device)
 
         def speed(of: Any) -> float:

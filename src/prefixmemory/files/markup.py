@@ -1,4 +1,4 @@
-"""Text from elsewhere (names, labels, messages) in Markdown and HTML: one function a sink, so that none is markup."""
+"""Text from elsewhere (names, labels, messages) in Markdown and HTML: one function per sink, so that none is markup."""
 
 from __future__ import annotations
 

@@ -69,14 +69,14 @@ def add(
     scale: float = 1.0,
     onto: Float[Tensor, "*b h v"] | None = None,
 ) -> Float[Tensor, "*b h v"]:
-    """``onto`` + s·answer, the answer no longer than c = ``limit`` times the head's own output.
+    """``onto`` + s·a, the memory output a no longer than c = ``limit`` times the head's own output.
 
-    Short answers pass as they are, long ones come near the length c·|o|: no step of the optimiser can drown what a head
+    Short ones pass as they are, long ones come near the length c·|o|: no step of the optimiser can drown what a head
     says by itself, whatever the learning rate and the head's scale.
 
     Args:
         outputs: o, the heads' own outputs.
-        answer: a, what a memory says to them, in any floating-point dtype.
+        answer: a, the memory output for them, in any floating-point dtype.
         limit: c; ``None``: no limit.
         scale: s.
         onto: what it is added to; ``None``: ``outputs``. Several memories are limited each by the heads' own outputs.

@@ -39,46 +39,51 @@ Auto = Literal["auto"]
 class PrefixMemoryConfig(PeftConfig):
     """PrefixMemory-Tuning: every attention head adds scale·φ(q)ᵀM to its output (arXiv 2506.13674, step 4).
 
-    Why the defaults are what they are: ``docs/LOG.md``. How each field relates to the paper: ``docs/paper.md``.
+    Fields left at ``auto`` follow from the others. They are resolved when the config is made, and saved as resolved; a
+    value that means nothing to the memory that is asked for is refused. Why the defaults are what they are:
+    ``docs/defaults.md``. How each field relates to the paper: ``docs/paper.md``.
 
     Args:
         feature_map: φ: ``elu``, ``gelu``, ``relu``, ``silu``, ``identity``, ``softmax``, ``mlp`` (trainable), or a
             name registered with :func:`prefixmemory.register_feature_map`.
         feature_dim: D_φ, for maps that let it be chosen (``mlp``); ``None`` means the head dimension.
-        normalize: what is done to φ(q). ``feature_mean`` subtracts its mean over the first batch that is trained on,
-            padding included, a fixed vector that is saved with the memory: most of φ(q) is the same for every token (60
-            to 81 % of its energy in SmolLM2), and a memory that learns from that says the same to all texts
-            (``docs/LOG.md``). ``none`` (the paper's form) leaves φ(q) as it is, ``query_rms`` brings q to unit
-            root-mean-square before φ, ``feature_l2`` divides φ(q) by its Euclidean norm (a full memory of the paper's
-            form then wants 3e-3 instead of 3e-4).
+        normalize: what is done to φ(q). ``feature_mean`` subtracts its mean over the first batch, padding included, a
+            fixed vector that is taken before the first training step (or by :func:`prefixmemory.calibrate`) and saved
+            with the memory: most of φ(q) is the same for every token (60 to 81 % of its energy in SmolLM2), and a
+            memory that learns from that says the same to all texts (``docs/LOG.md``). ``none`` (the paper's form)
+            leaves φ(q) as it is, ``query_rms`` brings q to unit root-mean-square before φ, ``feature_l2`` divides φ(q)
+            by its Euclidean norm (a full memory of the paper's form then wants 3e-3 instead of 3e-4).
         query: ``content`` reads the query before rotary position embedding (after the q-norm where the model has
             one), ``rotary`` reads the query that attention sees.
         rank: r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``, or ``None`` for a full M, which with
             ``normalize="none"`` and without a limit is the paper's form, and wants a learning rate of about 3e-4. The
             default is 8, a quarter of the parameters at a head dimension of 64. With the other defaults, a full M wants
-            2e-3; it scored 4 points more on short inputs, and lost more behind long ones (``docs/comparison.md``).
-            Prefix vectors and registered memories have none: there it is ``None``.
-        answer_limit: c, the length that no answer of a free memory reaches, in lengths of the head's own output o.
-            Short answers pass as they are, longer ones are shortened smoothly: answer / √(1 + |answer|² / (c·|o|)²).
-            So no step of training drowns what the model says by itself (``docs/LOG.md``). ``scale`` multiplies what is
-            left, and several active memories are limited each for itself. ``None``: no limit, the
-            paper's form. It is ``None`` where λ mixes, for prefix vectors, and for registered memories.
+            2e-3; it scored 4 points more on short inputs, and lost more behind long ones (``docs/defaults.md``).
+            Prefix vectors have none, and registered memories only if they ask for it: elsewhere it is ``None``.
+        answer_limit: c, the length that no memory output a reaches, in lengths of the head's own output o. Short ones
+            pass as they are, longer ones are shortened smoothly: a / √(1 + |a|² / (c·|o|)²). So no step of training
+            drowns what the model says by itself (``docs/LOG.md``). ``scale`` multiplies what is left, and each of
+            several active memories is limited on its own. ``None``: no limit, the paper's form. ``auto``: 0.5 for a
+            free memory, what a registered memory names, else ``None``. With ``mixing`` and inside the softmax it must
+            be ``None``.
         share_heads: one memory per key/value group instead of one per query head.
         placement: ``outside`` the softmax (a memory), or ``inside``, where the prefix's keys compete with the input's
             (Prefix-Tuning, step 1).
         prefix_length: ``None`` for a free memory M (step 4), or p for p trainable keys and values per key/value head
             (steps 1 to 3).
-        similarity: how prefix vectors outside the softmax answer: ``softmax``, exactly, over the prefix (step 2), or
-            ``feature_map``, φ(q)ᵀB (step 3). ``None``: the only one, or else ``feature_map``.
+        similarity: how prefix vectors are compared with queries: ``softmax``, exactly (outside: over the prefix alone,
+            step 2), or ``feature_map``, φ(q)ᵀB (step 3). ``auto``: ``softmax`` inside, ``feature_map`` outside.
         normalizer: divide φ(q)ᵀB by φ(q)ᵀn (step 3).
-        mixing: ``none`` adds the answer to the head's output o; ``fixed`` gives λ·o + (1 − λ)·answer; ``layer`` and
-            ``head`` learn λ, one a layer or one a head.
-        mix: λ, or the start value of a learned one, in (0, 1).
+        mixing: ``none`` adds the memory output a to the head's output o; ``fixed`` gives λ·o + (1 − λ)·a; ``layer`` and
+            ``head`` learn λ, one per layer or one per head. Works for every memory outside the softmax.
+        mix: λ, or the start value of a learned one, in (0, 1). ``auto``: 0.5 where ``mixing`` asks for one; without
+            ``mixing`` it is refused.
         reparameterize: width of the MLP through which prefix vectors are trained (Li and Liang, 2021); ``None``: none.
-        memory: ``None``, or the name of a memory of one's own, registered with :func:`prefixmemory.register_memory`,
-            in place of the free memory M.
-        memory_options: keyword arguments for its class: numbers, texts, truth values.
-        scale: the dose: a factor on the memory's answer; :func:`prefixmemory.set_scale` changes it at run time.
+        memory: name of a registered memory: ``matrix`` (the free memory M), ``prefix`` (prefix vectors), or one
+            registered with :func:`prefixmemory.register_memory`. ``auto``: ``prefix`` with a ``prefix_length``, else
+            ``matrix``.
+        memory_options: keyword arguments for a custom memory's class: numbers, texts, truth values.
+        scale: a factor on the memory output; :func:`prefixmemory.set_scale` changes it at run time.
         dropout: probability of dropping an entry of φ(q) in training.
         target_modules: names of attention modules (suffixes, or one regular expression over the full name), as in
             PEFT. ``None`` means every softmax self-attention of the model, and of a model that also sees or hears,

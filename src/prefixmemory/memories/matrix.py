@@ -127,7 +127,7 @@ class MatrixMemory(nn.Module):
             self.mean.copy_(self._common_mean(memories, weights))
 
     def _common_mean(self, memories: Sequence[MatrixMemory], weights: Sequence[float]) -> Tensor:
-        """The μ with which the sum of memories answers (φ − μ)ᵀΣM as all of them together: μᵀΣM = Σ μₙᵀMₙ.
+        """The μ with which the output (φ − μ)ᵀΣM of the sum is that of all memories together: μᵀΣM = Σ μₙᵀMₙ.
 
         Raises:
             PrefixMemoryError: there is none.
@@ -150,7 +150,7 @@ class MatrixMemory(nn.Module):
         if not torch.allclose(whole @ mean.double(), said, rtol=1e-4, atol=1e-6):
             raise PrefixMemoryError(
                 "These adapters cannot be summed: they subtract different means from their features, and no one mean "
-                "stands for all of them. Activate several with base_model.set_adapter([...]) instead: their answers "
+                "stands for all of them. Activate several with base_model.set_adapter([...]) instead: their outputs "
                 "add."
             )
         return cast(Tensor, mean[..., 0].to(self.mean))

@@ -1,4 +1,4 @@
-"""λ·o + (1 − λ)·answer: a memory's answer mixed with the head's own output (step 2 of ``reference.py``)."""
+"""λ·o + (1 − λ)·a: a memory output a mixed with the head's own output o (step 2 of ``reference.py``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MixingKind = Literal["none", "fixed", "layer", "head"]
 
 
 class Mixing(nn.Module):
-    """λ = sigmoid(logit); a learned logit is one a layer or one per head.
+    """λ = sigmoid(logit); a learned logit is one per layer or one per head.
 
     Args:
         kind: ``fixed``, ``layer`` or ``head``.
@@ -30,6 +30,6 @@ class Mixing(nn.Module):
             self.logit = nn.Parameter(logit)
 
     def forward(self, answer: Float[Tensor, "*b h v"], outputs: Float[Tensor, "*b h v"]) -> Float[Tensor, "*b h v"]:
-        """What is added to the heads' ``outputs``: (1 − λ)·(answer − outputs)."""
+        """What is added to the heads' ``outputs``: (1 − λ)·(a − o), with a the memory output ``answer``."""
         rest = torch.sigmoid(-self.logit)[:, None] if self.fixed is None else 1 - self.fixed
         return rest * (answer - outputs.to(answer.dtype))

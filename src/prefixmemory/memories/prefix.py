@@ -1,7 +1,7 @@
-"""Prefix vectors: p trainable keys and values per key/value head, and what they answer outside the softmax.
+"""Prefix vectors: p trainable keys and values per key/value head, and their output outside the softmax.
 
-Steps 1 to 3 of ``reference.py``. Inside the softmax the vectors stand beside the input's keys and values
-(``attention/prepending.py``); outside they answer on their own, by an exact softmax or through a feature map.
+Steps 1 to 3 of ``reference.py``. Inside the softmax the vectors are prepended to the input's keys and values
+(``attention/prepending.py``); outside they have an output of their own, by an exact softmax or through a feature map.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PrefixVectors(nn.Module):
     - ``keys [kv_heads, length, head_dim]``, start as N(0, 1): the size of a trained key of unit features;
     - ``values [kv_heads, length, value_dim]``, start at zero: outside the softmax an untrained prefix adds nothing;
     - with ``reparameterize=m`` both come from ``embedding [length, m]`` through a two-layer MLP, as Li and Liang
-      (2021) trained them; one MLP a layer here, one for all layers there.
+      (2021) trained them; one MLP per layer here, one for all layers there.
     """
 
     is_builtin = True
@@ -127,7 +127,7 @@ class PrefixVectors(nn.Module):
         read = torch.einsum("...grf,gfv->...grv", features, bank)
         if self.normalizer:
             total = torch.einsum("...grf,gf->...gr", features, normaliser).unsqueeze(-1)
-            # zero where ReLU leaves query and keys nothing in common: the answer is then zero too, not 0 / 0
+            # zero where ReLU leaves query and keys nothing in common: the output is then zero too, not 0 / 0
             read = read / torch.where(total.abs() < EPS, torch.full_like(total, EPS).copysign(total), total)
         return read.flatten(-3, -2)
 

@@ -1,6 +1,6 @@
-"""The registry of memories: the package's own and the reader's stand in it alike.
+"""The registry of memories: built-in and custom ones stand in it alike.
 
-A class that answers queries becomes a context method with one decorator::
+A class that turns queries into outputs becomes a context method with one decorator::
 
     @register_memory("offset")
     class Offset(nn.Module):
@@ -22,10 +22,12 @@ What a class may say of itself, beyond ``forward``:
 - ``mean``: a parameter ``[groups, features]`` that does not require a gradient, beside a method ``features(query)``,
   ``[*b, groups, heads / groups, head_dim]`` to ``[*b, groups, heads / groups, features]``. Before the first step of
   training it is set to the mean of the features over the first batch (``tuner/calibration.py``).
-- ``queries``: a tuple of ``"content"`` and ``"rotary"``, if ``forward`` wants other queries than the config's one.
-- ``inside = True``: it stands inside the softmax, has ``vectors()`` (keys and values) and is not called.
+- ``queries``: a tuple of ``"content"`` and ``"rotary"``, if ``forward`` wants other queries than the config's one. With
+  ``"rotary"`` among them, the config needs ``query="rotary"``, which makes rotated queries visible.
+- ``inside = True``: it stands inside the softmax, has ``vectors()`` (keys and values) and is not called. It must read
+  the field ``placement``, which is then ``"inside"``.
 - ``matrix()``: ``[groups, features, value_dim]``, by which the read-out shows the tokens that it speaks for.
-- ``uses_softmax = True``: it answers by a softmax, so that it has no such matrix.
+- ``uses_softmax = True``: its output comes from a softmax, so that it has no such matrix.
 - ``is_linear = True``: its output is linear in its parameters; then ``set_to_sum(memories, weights)`` makes it their
   weighted sum, and ``add_weighted_adapter`` takes it.
 - ``is_divisible = True``: it has ``groups`` memories and one row of every parameter for each, and ``forward`` goes by
@@ -185,7 +187,7 @@ def register_memory(
 
     It is called with a :class:`MemorySite`, once for each attention module, and with fields of the config and its
     ``memory_options`` as keyword arguments (see above). The module's ``forward`` is given queries ``[batch, tokens,
-    heads, head_dim]`` in the dtype of its parameters and returns answers ``[batch, tokens, heads, value_dim]``, zero at
+    heads, head_dim]`` in the dtype of its parameters and returns outputs ``[batch, tokens, heads, value_dim]``, zero at
     the start. Its parameters are trained, except those that do not require a gradient; a buffer must be persistent if
     ``low_cpu_mem_usage=True`` is to load it.
 
@@ -224,10 +226,10 @@ def memory_kind(name: object) -> MemoryKind:
 
 
 def ask(kind: str, memory: nn.Module, site: MemorySite, *queries: Float[Tensor, "*b h d"]) -> Float[Tensor, "*b h v"]:
-    """What a reader's own memory answers, asked in the dtype of its parameters.
+    """The output of a custom memory, asked in the dtype of its parameters.
 
     Raises:
-        PrefixMemoryError: the answer has the wrong shape.
+        PrefixMemoryError: the output has the wrong shape.
     """
     like = next((p for module in (memory, *site.first) for p in module.parameters()), queries[0])
     answer = memory(*(query.to(like.dtype) for query in queries))
@@ -244,7 +246,7 @@ def ask(kind: str, memory: nn.Module, site: MemorySite, *queries: Float[Tensor, 
 def check_start(kind: MemoryKind, memory: nn.Module, site: MemorySite, others: Iterable[nn.Parameter]) -> None:
     """Refuse what would not be saved rightly or would change the base model, before the memory is attached.
 
-    A few random queries, from a generator of their own, must be answered by zero.
+    The output for a few random queries, from a generator of their own, must be zero.
 
     Args:
         kind: of the memory.
@@ -253,7 +255,7 @@ def check_start(kind: MemoryKind, memory: nn.Module, site: MemorySite, others: I
         others: the parameters of the memories that are attached already.
 
     Raises:
-        PrefixMemoryError: a parameter is among ``others``, or the answers have the wrong shape or are not zero.
+        PrefixMemoryError: a parameter is among ``others``, or the outputs have the wrong shape or are not zero.
     """
     taken = {id(parameter) for parameter in others}
     for name, parameter in memory.named_parameters():
@@ -270,7 +272,7 @@ def check_start(kind: MemoryKind, memory: nn.Module, site: MemorySite, others: I
     parameters = [*memory.parameters(), *shared]
     if any(parameter.is_meta or not parameter.numel() for parameter in parameters):
         return  # no values yet: a checkpoint brings them
-    # more tokens than heads: a transposed answer has another shape
+    # more tokens than heads: a transposed output has another shape
     shape = (2, site.heads + 1, site.heads, site.head_dim)
     query = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
     query = query.to(parameters[0].device) if parameters else query
@@ -281,7 +283,7 @@ def check_start(kind: MemoryKind, memory: nn.Module, site: MemorySite, others: I
     if not torch.all(answer == 0):
         raise PrefixMemoryError(
             f"memory={kind.name!r} does not start at zero, so a new adapter would change the base model. Let one "
-            "factor of its answer start at zero."
+            "factor of its output start at zero."
         )
 
 

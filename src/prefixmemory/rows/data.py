@@ -25,8 +25,8 @@ class Data:
         subset: name of the subset (Hub: "configuration") of a Hub data set.
         train_split, validation_split: splits of a Hub data set.
         columns: our field -> their column, or a text with columns in braces: ``{prompt: "{context}\\n\\n{question}"}``.
-        per_label: keep so many rows of each label (rows with ``text`` and ``label``), drawn with the run's seed.
-        limit: keep so many rows, drawn with the run's seed; of the validation rows, too.
+        per_label: keep this many rows of each label (rows with ``text`` and ``label``), drawn with the run's seed.
+        limit: keep this many rows, drawn with the run's seed; of the validation rows, too.
     """
 
     train: str

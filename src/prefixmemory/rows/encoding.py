@@ -52,7 +52,7 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of prompts, up to where their answers begin.
 
-    The tokenizer's beginning-of-sequence token stands in front, once, also where a chat template writes it. Line breaks
+    The tokenizer's beginning-of-sequence token comes first, once, also where a chat template writes it. Line breaks
     at the end are tokenised as they are in front of a word; blanks there, which often are one token with a word, are
     the answer's.
     """
@@ -74,7 +74,7 @@ def tokenize(
         examples: rendered examples.
         tokenizer: of the base model.
         max_length: longest example, in tokens.
-        answers: so many examples in a row share their prompt, which is cut to the same length for all of them.
+        answers: this many examples in a row share their prompt, which is cut to the same length for all of them.
 
     Raises:
         PrefixMemoryError: a completion alone is longer than ``max_length`` tokens.
@@ -114,12 +114,12 @@ def _answer(text: str, prompt: list[int], whole: list[int], tokenizer: PreTraine
 
 
 def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of each text, without anything that the tokenizer adds in front or at the end."""
+    """Ids of each text, without anything that the tokenizer adds at the beginning or the end."""
     return cast(Any, tokenizer)(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def _begun(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """``rows`` behind what the tokenizer adds in front of a text."""
+    """``rows`` behind what the tokenizer adds before a text."""
     front = _added_in_front(tokenizer)
     return [ids if ids[: len(front)] == front else front + ids for ids in rows]
 

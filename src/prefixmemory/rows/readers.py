@@ -126,14 +126,14 @@ def _refuse_no_rows(file: Path, first: bytes, content: bytes) -> None:
         start = first[:40].decode(errors="replace")
         raise PrefixMemoryError(
             f"{file} begins with {start!r}, which is no JSON. A file that is not called .csv, .tsv or .parquet is read "
-            f"as JSON, one row a line or an array of rows. {EXPECTED}"
+            f"as JSON, one row per line or an array of rows. {EXPECTED}"
         )
     try:
         whole = json.loads(content)
     except ValueError:
         return
     raise PrefixMemoryError(
-        f"{file} is one JSON object over several lines, with the fields {sorted(whole)}. Write one row a line, or an "
+        f"{file} is one JSON object over several lines, with the fields {sorted(whole)}. Write one row per line, or an "
         f"array of rows: [row, row]. {EXPECTED}"
     )
 

@@ -1,4 +1,4 @@
-"""Unrelated text to stand in front of a prompt: how well does an adapter answer at the end of a long input?"""
+"""Unrelated text to precede a prompt: how well does an adapter answer at the end of a long input?"""
 
 from __future__ import annotations
 

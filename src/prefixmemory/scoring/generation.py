@@ -60,12 +60,12 @@ def answers(
         prompts: full prompts.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts per batch; they are sorted by length first.
-        context: text that stands in front of every prompt; its keys and values are computed once.
+        context: text that precedes every prompt; its keys and values are computed once.
         progress: called with the number of prompts done, after each batch.
         one_line: keep the first line that the model writes, not all of its answer.
 
     Returns:
-        One answer a prompt, in the order of ``prompts``.
+        One answer per prompt, in the order of ``prompts``.
     """
     was_training = model.training
     model.eval()

@@ -17,7 +17,7 @@ from prefixmemory.rows.encoding import IGNORED, Tokens, tokenize
 from prefixmemory.rows.rendering import Example
 from prefixmemory.scoring.generation import Progress
 
-#: Logits of so many tokens are held at once, beside those of one long row.
+#: Logits of this many tokens are held at once, beside those of one long row.
 TOKENS_A_BATCH = 2048
 
 
@@ -57,7 +57,7 @@ def likelihoods(
         tokenizer: its tokenizer.
         examples: rendered rows; prompts that are too long for the model lose their beginning.
         batch_size: examples a batch at most; they are sorted by length first.
-        context: text that stands in front of every prompt.
+        context: text that precedes every prompt.
         progress: called with the number of examples done, after each batch.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Tasks: what a comparison trains and scores on. One YAML file a task; a user's own is one more."""
+"""Tasks: what a comparison trains and scores on. One YAML file per task; a custom one is one more."""
 
 from prefixmemory.tasks.task import Task, load_task, shipped_tasks
 

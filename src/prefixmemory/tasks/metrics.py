@@ -90,7 +90,7 @@ def bleu(said: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 
 def rouge_l(said: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """F1 of ROUGE-L in [0, 1], one a row: the best of its references, without stemming, as rouge_score computes it."""
+    """F1 of ROUGE-L in [0, 1], one per row: the best of its references, unstemmed, as rouge_score computes it."""
     check_text_metrics()
     from rouge_score.rouge_scorer import RougeScorer
 

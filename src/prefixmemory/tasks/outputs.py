@@ -24,12 +24,12 @@ def alpaca_eval(
 
     Args:
         rows: what was asked; a conversation by its last question.
-        answers: one a row.
+        answers: one per row.
         generator: name of the model.
         dataset: name of the rows, where they have no field ``dataset``, as AlpacaEval's own do.
 
     Raises:
-        ValueError: not one answer a row.
+        ValueError: not one answer per row.
     """
     return [
         {

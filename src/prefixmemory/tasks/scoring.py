@@ -1,4 +1,4 @@
-"""How answers are scored: a function a kind of task, each with a point a row, so that runs are compared in pairs."""
+"""How answers are scored: one function per kind of task, with a point per row, so that runs are compared in pairs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Scored:
 
     Attributes:
         score: the task's own figure; more is better.
-        points: one a row.
+        points: one per row.
         metrics: further figures by name, with their unit.
-        answers: what the model wrote, one a row; empty where it wrote nothing.
+        answers: what the model wrote, one per row; empty where it wrote nothing.
     """
 
     score: float
@@ -77,7 +77,7 @@ def score(
         tokenizer: its tokenizer.
         task: says how.
         rows: test or validation rows of the task.
-        context: text in front of every prompt.
+        context: text before every prompt.
         max_new_tokens: longest answer, where the task does not say.
         batch_size: prompts a batch.
         settings: how the model was trained, or would be; a preference is measured by what its objective defines.
@@ -151,7 +151,7 @@ def _text(asked: _Asked) -> Scored:
 
 
 def _loss(asked: _Asked) -> Scored:
-    """Log-likelihood of the completions in nats a token: of all tokens together, and, as points, of each row."""
+    """Log-likelihood of the completions in nats per token: of all tokens together, and, as points, of each row."""
     found = asked.likelihoods(render(asked.rows, asked.tokenizer))
     loss = nats_a_token(found)
     return Scored(-loss, [one.per_token for one in found], {"perplexity": math.exp(min(loss, 700.0))})

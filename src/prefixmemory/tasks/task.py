@@ -45,7 +45,7 @@ class Task:
         description: one line.
         licence: of the data.
         scoring: ``exact_match`` of the first line that the model writes, ``number`` (the last number), ``reading``
-            (exact match and F1 of SQuAD), ``text`` (BLEU and ROUGE), ``loss`` (nats a token), ``preference`` (which
+            (exact match and F1 of SQuAD), ``text`` (BLEU and ROUGE), ``loss`` (nats per token), ``preference`` (which
             answer of a pair the model prefers; ``training`` then names the objective).
         folder: ``train.jsonl`` and ``test.jsonl`` lie there.
         train, test: files, relative to the task's YAML file.
@@ -56,8 +56,8 @@ class Task:
         hub_where: keep the rows whose columns have these values.
         columns: our field -> column of the files.
         where: keep the rows of the files whose fields have these values.
-        labels: keep the first so many labels, in alphabetical order.
-        longest_text: keep rows of at most so many characters, prompt and answer.
+        labels: keep this many labels, the first in alphabetical order.
+        longest_text: keep rows of at most this many characters, prompt and answer.
         per_label: training rows of each label, drawn with the run's seed.
         limit: training rows in all, drawn with the run's seed.
         max_new_tokens: longest answer; ``None``: the longest label's length.

@@ -177,13 +177,13 @@ def _what_it_is(base: _Base, ours: bool, method: str, own_memory: str | None) ->
     if own_memory is not None:
         return (
             f"This is a memory for {base.text}, of a kind that is registered with prefixmemory as {own_memory!r}. The "
-            "base model stays as it is: every attention head adds what the memory answers to its query, outside the "
+            "base model stays as it is: every attention head adds the memory's output for its query, outside the "
             "softmax. The code that answers is not in this folder.\n"
         )
     return (
         f"This is a memory for {base.text}, trained with PrefixMemory-Tuning (Prefix-Tuning+, "
         f"[arXiv {PAPER}](https://arxiv.org/abs/{PAPER})). The base model stays as it is: every attention head adds "
-        "what a small trained matrix answers to its query, outside the softmax.\n"
+        "what its query reads from a small trained matrix, outside the softmax.\n"
     )
 
 

@@ -22,9 +22,9 @@ class TrainingSettings:
             (``docs/LOG.md``). The paper's form (``rank=None, normalize="none", answer_limit=None``) wants 3e-4 and a
             warm-up of 0.1; other methods have rates of their own, LoRA about 1e-3.
         epochs: passes over the data.
-        batch_size: rows a step, on each device.
+        batch_size: rows per step, on each device.
         gradient_accumulation: steps whose gradients make one optimizer step.
-        warmup: share of all steps in which the learning rate rises.
+        warmup: fraction of all steps in which the learning rate rises.
         weight_decay: of AdamW.
         max_grad_norm: length to which gradients are clipped.
         max_length: longest row in tokens, prompt and answer; prompts lose their beginning.
@@ -32,7 +32,7 @@ class TrainingSettings:
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         save_steps: optimizer steps between checkpoints, and between evaluations where there is validation data.
         keep_best: leave the adapter of the checkpoint with the lowest validation loss, not the last one.
-        patience: stop after so many evaluations without a lower validation loss; implies ``keep_best``.
+        patience: stop after this many evaluations without a lower validation loss; implies ``keep_best``.
         beta: strength of the tie to the base model in ``dpo`` and ``kto``, by default 0.1; in ``simpo``, which knows
             no base model, the factor of the mean log-likelihood of a token, by default 2.
         simpo_gamma: by how much the reward of the chosen answer shall exceed that of the rejected one, in ``simpo``;
@@ -76,7 +76,7 @@ class TrainingSettings:
         if not 0 <= self.seed < 2**32:
             raise PrefixMemoryError(f"seed={self.seed} is out of range: give a number from 0 to 2**32 - 1.")
         if not 0 <= self.warmup < 1:
-            raise PrefixMemoryError(f"warmup={self.warmup} is out of range: give a share of the steps in [0, 1).")
+            raise PrefixMemoryError(f"warmup={self.warmup} is out of range: give a fraction of the steps in [0, 1).")
 
     @property
     def keeps_best(self) -> bool:

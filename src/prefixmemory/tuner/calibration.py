@@ -2,7 +2,7 @@
 
 What is the same in φ(q) for every token would make a memory say the same to every text; a memory with a ``mean``
 subtracts it (``docs/LOG.md``). It is taken once, before the first step, in a pass of its own over that batch, without
-gradients and in evaluation mode. Nothing has been learned by then, so that no answer changes; a memory that has learned
+gradients and in evaluation mode. Nothing has been learned by then, so that no output changes; a memory that has learned
 without a mean goes on without one.
 """
 

@@ -23,7 +23,7 @@ class RowAdapters:
 
     Attributes:
         names: one adapter for each row that the caller gave.
-        beams: how many rows generate() makes of each; batches have so many times more rows than there are names.
+        beams: how many rows generate() makes of each; batches have this many times more rows than there are names.
         plans: what each layer has to do for these adapters.
     """
 
@@ -41,7 +41,7 @@ class RowAdapters:
         """
         if batch not in (len(self.names), len(self.names) * self.beams):
             raise PrefixMemoryError(
-                f"adapter_names has {len(self.names)} entries for a batch of {batch} rows: give one a row."
+                f"adapter_names has {len(self.names)} entries for a batch of {batch} rows: give one per row."
             )
 
     def groups(self, batch: int, device: torch.device) -> Groups:

@@ -32,9 +32,9 @@ from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
 
 @torch.no_grad()
 def kernel_from_prefix(model: PeftModel, adapter: str, new_adapter: str, feature_map: str = "elu") -> None:
-    """Add ``new_adapter``: the same prefix vectors, answering outside the softmax through a feature map (step 3).
+    """Add ``new_adapter``: the same prefix vectors, read outside the softmax through a feature map (step 3).
 
-    The answer changes, since φ(q)·φ(k) is not exp(q·k/√D); it is a start for training. Vectors that were trained
+    The output changes, since φ(q)·φ(k) is not exp(q·k/√D); it is a start for training. Vectors that were trained
     through an MLP are taken as they came out of it. A prefix inside the softmax was compared with rotated queries,
     and goes on being so.
 
@@ -71,7 +71,7 @@ def kernel_from_prefix(model: PeftModel, adapter: str, new_adapter: str, feature
 def memory_from_prefix(model: PeftModel, adapter: str, new_adapter: str, share_heads: bool = False) -> None:
     """Add ``new_adapter``: a free, full memory that starts at B of the kernel form, M = Σ_p φ(k_p)v_pᵀ (step 4).
 
-    The new memory answers what the kernel form answers without its normaliser: exactly the same where ``adapter``
+    The output of the new memory is that of the kernel form without its normaliser: exactly the same where ``adapter``
     has ``normalizer=False``. For prefix vectors inside the softmax, or with an exact one, call
     :func:`kernel_from_prefix` first.
 
@@ -100,7 +100,7 @@ def memory_from_prefix(model: PeftModel, adapter: str, new_adapter: str, share_h
         repeat = memory.groups // vectors.groups
         memory.M.copy_(vectors.kernel()[0].repeat_interleave(repeat, dim=0))
         assert vectors.feature_map is not None
-        parameters = vectors.feature_map.state_dict()  # one set a memory
+        parameters = vectors.feature_map.state_dict()  # one set per memory
         memory.feature_map.load_state_dict({n: p.repeat_interleave(repeat, dim=0) for n, p in parameters.items()})
 
 

@@ -127,7 +127,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         if module is not self.site.module:
             raise PrefixMemoryError(
                 "nn.DataParallel runs copies of the model in threads, which share one memory. Start one "
-                "process a GPU with torchrun or accelerate launch, or use one GPU: CUDA_VISIBLE_DEVICES=0."
+                "process per GPU with torchrun or accelerate launch, or use one GPU: CUDA_VISIBLE_DEVICES=0."
             )
         rows = row_adapters()
         plan = self._plan if rows is None else self._plan_of_rows(rows)
@@ -149,7 +149,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, is_causal: bool | None, implementation: str
     ) -> tuple[Tensor, Tensor, Any]:
         """Called before the attention function: keeps the rotated query; returns keys, values and mask, with the
-        prefix of the adapters inside the softmax in front of them."""
+        prefix of the adapters inside the softmax prepended."""
         call = current_call(self)
         if call is None or call.plan is None:
             return key, value, mask

@@ -20,11 +20,11 @@ class Step:
     Attributes:
         name: of the adapter.
         memory: its memory.
-        ask: queries ``[batch, tokens, heads, head_dim]`` to what the memory answers.
+        ask: queries ``[batch, tokens, heads, head_dim]`` to the memory output.
         queries: which queries it wants: ``content``, ``rotary``.
         scale: factor on what it adds.
         limit: c of :func:`~prefixmemory.kernels.read.add`, or ``None``.
-        mixing: how its answer is mixed with the heads' own outputs; ``None``: it is added.
+        mixing: how its output is mixed with the heads' own outputs; ``None``: it is added.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Plan:
     """The steps of a forward pass.
 
     Attributes:
-        inside, outside: the memories that answer, by where they stand.
+        inside, outside: the memories that are read, by where they stand.
         by_name: those outside, by adapter.
         queries: the queries that they want between them.
     """

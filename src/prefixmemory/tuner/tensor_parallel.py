@@ -24,7 +24,7 @@ from prefixmemory.errors import PrefixMemoryError
 
 @dataclass(frozen=True)
 class HeadShare:
-    """Which share of an attention module's heads a process computes: the ``rank``-th of ``ranks`` equal ones."""
+    """Which part of an attention module's heads a process computes: the ``rank``-th of ``ranks`` equal ones."""
 
     rank: int
     ranks: int
@@ -82,7 +82,7 @@ class _OwnPart(torch.autograd.Function):
 
 
 def head_share(model: nn.Module, name: str, site: AttentionSite) -> HeadShare | None:
-    """The share of the heads of the attention module ``name`` that this process computes, ``None`` for all.
+    """The part of the heads of the attention module ``name`` that this process computes, ``None`` for all.
 
     A plan that gathers the query again, or leaves attention whole, needs nothing: every process computes all heads.
 

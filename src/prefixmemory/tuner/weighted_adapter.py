@@ -31,7 +31,7 @@ def check(adapters: list[str], configs: list[PrefixMemoryConfig], layers: list[l
     Raises:
         PrefixMemoryError: names the adapters, the reason and what to do instead.
     """
-    advice = "Activate both with base_model.set_adapter([...]) instead: their answers add."
+    advice = "Activate both with base_model.set_adapter([...]) instead: their outputs add."
     for name, config in zip(adapters, configs, strict=True):
         if not config.kind.says("is_linear"):
             raise PrefixMemoryError(
@@ -40,7 +40,7 @@ def check(adapters: list[str], configs: list[PrefixMemoryConfig], layers: list[l
             )
         if config.mixing != "none":
             raise PrefixMemoryError(
-                f"Adapter {name!r} cannot be summed: with mixing={config.mixing!r} its answer takes a share of the "
+                f"Adapter {name!r} cannot be summed: with mixing={config.mixing!r} its output replaces a part of the "
                 "head's own output. Sum memories with mixing='none'."
             )
         if config.modules_to_save:
