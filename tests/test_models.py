@@ -57,6 +57,18 @@ def test_memory_passes(kind: str, model_type: str) -> None:
     assert {"attach", "zero start", "every layer", "acts", "gradients", "reload", "disable", "step"} <= asked
 
 
+@pytest.mark.parametrize(("kind", "model_type"), [(CAUSAL_LM.name, "llama"), ("encoder-decoders", "t5")], ids=str)
+def test_a_prefix_inside_passes(kind: str, model_type: str) -> None:
+    outcome = checks.ask_method(by_name(kind), model_type, checks.INSIDE, ask_base(by_name(kind), model_type))
+    assert outcome["failed"] == {}
+    assert {"attach", "every layer", "acts", "gradients", "generate", "padding", "reload"} <= set(outcome["passed"])
+
+
+def test_a_type_that_refuses_a_prefix_inside_has_not_failed() -> None:
+    outcome = checks.ask_method(CAUSAL_LM, "diffllama", checks.INSIDE, ask_base(CAUSAL_LM, "diffllama"))
+    assert outcome["failed"] == {} and "value heads" in outcome["not_applicable"]["attach"]
+
+
 def test_attention_is_seen_where_it_is_computed_and_nowhere_else() -> None:
     assert ask_base(CAUSAL_LM, "mixtral").attends == [f"model.layers.{i}.self_attn" for i in range(2)]  # no router
     assert ask_base(CAUSAL_LM, "jamba").attends == ["model.layers.1.self_attn"]  # not the Mamba layer

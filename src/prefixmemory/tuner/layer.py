@@ -140,20 +140,19 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             call.projected = (output, args[0])
 
     def on_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, is_causal: bool | None, implementation: str
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Called before the attention function: keeps the rotated query; returns keys, values and mask, with the
-        prefix of the adapters inside the softmax in front of them."""
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict[str, Any], implementation: str
+    ) -> tuple[Tensor, Tensor, Any, dict[str, Any]]:
+        """Called before the attention function: keeps the rotated query; returns keys, values, mask and keywords, with
+        the prefix of the adapters inside the softmax in front of them."""
         call = current_call(self)
         if call is None or call.plan is None:
-            return key, value, mask
+            return key, value, mask, keywords
         call.was_inside = True
         call.queries["rotary"] = query.transpose(1, 2)  # [B, H, T, D] -> [B, T, H, D]
         if not call.plan.inside:
-            return key, value, mask
+            return key, value, mask, keywords
         prefix = self._prefix(call.plan.inside, call.rows, key)
-        counts_from_end = "flash" in implementation
-        return prepend_prefix(prefix, self.site.core, query, key, value, mask, is_causal, counts_from_end)
+        return prepend_prefix(prefix, self.site.core, query, key, value, mask, keywords, implementation)
 
     def _prefix(self, steps: list[Step], rows: RowAdapters | None, key: Tensor) -> Prefix:
         """The prefixes of the adapters inside the softmax, one behind the other."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixmemory.attention.discovery import find_site, find_sites, left_out, skipped_attention
-from prefixmemory.attention.interface import check_interface, install_tap
+from prefixmemory.attention.interface import check_inside, check_interface, install_tap
 from prefixmemory.attention.sites import CHILD, AttentionSite
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.memories import checkpoint
@@ -76,7 +76,7 @@ class PrefixMemoryModel(BaseTuner):
         inside = peft_config.placement == "inside"
         if inside or peft_config.query == "rotary":
             for name, site in targeted.items():
-                check_interface(name, site, "placement='inside'" if inside else "query='rotary'")
+                check_inside(name, site) if inside else check_interface(name, site, "query='rotary'")
             install_tap()
         keep_trainable(self.model, inference=bool(peft_config.inference_mode))
         return peft_config
