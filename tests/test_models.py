@@ -20,7 +20,7 @@ from experiments.models.kinds import CAUSAL_LM, KINDS, LONG, build_case, by_name
 from experiments.models.running import Failed, logits
 
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.memories.matrix import Memory
+from prefixmemory.memories.matrix import MatrixMemory
 
 #: One of each way to write attention: separate and fused projections, grouped keys, ALiBi, gates, sinks, latent
 #: attention, sliding and chunked windows, shared keys and values, experts, hybrids, decoders of encoder-decoders.
@@ -114,8 +114,8 @@ def test_the_rotated_query_fails_padding() -> None:
 
 
 def test_a_memory_that_cached_steps_skip_fails_generate(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = Memory.forward
-    monkeypatch.setattr(Memory, "forward", lambda self, query: forward(self, query) * (query.shape[-3] > 1))
+    forward = MatrixMemory.forward
+    monkeypatch.setattr(MatrixMemory, "forward", lambda self, query: forward(self, query) * (query.shape[-3] > 1))
     assert "logits of new token 2 with cache differ" in fails("generate", subject())
 
 

@@ -53,6 +53,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self.sites: dict[str, MemorySite] = {}
         self.fixed: dict[str, list[str]] = {}  # parameters that do not learn, by adapter
         self._plan: Plan | None = None  # for the active adapters; ``None``: there is nothing to do
+        self.put_aside: dict[str, Tensor] = {}  # while a model is dispatched, see ``offloading.py``
         self.first_batch: Any = None  # waits for it to take the means of features, see ``calibration.py``
         self._active_adapter: list[str] = []
         # past nn.Module.__setattr__: the attention module is our parent, not our child
@@ -156,7 +157,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
 
     def _prefix(self, steps: list[Step], rows: RowAdapters | None, key: Tensor) -> Prefix:
         """The prefixes of the adapters inside the softmax, one behind the other."""
-        keys, values = zip(*(cast(Any, step.memory).vectors() for step in steps), strict=True)
+        keys, values = zip(*(_vectors(step.memory) for step in steps), strict=True)
         lengths = [k.shape[1] for k in keys]
         bias = score_bias(steps, lengths, keys[0].float())
         if rows is not None:
@@ -276,6 +277,18 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         site = self.site
         return f"heads={site.heads}, kv_heads={site.kv_heads}, head_dim={site.head_dim}, value_dim={site.value_dim}"
+
+
+def _vectors(memory: Any) -> tuple[Tensor, Tensor]:
+    """The prefix of a memory inside the softmax. accelerate, if it has offloaded it, thinks of calls alone."""
+    hook = getattr(memory, "_hf_hook", None)
+    if hook is None:
+        return cast(tuple[Tensor, Tensor], memory.vectors())
+    hook.pre_forward(memory)
+    try:
+        return cast(tuple[Tensor, Tensor], memory.vectors())
+    finally:
+        hook.post_forward(memory, None)
 
 
 def _add_by_row(plan: Plan, rows: RowAdapters, outputs: Tensor, queries: dict[str, Tensor]) -> Tensor:

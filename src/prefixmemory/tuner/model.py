@@ -30,6 +30,7 @@ from prefixmemory.tuner import weighted_adapter
 from prefixmemory.tuner.calibration import FirstBatch
 from prefixmemory.tuner.calls import RowAdapters, row_adapters, use_row_adapters
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
+from prefixmemory.tuner.offloading import put_aside, put_back
 from prefixmemory.tuner.tensor_parallel import head_share, same_start
 
 logger = logging.getLogger(__name__)
@@ -316,7 +317,14 @@ class PrefixMemoryModel(BaseTuner):
                 _discard(model, adapter_name)
             raise
         config.awaits_weights = False
-        return {names.get(key.removeprefix(prefix), key): tensor for key, tensor in state_dict.items()}
+        loaded = {names.get(key.removeprefix(prefix), key): tensor for key, tensor in state_dict.items()}
+        put_aside(model, loaded)
+        return loaded
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As in PEFT, which calls this last when it loads an adapter."""
+        put_back(self.model)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
 
 def _stored(key: str, adapter_name: str) -> str | None:
