@@ -69,7 +69,9 @@ def install_tap() -> None:
                 key, value, attention_mask, kwargs = layer.on_attention(
                     query, key, value, attention_mask, kwargs, attn_implementation
                 )
-            output = function(module, query, key, value, attention_mask, *args, **kwargs)
+            read = attn_implementation == "paged|eager" and "cache" not in kwargs  # by the layer, before its prefix
+            attention = default if read else function
+            output = attention(module, query, key, value, attention_mask, *args, **kwargs)
             for observer in OBSERVERS:
                 observer(module, query, key, value, attention_mask, kwargs, output, attn_implementation)
             return output

@@ -75,6 +75,14 @@ def prepend_prefix(
                 f"A prefix inside the softmax cannot stand before the sparse keys of {type(module).__name__} with "
                 f"attn_implementation={implementation!r}, which is given their numbers. Use 'sdpa' or 'eager'."
             )
+    if "flash" in implementation and _packed(keywords):
+        raise PrefixMemoryError(
+            "A prefix inside the softmax cannot be put before each of several sequences that are packed into one row "
+            f"with attn_implementation={implementation!r}, as continuous batching packs them. Use 'sdpa' or 'eager'."
+        )
+    keywords = dict(keywords)
+    if (cache := keywords.pop("cache", None)) is not None:  # of continuous batching: the prefix must not lie in it
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=keywords)
     batch = key.shape[0]
     keys, values = _of_as_many_heads(prefix.keys, key, module), _of_as_many_heads(prefix.values, value, module)
     widened = {
@@ -90,6 +98,13 @@ def prepend_prefix(
         None if mask is None else _with_prefix(prefix, query, mask),
         {**keywords, **widened},
     )
+
+
+def _packed(keywords: Mapping[str, Any]) -> bool:
+    """Whether a row holds several sequences: their lengths are given, or positions begin again within it."""
+    positions = keywords.get("position_ids")
+    again = isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[0] == 1
+    return keywords.get("cu_seq_lens_k") is not None or (again and bool((positions.diff(dim=-1) < 0).any()))
 
 
 def _of_as_many_heads(vectors: Tensor, like: Tensor, module: nn.Module) -> Tensor:

@@ -185,6 +185,35 @@ class PrefixMemoryModel(BaseTuner):
             rows.beams = self._rows_per_prompt(kwargs)
         return cast(Any, self.model).generate(*args, **kwargs)
 
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' continuous batching, which only logs what a forward pass raises: so it is refused before.
+
+        Raises:
+            PrefixMemoryError: an adapter for each row, or flash attention with a prefix inside the softmax.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise PrefixMemoryError(
+                "generate_batch packs all requests into one row, which has one adapter. Call it once for each adapter, "
+                "after set_adapter, or give adapter_names to generate."
+            )
+        if any(config.placement == "inside" for config in self.peft_config.values()):
+            if "flash" in cast(Any, self.model).config._attn_implementation:
+                raise PrefixMemoryError(
+                    "generate_batch with flash attention packs requests where a prefix inside the softmax cannot be "
+                    "put before each. Call set_attn_implementation('sdpa') first."
+                )
+            from transformers import ContinuousBatchingConfig
+
+            continuous_batching_config = deepcopy(continuous_batching_config) or ContinuousBatchingConfig()
+            continuous_batching_config.auto_switch_to_flash = False
+        return cast(Any, self.model).generate_batch(inputs, generation_config, continuous_batching_config, **kwargs)
+
     def _rows_per_prompt(self, kwargs: dict[str, Any]) -> int:
         """How many rows generate() makes of each row that it is given."""
         given, own = kwargs.get("generation_config"), getattr(self.model, "generation_config", None)
