@@ -20,7 +20,7 @@ from experiments.models.kinds import CAUSAL_LM, KINDS, LONG, build_case, by_name
 from experiments.models.running import Failed, logits
 
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.memories.matrix import Memory
+from prefixmemory.memories.matrix import MatrixMemory
 
 #: One of each way to write attention: separate and fused projections, grouped keys, ALiBi, gates, sinks, latent
 #: attention, sliding and chunked windows, shared keys and values, experts, hybrids, decoders of encoder-decoders.
@@ -55,6 +55,18 @@ def test_memory_passes(kind: str, model_type: str) -> None:
     asked = {"attach", *checks.CHECKS} - outcome["not_applicable"].keys()
     assert set(outcome["passed"]) == asked
     assert {"attach", "zero start", "every layer", "acts", "gradients", "reload", "disable", "step"} <= asked
+
+
+@pytest.mark.parametrize(("kind", "model_type"), [(CAUSAL_LM.name, "llama"), ("encoder-decoders", "t5")], ids=str)
+def test_a_prefix_inside_passes(kind: str, model_type: str) -> None:
+    outcome = checks.ask_method(by_name(kind), model_type, checks.INSIDE, ask_base(by_name(kind), model_type))
+    assert outcome["failed"] == {}
+    assert {"attach", "every layer", "acts", "gradients", "generate", "padding", "reload"} <= set(outcome["passed"])
+
+
+def test_a_type_that_refuses_a_prefix_inside_has_not_failed() -> None:
+    outcome = checks.ask_method(CAUSAL_LM, "diffllama", checks.INSIDE, ask_base(CAUSAL_LM, "diffllama"))
+    assert outcome["failed"] == {} and "value heads" in outcome["not_applicable"]["attach"]
 
 
 def test_attention_is_seen_where_it_is_computed_and_nowhere_else() -> None:
@@ -102,8 +114,8 @@ def test_the_rotated_query_fails_padding() -> None:
 
 
 def test_a_memory_that_cached_steps_skip_fails_generate(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = Memory.forward
-    monkeypatch.setattr(Memory, "forward", lambda self, query: forward(self, query) * (query.shape[-3] > 1))
+    forward = MatrixMemory.forward
+    monkeypatch.setattr(MatrixMemory, "forward", lambda self, query: forward(self, query) * (query.shape[-3] > 1))
     assert "logits of new token 2 with cache differ" in fails("generate", subject())
 
 

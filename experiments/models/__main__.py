@@ -2,6 +2,7 @@
 
     python -m experiments.models                     # every kind, type and method; then docs/models.md
     python -m experiments.models --only llama t5     # some types again; the other records stay
+    python -m experiments.models --only t5 --method inside    # a memory's other place, recorded beside them
     python -m experiments.models --resume            # only what has no record yet
     python -m experiments.models --report            # docs/models.md from the records
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from . import records
 from .base import ask_base
-from .checks import METHODS, ask_method
+from .checks import INSIDE, METHODS, ask_method
 from .kinds import KINDS, NOT_RUN, by_name, kind_of
 from .report import write_report
 from .running import reason
@@ -102,7 +103,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types, whatever their kind")
     parser.add_argument("--kind", nargs="+", choices=[kind.name for kind in KINDS], help="these kinds")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS, help="these methods")
+    parser.add_argument("--method", nargs="+", choices=(*METHODS, INSIDE), default=METHODS, help="these methods")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time")
     parser.add_argument("--limit", type=float, default=120, metavar="SECONDS", help="for one type and method")
     parser.add_argument("--resume", action="store_true", help="only what has no record yet")

@@ -128,3 +128,7 @@ REFUSED = {
 }
 #: Parts of models that no gradient reaches, by their class.
 NO_GRADIENT = {"BltPatcher": "it only decides where patches end, so that no gradient reaches it"}
+#: Attention that repeats all its key heads, in order, for each expert of a token.
+HEADS_OF_EACH_EXPERT = re.compile("JetMoe")
+#: Attention whose keys or values reach its attention function otherwise than its projections made them.
+NO_PREFIX_INSIDE = {"DiffLlama": "each half of its value heads goes through a softmax of its own"}

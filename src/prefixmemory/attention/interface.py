@@ -5,12 +5,14 @@ For ``query="rotary"`` and ``placement="inside"`` one function of transformers i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
+from prefixmemory.attention import families
 from prefixmemory.attention.sites import CHILD, AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 
@@ -26,11 +28,22 @@ def check_interface(
     forward = type(site.core).forward
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
-    if "ALL_ATTENTION_FUNCTIONS" not in forward.__globals__:
+    if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
         raise PrefixMemoryError(
-            f"{what} cannot be had in {name} ({type(site.core).__name__}): this model does not use transformers' "
-            f"attention interface. {advice}"
+            f"{what} cannot be had in {name} ({type(site.core).__name__}): it does not use transformers' attention "
+            f"interface. {advice}"
         )
+
+
+def check_inside(name: str, site: AttentionSite) -> None:
+    """Refuse ``placement='inside'`` where a prefix would not reach the attention function as keys and values do."""
+    check_interface(name, site, "placement='inside'")
+    for classes, reason in families.NO_PREFIX_INSIDE.items():
+        if re.match(classes, type(site.core).__name__):
+            raise PrefixMemoryError(
+                f"placement='inside' cannot be had in {name} ({type(site.core).__name__}): {reason}. "
+                "Use placement='outside'."
+            )
 
 
 def install_tap() -> None:
@@ -53,10 +66,12 @@ def install_tap() -> None:
         ) -> Any:
             layer: Any = module._modules.get(CHILD) or module.__dict__.get(CHILD)
             if layer is not None:
-                key, value, attention_mask = layer.on_attention(
-                    query, key, value, attention_mask, kwargs.get("is_causal"), attn_implementation
+                key, value, attention_mask, kwargs = layer.on_attention(
+                    query, key, value, attention_mask, kwargs, attn_implementation
                 )
-            output = function(module, query, key, value, attention_mask, *args, **kwargs)
+            read = attn_implementation == "paged|eager" and "cache" not in kwargs  # by the layer, before its prefix
+            attention = default if read else function
+            output = attention(module, query, key, value, attention_mask, *args, **kwargs)
             for observer in OBSERVERS:
                 observer(module, query, key, value, attention_mask, kwargs, output, attn_implementation)
             return output

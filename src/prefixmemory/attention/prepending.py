@@ -7,13 +7,21 @@ padding and several adapters in one batch need nothing of their own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prefixmemory.attention import families
 from prefixmemory.errors import PrefixMemoryError
+
+#: Keywords of attention functions that hold something for every key, ``[batch or 1, heads or 1, queries, keys]``, which
+#: is added to its score.
+BIASES = ("position_bias",)
+#: Keywords that number keys, as kernels for sparse attention take them.
+KEY_NUMBERS = ("indices", "block_indices")
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,10 @@ def prepend_prefix(
     key: Tensor,
     value: Tensor,
     mask: Any,
-    is_causal: bool | None = None,
-    counts_from_end: bool = False,
-) -> tuple[Tensor, Tensor, Any]:
-    """Keys, values and mask with ``prefix`` prepended.
+    keywords: Mapping[str, Any],
+    implementation: str,
+) -> tuple[Tensor, Tensor, Any, dict[str, Any]]:
+    """Keys, values, mask and keywords of an attention function with ``prefix`` prepended.
 
     Args:
         prefix: the prefix.
@@ -54,28 +62,78 @@ def prepend_prefix(
         query, key, value: as the attention function receives them, ``[batch, heads, tokens, dim]``.
         mask: as the attention function receives it: ``None``, ``[batch or 1, 1, queries, keys]`` (bool, or added to the
             scores), ``[batch, keys]`` (flash attention) or a ``BlockMask`` (flex attention).
-        is_causal: what the call says about causality; ``None``: the module decides.
-        counts_from_end: whether the attention function, when it is causal without a mask, lets the last query see the
-            last key (flash attention) rather than the first query the first key (torch's).
+        keywords: what else it receives. ``is_causal`` says what a mask of ``None`` means, else the module does; a bias
+            for each key is 0 for the prefix's.
+        implementation: transformers' name of the attention function.
+
+    Raises:
+        PrefixMemoryError: the attention function is told of keys in a way that leaves no place for a prefix.
     """
+    for name in KEY_NUMBERS:
+        if keywords.get(name) is not None:
+            raise PrefixMemoryError(
+                f"A prefix inside the softmax cannot stand before the sparse keys of {type(module).__name__} with "
+                f"attn_implementation={implementation!r}, which is given their numbers. Use 'sdpa' or 'eager'."
+            )
+    if "flash" in implementation and _packed(keywords):
+        raise PrefixMemoryError(
+            "A prefix inside the softmax cannot be put before each of several sequences that are packed into one row "
+            f"with attn_implementation={implementation!r}, as continuous batching packs them. Use 'sdpa' or 'eager'."
+        )
+    keywords = dict(keywords)
+    if (cache := keywords.pop("cache", None)) is not None:  # of continuous batching: the prefix must not lie in it
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=keywords)
     batch = key.shape[0]
-    keys = torch.cat([prefix.keys.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
-    values = torch.cat([prefix.values.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    keys, values = _of_as_many_heads(prefix.keys, key, module), _of_as_many_heads(prefix.values, value, module)
+    widened = {
+        name: torch.cat([bias.new_zeros(*bias.shape[:3], prefix.length), bias.expand(-1, -1, -1, key.shape[2])], dim=3)
+        for name in BIASES
+        if (bias := keywords.get(name)) is not None
+    }
     if mask is None:
-        mask = _made_explicit(prefix, query, key, bool(causal), counts_from_end)
-    return keys, values, None if mask is None else _with_prefix(prefix, query, mask)
+        mask = _made_explicit(prefix, module, query, key, keywords.get("is_causal"), implementation)
+    return (
+        torch.cat([keys.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2),
+        torch.cat([values.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2),
+        None if mask is None else _with_prefix(prefix, query, mask),
+        {**keywords, **widened},
+    )
 
 
-def _made_explicit(prefix: Prefix, query: Tensor, key: Tensor, causal: bool, counts_from_end: bool) -> Tensor | None:
+def _packed(keywords: Mapping[str, Any]) -> bool:
+    """Whether a row holds several sequences: their lengths are given, or positions begin again within it."""
+    positions = keywords.get("position_ids")
+    again = isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[0] == 1
+    return keywords.get("cu_seq_lens_k") is not None or (again and bool((positions.diff(dim=-1) < 0).any()))
+
+
+def _of_as_many_heads(vectors: Tensor, like: Tensor, module: nn.Module) -> Tensor:
+    """The prefix's keys or values for as many heads as the input's have, ``[1 or batch, heads, length, dim]``."""
+    times, rest = divmod(like.shape[1], vectors.shape[1])
+    if times == 1 and not rest:
+        return vectors
+    if rest or not families.HEADS_OF_EACH_EXPERT.match(type(module).__name__):
+        raise PrefixMemoryError(
+            f"{type(module).__name__} attends to keys of {like.shape[1]} heads where its prefix has "
+            f"{vectors.shape[1]}. Its forward is not one that prefixmemory knows; exclude it with exclude_modules."
+        )
+    return vectors.repeat(1, times, 1, 1)
+
+
+def _made_explicit(
+    prefix: Prefix, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None, implementation: str
+) -> Tensor | None:
     """What "no mask" means, as a mask: torch would count from the first key, which is the prefix's now."""
+    counts_from_end = "flash" in implementation  # of a causal mask, the last query sees the last key
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     batch, queries, keys = key.shape[0], query.shape[2], key.shape[2]
-    if prefix.score_bias is None and (not causal or queries == 1 or counts_from_end):
+    hides = causal and queries > 1 and "eager" not in implementation  # which never makes a mask by itself
+    if prefix.score_bias is None and (not hides or counts_from_end):
         return None
     if counts_from_end:
         return torch.ones(batch, keys, dtype=torch.long, device=key.device)
-    allowed = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=key.device)
-    return allowed.tril() if causal and queries > 1 else allowed
+    mask = query.new_zeros(1, 1, queries, keys)  # added to the scores, which every other function understands
+    return mask.masked_fill(mask.new_ones(queries, keys).triu(1).bool(), torch.finfo(mask.dtype).min) if hides else mask
 
 
 def _with_prefix(prefix: Prefix, query: Tensor, mask: Any) -> Any:

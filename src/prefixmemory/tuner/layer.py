@@ -54,6 +54,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self.sites: dict[str, MemorySite] = {}
         self.fixed: dict[str, list[str]] = {}  # parameters that do not learn, by adapter
         self._plan: Plan | None = None  # for the active adapters; ``None``: there is nothing to do
+        self.put_aside: dict[str, Tensor] = {}  # while a model is dispatched, see ``offloading.py``
         self.first_batch: Any = None  # waits for it to take the means of features, see ``calibration.py``
         self._active_adapter: list[str] = []
         # past nn.Module.__setattr__: the attention module is our parent, not our child
@@ -146,24 +147,23 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             call.projected = (output, args[0])
 
     def on_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, is_causal: bool | None, implementation: str
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Called before the attention function: keeps the rotated query; returns keys, values and mask, with the
-        prefix of the adapters inside the softmax prepended."""
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict[str, Any], implementation: str
+    ) -> tuple[Tensor, Tensor, Any, dict[str, Any]]:
+        """Called before the attention function: keeps the rotated query; returns keys, values, mask and keywords, with
+        the prefix of the adapters inside the softmax prepended."""
         call = current_call(self)
         if call is None or call.plan is None:
-            return key, value, mask
+            return key, value, mask, keywords
         call.was_inside = True
         call.queries["rotary"] = query.transpose(1, 2)  # [B, H, T, D] -> [B, T, H, D]
         if not call.plan.inside:
-            return key, value, mask
+            return key, value, mask, keywords
         prefix = self._prefix(call.plan.inside, call.rows, key)
-        counts_from_end = "flash" in implementation
-        return prepend_prefix(prefix, self.site.core, query, key, value, mask, is_causal, counts_from_end)
+        return prepend_prefix(prefix, self.site.core, query, key, value, mask, keywords, implementation)
 
     def _prefix(self, steps: list[Step], rows: RowAdapters | None, key: Tensor) -> Prefix:
         """The prefixes of the adapters inside the softmax, one behind the other."""
-        keys, values = zip(*(cast(Any, step.memory).vectors() for step in steps), strict=True)
+        keys, values = zip(*(_vectors(step.memory) for step in steps), strict=True)
         lengths = [k.shape[1] for k in keys]
         bias = score_bias(steps, lengths, keys[0].float())
         if rows is not None:
@@ -296,6 +296,18 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         site = self.site
         return f"heads={site.heads}, kv_heads={site.kv_heads}, head_dim={site.head_dim}, value_dim={site.value_dim}"
+
+
+def _vectors(memory: Any) -> tuple[Tensor, Tensor]:
+    """The prefix of a memory inside the softmax. accelerate, if it has offloaded it, thinks of calls alone."""
+    hook = getattr(memory, "_hf_hook", None)
+    if hook is None:
+        return cast(tuple[Tensor, Tensor], memory.vectors())
+    hook.pre_forward(memory)
+    try:
+        return cast(tuple[Tensor, Tensor], memory.vectors())
+    finally:
+        hook.post_forward(memory, None)
 
 
 def _add_by_row(plan: Plan, rows: RowAdapters, outputs: Tensor, queries: dict[str, Tensor]) -> Tensor:

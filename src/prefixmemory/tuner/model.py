@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixmemory.attention.discovery import find_site, find_sites, left_out, skipped_attention
-from prefixmemory.attention.interface import check_interface, install_tap
+from prefixmemory.attention.interface import check_inside, check_interface, install_tap
 from prefixmemory.attention.sites import CHILD, AttentionSite
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.memories import checkpoint
@@ -33,6 +33,7 @@ from prefixmemory.tuner import weighted_adapter
 from prefixmemory.tuner.calibration import FirstBatch
 from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
+from prefixmemory.tuner.offloading import put_aside, put_back
 from prefixmemory.tuner.tensor_parallel import head_share, same_start
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class PrefixMemoryModel(BaseTuner):
                 share.check(memory, peft_config.mixing)
             inside = is_inside(memory)
             if inside or "rotary" in queries_of(memory, peft_config.query):
-                check_interface(current_key, site, "placement='inside'" if inside else "query='rotary'")
+                check_inside(current_key, site) if inside else check_interface(current_key, site, "query='rotary'")
                 install_tap()
         except PrefixMemoryError:
             _discard(self.model, adapter_name)
@@ -203,6 +204,35 @@ class PrefixMemoryModel(BaseTuner):
         batch = next((value.shape[0] for value in given if isinstance(value, Tensor) and value.ndim), None)
         if batch is not None:
             rows.check(batch)
+
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' continuous batching, which only logs what a forward pass raises: so it is refused before.
+
+        Raises:
+            PrefixMemoryError: an adapter for each row, or flash attention with a prefix inside the softmax.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise PrefixMemoryError(
+                "generate_batch packs all requests into one row, which has one adapter. Call it once for each adapter, "
+                "after set_adapter, or give adapter_names to generate."
+            )
+        if any(config.placement == "inside" for config in self.peft_config.values()):
+            if "flash" in cast(Any, self.model).config._attn_implementation:
+                raise PrefixMemoryError(
+                    "generate_batch with flash attention packs requests where a prefix inside the softmax cannot be "
+                    "put before each. Call set_attn_implementation('sdpa') first."
+                )
+            from transformers import ContinuousBatchingConfig
+
+            continuous_batching_config = deepcopy(continuous_batching_config) or ContinuousBatchingConfig()
+            continuous_batching_config.auto_switch_to_flash = False
+        return cast(Any, self.model).generate_batch(inputs, generation_config, continuous_batching_config, **kwargs)
 
     def _rows_per_prompt(self, kwargs: dict[str, Any]) -> int:
         """How many rows generate() makes of each row that it is given."""
@@ -334,7 +364,14 @@ class PrefixMemoryModel(BaseTuner):
                 _discard(model, adapter_name)
             raise
         config.awaits_weights = False
-        return {names.get(_bare(key), key): tensor for key, tensor in state_dict.items()}
+        loaded = {names.get(_bare(key), key): tensor for key, tensor in state_dict.items()}
+        put_aside(model, loaded)
+        return loaded
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As in PEFT, which calls this last when it loads an adapter."""
+        put_back(self.model)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
 
 def _bare(key: str) -> str:
