@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,9 +102,11 @@ def prepend_prefix(
 
 def _packed(keywords: Mapping[str, Any]) -> bool:
     """Whether a row holds several sequences: their lengths are given, or positions begin again within it."""
+    if keywords.get("cu_seq_lens_k") is not None:
+        return True
     positions = keywords.get("position_ids")
-    again = isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[0] == 1
-    return keywords.get("cu_seq_lens_k") is not None or (again and bool((positions.diff(dim=-1) < 0).any()))
+    is_one_row = isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[0] == 1
+    return is_one_row and bool((cast(Tensor, positions).diff(dim=-1) < 0).any())
 
 
 def _of_as_many_heads(vectors: Tensor, like: Tensor, module: nn.Module) -> Tensor:
