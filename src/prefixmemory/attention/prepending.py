@@ -102,9 +102,11 @@ def prepend_prefix(
 
 def _packed(keywords: Mapping[str, Any]) -> bool:
     """Whether a row holds several sequences: their lengths are given, or positions begin again within it."""
+    if keywords.get("cu_seq_lens_k") is not None:
+        return True
     positions = keywords.get("position_ids")
-    again = isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[0] == 1
-    return keywords.get("cu_seq_lens_k") is not None or (again and bool((positions.diff(dim=-1) < 0).any()))
+    one_row = isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[0] == 1
+    return one_row and bool((positions[:, 1:] < positions[:, :-1]).any())  # type: ignore[index]
 
 
 def _of_as_many_heads(vectors: Tensor, like: Tensor, module: nn.Module) -> Tensor:

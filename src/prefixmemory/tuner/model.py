@@ -31,6 +31,7 @@ from prefixmemory.tuner.calibration import FirstBatch
 from prefixmemory.tuner.calls import RowAdapters, row_adapters, use_row_adapters
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
 from prefixmemory.tuner.offloading import put_aside, put_back
+from prefixmemory.tuner.peft_helpers import teach
 from prefixmemory.tuner.tensor_parallel import head_share, same_start
 
 logger = logging.getLogger(__name__)
@@ -466,6 +467,7 @@ def register() -> None:
     if PREFIX_MEMORY in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     accept_adapter_names()
+    teach()
     register_peft_method(
         name=PREFIX_MEMORY.lower(),
         config_cls=PrefixMemoryConfig,
