@@ -31,6 +31,19 @@ from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.memories.prefix import Placement, Similarity
 from prefixmemory.memories.registry import AUTO, MEMORY_FIELDS, MemoryKind, memory_kind
 
+#: Fields of PEFT's other methods that a memory does not have, and what to do instead.
+NOT_HERE = {
+    "layer_replication": "a memory hangs in layers that are there. Build the model with its layers repeated, then add "
+    "the memory",
+    "rank_pattern": "all layers of an adapter have the same rank. Add one adapter for each rank, with its "
+    "layers_to_transform, and activate them together",
+    "alpha_pattern": "all layers of an adapter have the same scale. Add one adapter for each scale, with its "
+    "layers_to_transform, and activate them together",
+    "trainable_token_indices": "a memory changes no embeddings. Train them in full with "
+    "modules_to_save=['embed_tokens']",
+    "ensure_weight_tying": "modules_to_save makes copies, which are not tied. Leave tied modules out of it",
+}
+
 Query = Literal["content", "rotary"]
 Auto = Literal["auto"]
 
@@ -134,6 +147,8 @@ class PrefixMemoryConfig(PeftConfig):
         # TypeError for an unknown field of a saved config into a warning, and drops the field.
         known = [f.name for f in fields(cls)]
         for name in kwargs:
+            if name in NOT_HERE:
+                raise UnknownFieldError(f"PrefixMemoryConfig has no field {name!r}: {NOT_HERE[name]}.")
             if name not in known:
                 if not did_you_mean(name, known) and _is_of_a_newer_peft(kwargs):
                     raise TypeError(f"PrefixMemoryConfig got an unexpected keyword argument {name!r}")

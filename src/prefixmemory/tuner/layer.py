@@ -262,6 +262,18 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self._scale[adapter_name] = scale
         self._replan()
 
+    @property
+    def scaling(self) -> dict[str, float]:
+        """The scales by adapter, as PEFT's ``rescale_adapter_scale`` reads and sets them."""
+        return dict(self.scale)
+
+    @scaling.setter
+    def scaling(self, scales: dict[str, float]) -> None:
+        for name, scale in scales.items():
+            if scale < 0 and is_inside(self.memory(name)):
+                raise PrefixMemoryError(f"scale={scale} is out of range: inside the softmax, give 0 or more.")
+            self.set_scale(name, float(scale))
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         BaseTunerLayer.set_adapter(self, adapter_names, inference_mode)
         self._replan()

@@ -34,6 +34,7 @@ from prefixmemory.tuner.calibration import FirstBatch
 from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
 from prefixmemory.tuner.offloading import put_aside, put_back
+from prefixmemory.tuner.peft_helpers import teach
 from prefixmemory.tuner.tensor_parallel import head_share, same_start
 
 logger = logging.getLogger(__name__)
@@ -525,6 +526,7 @@ def register() -> None:
         return
     accept_adapter_names()
     check_configs_on_load()
+    teach()
     register_peft_method(
         name=PREFIX_MEMORY.lower(),
         config_cls=PrefixMemoryConfig,
