@@ -60,7 +60,8 @@ def held_here(model: nn.Module) -> dict[str, int]:
 
 def means_apart(model: nn.Module) -> float:
     """Largest difference between the means that two processes subtract."""
-    means = [mean.flatten() for name, mean in model.named_parameters() if name.endswith(".mean")]
+    found = (mean.detach() for name, mean in model.named_parameters() if name.endswith(".mean"))
+    means = [(mean.full_tensor() if hasattr(mean, "full_tensor") else mean).flatten() for mean in found]
     if not means or not dist.is_initialized():
         return 0.0
     least, most = torch.cat(means), torch.cat(means)

@@ -6,10 +6,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import tiny
-from prefixmemory import cli
 from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.rows.rendering import render, render_prompt
 from prefixmemory.rows.rows import row_format
+from prefixmemory_cli import main
 
 ROWS = {
     "text": {"text": "hello", "label": "greeting"},
@@ -39,7 +39,7 @@ def test_generate_asks_as_the_rows_of_the_run_did(name, tmp_path, monkeypatch, c
     def run(*words):
         monkeypatch.setattr("sys.argv", ["prefixmemory", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main()
         assert stop.value.code in (0, None), capsys.readouterr().err
 
     def answers(model, tokenizer, prompts, max_new_tokens, one_line):

@@ -251,8 +251,8 @@ def test_a_prefix_has_no_sum():
     add(model, "kernel", 3, prefix_length=2)
     add(model, "mixed", 3, mixing="layer")
     for names, message in (
-        (["default"], "Adapter 'default' cannot be summed: a sum of prefix vectors is not the sum of their answers"),
-        (["free", "kernel"], "Adapter 'kernel' cannot be summed: a sum of prefix vectors"),
+        (["default"], "Adapter 'default' cannot be summed: what memory='prefix' answers need not be linear"),
+        (["free", "kernel"], "Adapter 'kernel' cannot be summed: what memory='prefix' answers"),
         (["free", "mixed"], "Adapter 'mixed' cannot be summed: with mixing='layer'"),
     ):
         with pytest.raises(PrefixMemoryError, match=re.escape(message)):
@@ -353,7 +353,7 @@ POSSIBLE = possible()
 
 def test_the_walk_meets_every_choice_and_every_step_of_the_path():
     for name, values in CHOICES.items():
-        assert {fields[name] for fields in POSSIBLE} == set(values) - ({None} if name == "similarity" else set())
+        assert {fields[name] for fields in POSSIBLE} == set(values)
     count = {
         "inside": 2,  # reparameterised or not
         "exact softmax": 4 * 2 * 2,  # mixings, reparameterised or not, queries
@@ -398,19 +398,6 @@ def test_every_possible_combination_trains_saves_loads_and_generates(fields, tmp
     full = logits(model, out[:, :-1], use_cache=False)[:, -1]
     full[:, 2] = -torch.inf
     assert torch.equal(full.argmax(dim=-1), out[:, -1])
-
-
-def test_a_config_from_before_these_choices_loads(tmp_path):
-    model = with_memory(build())
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    written = json.loads(file.read_text())
-    new = ("placement", "prefix_length", "similarity", "normalizer", "mixing", "mix", "reparameterize")
-    file.write_text(json.dumps({key: value for key, value in written.items() if key not in new}))
-    loaded = PeftModel.from_pretrained(build(), str(tmp_path)).eval()
-    same_parameters(loaded, model)
-    close_logits(logits(loaded), logits(model))
-    assert loaded.peft_config["default"].similarity == "feature_map"
 
 
 def test_inside_is_refused_where_the_attention_function_cannot_be_reached():

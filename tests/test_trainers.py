@@ -200,4 +200,6 @@ def test_low_rank_memories_and_trainable_maps_train_too(base, tmp_path, kind):
     assert len(memory) == 8  # A, B, weight and bias of the map, in two layers
     trainer.train()
     for name, parameter in trainer.model.named_parameters():
+        if name in tiny.means(trainer.model):
+            continue  # taken from the first batch
         assert torch.equal(parameter, before[name]) != (name in memory), name

@@ -54,7 +54,7 @@ def memory_output(
     if mean is None:
         output = torch.bmm(rows, factors[0])
     else:
-        output = torch.baddbmm(torch.bmm(mean.unsqueeze(1), factors[0]), rows, factors[0], beta=-1)
+        output = torch.baddbmm(torch.bmm(mean.to(factors[0].dtype).unsqueeze(1), factors[0]), rows, factors[0], beta=-1)
     for factor in factors[1:]:
         output = torch.bmm(output, factor)
     by_token = output.transpose(0, 1) if repeat == 1 else output.unflatten(1, (-1, repeat)).transpose(0, 1)

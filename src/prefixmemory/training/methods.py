@@ -88,9 +88,8 @@ def _check_type(field: str, value: Any, hint: Any) -> None:
     try:
         TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
-        problems = error.errors()
-        nested = isinstance(value, dict) or any(problem["type"] == "literal_error" for problem in problems)
-        if not nested:  # configs within configs, and choices, are checked by PEFT
+        problems = [problem for problem in error.errors() if problem["type"] != "literal_error"]
+        if problems and not isinstance(value, dict):  # configs within configs, and choices, are checked by PEFT
             message = problems[-1]["msg"]
             raise PrefixMemoryError(f"method.{field}={value!r}: {message[0].lower()}{message[1:]}.") from error
 

@@ -509,6 +509,8 @@ def check_configs_on_load() -> None:
             saved = PrefixMemoryConfig.from_pretrained(model_id, **options)
             for name in ("modules_to_save", "mixing", "mix", *weighted_adapter.FIELDS, "rank", "scale"):
                 ours, theirs = getattr(present, name), getattr(saved, name)
+                if name == "modules_to_save":  # PEFT lists the head of a classifier twice
+                    ours, theirs = sorted(set(ours or ())), sorted(set(theirs or ()))
                 if ours != theirs:
                     raise PrefixMemoryError(
                         f"{model_id} cannot be loaded over the adapter {adapter_name!r}: {name} is {theirs!r} there "
