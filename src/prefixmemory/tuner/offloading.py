@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module  # type: ignore[import-untyped]
+from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
 from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
