@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tiny
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.tuner.model import accept_adapter_names
+from prefixmemory.tuner.registration import accept_adapter_names
 from tiny_trainers import STEPS, load, make_trainer
 
 pytest.importorskip("trl")

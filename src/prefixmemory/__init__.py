@@ -14,7 +14,8 @@ from prefixmemory.memories.feature_maps import register_feature_map
 from prefixmemory.memories.registry import MemorySite, register_memory
 from prefixmemory.tuner.calibration import calibrate
 from prefixmemory.tuner.layer import set_scale
-from prefixmemory.tuner.model import PrefixMemoryModel, register
+from prefixmemory.tuner.model import PrefixMemoryModel
+from prefixmemory.tuner.registration import register
 
 __all__ = [
     "MemorySite",

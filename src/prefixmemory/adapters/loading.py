@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase
 
-import prefixmemory.tuner.model
+import prefixmemory.tuner.registration
 from prefixmemory.adapters.hub import adapter_folder
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.records import RECORD
@@ -22,7 +22,7 @@ from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.models.loading import Dtype, fast_dtype, full_name, load_model, load_tokenizer
 from prefixmemory.models.quantization import Quantization
 
-prefixmemory.tuner.model.register()
+prefixmemory.tuner.registration.register()
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
-import prefixmemory.tuner.model
+import prefixmemory.tuner.registration
 from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
 
-prefixmemory.tuner.model.register()
+prefixmemory.tuner.registration.register()
 
 DEFAULT = "prefix_memory"
 #: What every PEFT config has, or a library writes into it: no choices of the method.

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import replace
-from functools import wraps
 from typing import Any, cast
 
-from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
-from peft.utils.error import NoMatchingPeftModuleError
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,7 +20,6 @@ from prefixmemory.attention.sites import CHILD, AttentionSite
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.memories import checkpoint
 from prefixmemory.memories.config import PrefixMemoryConfig
-from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.memories.registry import MemorySite, check_start, is_inside, queries_of
 from prefixmemory.models.quantization import keep_trainable
 from prefixmemory.tuner import weighted_adapter
@@ -34,7 +27,7 @@ from prefixmemory.tuner.calibration import FirstBatch
 from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
 from prefixmemory.tuner.offloading import put_aside, put_back
-from prefixmemory.tuner.peft_helpers import teach
+from prefixmemory.tuner.targets import check_targets, is_target, shortest_names
 from prefixmemory.tuner.tensor_parallel import head_share, same_start
 
 logger = logging.getLogger(__name__)
@@ -48,10 +41,6 @@ WRAPPER = "_checkpoint_wrapped_module."
 
 #: Names of the one child of modules that wrap a model or a layer.
 WRAPPERS = ("_orig_mod", "module", "base_layer")
-
-
-class NoAttentionMatchedError(PrefixMemoryError, NoMatchingPeftModuleError):
-    """The config names no module of the model; also what PEFT raises where nothing matches."""
 
 
 class PrefixMemoryModel(BaseTuner):
@@ -82,16 +71,16 @@ class PrefixMemoryModel(BaseTuner):
         if peft_config.target_modules is None:
             others = left_out(self.model, sites)
             chosen = [name for name in sites if name not in others]
-            peft_config.target_modules = _shortest_names(chosen, self.model)
+            peft_config.target_modules = shortest_names(chosen, self.model)
             for name, reason in skipped_attention(self.model, chosen, others).items():
                 logger.warning("No memory in %s: %s.", name, reason)
-        _check_targets(peft_config, sites, self.model)
+        check_targets(peft_config, sites, self.model)
         keep_trainable(self.model, inference=bool(peft_config.inference_mode))
         return peft_config
 
     @staticmethod
     def _check_target_module_exists(peft_config: PrefixMemoryConfig, key: str) -> Any:
-        return _is_target(peft_config, key)
+        return is_target(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -394,61 +383,6 @@ def _stored(key: str, adapter_name: str) -> str | None:
     return None
 
 
-def _check_targets(config: PrefixMemoryConfig, sites: dict[str, AttentionSite], model: nn.Module) -> None:
-    """Refuse targets that match no module, or one that is no softmax attention.
-
-    Raises:
-        PrefixMemoryError: names what matched, and the attention modules that there are.
-    """
-    matched = [
-        name
-        for name, module in model.named_modules()
-        if name
-        and not isinstance(matched := _is_target(config, name), _ExcludedModule)
-        and matched
-        and not isinstance(module, PrefixMemoryLayer)
-    ]
-    available = sorted({name.rpartition(".")[2] for name in sites})
-    for name in matched:
-        # cross attention is no site by default, and may be asked for by name
-        if name not in sites and find_site(model.get_submodule(name)) is None:
-            raise PrefixMemoryError(
-                f"target_modules={_shown(config.target_modules)} matches {name!r}, which is no softmax attention. "
-                f"Name attention modules, here {available}, or leave target_modules out for all of them."
-            )
-    if not matched:
-        wanted = config.target_modules if isinstance(config.target_modules, str) else min(config.target_modules or [""])
-        narrowed = [
-            f"{field}={_shown(value)}"
-            for field in ("layers_to_transform", "layers_pattern", "exclude_modules")
-            if (value := getattr(config, field)) is not None
-        ]
-        raise NoAttentionMatchedError(
-            f"target_modules={_shown(config.target_modules)}{''.join(f', {n}' for n in narrowed)} matches no attention "
-            f"module of {type(model).__name__}.{did_you_mean(wanted, available)} Its {len(sites)} attention modules "
-            f"are called {available}, from {next(iter(sites))!r} on; leave target_modules out for all of them."
-        )
-
-
-def _is_target(config: PrefixMemoryConfig, key: str) -> Any:
-    """As in PEFT, but that ``layers_to_transform`` counts for targets given by their whole names too."""
-    if config.layers_to_transform is not None and key in (config.target_modules or ()):
-        config = copy(config)
-        config.target_modules = {key.rpartition(".")[2]}
-    return check_target_module_exists(config, key)
-
-
-def _shown(value: object) -> str:
-    return repr(sorted(value) if isinstance(value, set) else value)
-
-
-def _shortest_names(names: list[str], model: nn.Module) -> set[str]:
-    """The last parts of the names where these mean the same modules, else the whole names."""
-    short = {name.rpartition(".")[2] for name in names}
-    others = [name for name, _ in model.named_modules() if name not in names]
-    return short if not any(other.rpartition(".")[2] in short for other in others) else set(names)
-
-
 def _discard(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter, and layers left without any, out of a model."""
     for layer in memory_layers(model):
@@ -480,58 +414,3 @@ def _pass_adapter_names(
         return None
     own = [name if name in module._adapters else BASE_MODEL for name in rows.names]
     return args, {**kwargs, "adapter_names": [n for n in own for _ in range(args[0].shape[0] // len(own))]}
-
-
-def accept_adapter_names() -> None:
-    """Silence PEFT's warning about adapter names that occur in ``prefix``; "ref", which TRL uses, does.
-
-    It is meant for keys out of which PEFT takes the name by plain replacement; ours are taken apart at ``PLACES``.
-    """
-    message = f"Adapter name '.*' should not be contained in the prefix '{PrefixMemoryModel.prefix}'"
-    warnings.filterwarnings("ignore", message, UserWarning)
-
-
-def check_configs_on_load() -> None:
-    """Refuse to load an adapter over one of the same name that has another config.
-
-    ``PeftModel.load_adapter`` reads the config only for a new name, and would answer with the old config and the new
-    weights. It is wrapped, once; adapters of other methods pass through.
-    """
-    original = PeftModel.load_adapter
-    if getattr(original, "_checks_memories", False):
-        return
-
-    @wraps(original)
-    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        present = self.peft_config.get(adapter_name)
-        if isinstance(present, PrefixMemoryConfig):
-            options, _ = self._split_kwargs(kwargs)
-            saved = PrefixMemoryConfig.from_pretrained(model_id, **options)
-            for name in ("modules_to_save", "mixing", "mix", *weighted_adapter.FIELDS, "rank", "scale"):
-                ours, theirs = getattr(present, name), getattr(saved, name)
-                if name == "modules_to_save":  # PEFT lists the head of a classifier twice
-                    ours, theirs = sorted(set(ours or ())), sorted(set(theirs or ()))
-                if ours != theirs:
-                    raise PrefixMemoryError(
-                        f"{model_id} cannot be loaded over the adapter {adapter_name!r}: {name} is {theirs!r} there "
-                        f"and {ours!r} here. Load it under another name, or delete_adapter({adapter_name!r}) first."
-                    )
-        return original(self, model_id, adapter_name, *args, **kwargs)
-
-    load_adapter._checks_memories = True  # type: ignore[attr-defined]
-    PeftModel.load_adapter = load_adapter
-
-
-def register() -> None:
-    """Make ``PREFIX_MEMORY`` known to PEFT; called at import, and harmless when that happens again."""
-    if PREFIX_MEMORY in PEFT_TYPE_TO_TUNER_MAPPING:
-        return
-    accept_adapter_names()
-    check_configs_on_load()
-    teach()
-    register_peft_method(
-        name=PREFIX_MEMORY.lower(),
-        config_cls=PrefixMemoryConfig,
-        model_cls=PrefixMemoryModel,
-        prefix=PrefixMemoryModel.prefix,
-    )

@@ -1,0 +1,75 @@
+"""Which attention modules a config names."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from prefixmemory.attention.discovery import find_site
+from prefixmemory.attention.sites import AttentionSite
+from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.memories.config import PrefixMemoryConfig
+from prefixmemory.tuner.layer import PrefixMemoryLayer
+
+
+class NoAttentionMatchedError(PrefixMemoryError, NoMatchingPeftModuleError):
+    """The config names no module of the model; also what PEFT raises where nothing matches."""
+
+
+def check_targets(config: PrefixMemoryConfig, sites: dict[str, AttentionSite], model: nn.Module) -> None:
+    """Refuse targets that match no module, or one that is no softmax attention.
+
+    Raises:
+        PrefixMemoryError: names what matched, and the attention modules that there are.
+    """
+    matched = [
+        name
+        for name, module in model.named_modules()
+        if name
+        and not isinstance(matched := is_target(config, name), _ExcludedModule)
+        and matched
+        and not isinstance(module, PrefixMemoryLayer)
+    ]
+    available = sorted({name.rpartition(".")[2] for name in sites})
+    for name in matched:
+        # cross attention is no site by default, and may be asked for by name
+        if name not in sites and find_site(model.get_submodule(name)) is None:
+            raise PrefixMemoryError(
+                f"target_modules={_shown(config.target_modules)} matches {name!r}, which is no softmax attention. "
+                f"Name attention modules, here {available}, or leave target_modules out for all of them."
+            )
+    if not matched:
+        wanted = config.target_modules if isinstance(config.target_modules, str) else min(config.target_modules or [""])
+        narrowed = [
+            f"{field}={_shown(value)}"
+            for field in ("layers_to_transform", "layers_pattern", "exclude_modules")
+            if (value := getattr(config, field)) is not None
+        ]
+        raise NoAttentionMatchedError(
+            f"target_modules={_shown(config.target_modules)}{''.join(f', {n}' for n in narrowed)} matches no attention "
+            f"module of {type(model).__name__}.{did_you_mean(wanted, available)} Its {len(sites)} attention modules "
+            f"are called {available}, from {next(iter(sites))!r} on; leave target_modules out for all of them."
+        )
+
+
+def is_target(config: PrefixMemoryConfig, key: str) -> Any:
+    """As in PEFT, but that ``layers_to_transform`` counts for targets given by their whole names too."""
+    if config.layers_to_transform is not None and key in (config.target_modules or ()):
+        config = copy(config)
+        config.target_modules = {key.rpartition(".")[2]}
+    return check_target_module_exists(config, key)
+
+
+def _shown(value: object) -> str:
+    return repr(sorted(value) if isinstance(value, set) else value)
+
+
+def shortest_names(names: list[str], model: nn.Module) -> set[str]:
+    """The last parts of the names where these mean the same modules, else the whole names."""
+    short = {name.rpartition(".")[2] for name in names}
+    others = [name for name, _ in model.named_modules() if name not in names]
+    return short if not any(other.rpartition(".")[2] in short for other in others) else set(names)
