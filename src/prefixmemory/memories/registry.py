@@ -22,8 +22,7 @@ What a class may say of itself, beyond ``forward``:
 - ``mean``: a parameter ``[groups, features]`` that does not require a gradient, beside a method ``features(query)``,
   ``[*b, groups, heads / groups, head_dim]`` to ``[*b, groups, heads / groups, features]``. Before the first step of
   training it is set to the mean of the features over the first batch (``tuner/calibration.py``).
-- ``queries``: a tuple of ``"content"`` and ``"rotary"``, if ``forward`` wants other queries than the config's one. With
-  ``"rotary"`` among them, the config needs ``query="rotary"``, which makes rotated queries visible.
+- ``queries``: a tuple of ``"content"`` and ``"rotary"``, if ``forward`` wants other queries than the config's one.
 - ``inside = True``: it stands inside the softmax, has ``vectors()`` (keys and values) and is not called. It must read
   the field ``placement``, which is then ``"inside"``.
 - ``matrix()``: ``[groups, features, value_dim]``, by which the read-out shows the tokens that it speaks for.
