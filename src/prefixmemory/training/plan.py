@@ -91,7 +91,9 @@ def plan_of(recipe: Recipe) -> Plan:
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=recipe.attention)
         adapted = attach(model, job.config)
     trained = {n: p.numel() for n, p in adapted.named_parameters() if p.requires_grad}
-    frozen = {n: p for n, p in adapted.named_parameters() if not p.requires_grad}
+    fixed = {n: p for n, p in adapted.named_parameters() if not p.requires_grad}
+    frozen = {n: p for n, p in fixed.items() if f".{CHILD}." not in n}  # the rest is a memory's mean
+    saved = sum(trained.values()) + sum(p.numel() for n, p in fixed.items() if n not in frozen)
     examples_a_step = settings.batch_size * settings.gradient_accumulation
     examples = len(job.tokens) if settings.objective == "kto" else len(job.rows)  # of a pair, kto makes two
     steps_an_epoch = math.ceil(examples / examples_a_step)
@@ -101,7 +103,7 @@ def plan_of(recipe: Recipe) -> Plan:
         modules=_modules(trained, adapted.peft_type),
         trainable=sum(trained.values()),
         total=sum(trained.values()) + sum(p.numel() for p in frozen.values()),
-        adapter_file=4 * sum(trained.values()),
+        adapter_file=4 * saved,
         rows=len(job.rows),
         validation_rows=len(job.validation),
         longest=longest,
