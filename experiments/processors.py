@@ -47,7 +47,8 @@ def run(name: str, folder: Path, command: list[str]) -> bool:
     """Run the suite with its output in ``folder/name.log``, which is there once the suite came to its end."""
     partial, log = folder / f"{name}.log.partial", folder / f"{name}.log"
     with partial.open("w", encoding="utf-8") as out:
-        env = variables(name, os.environ)
+        # compiled code is cached by its source, whatever the processor that it was compiled for
+        env = variables(name, os.environ) | {"TORCHINDUCTOR_CACHE_DIR": str(folder.resolve() / f"{name}.compiled")}
         code = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT).returncode
     if code not in FINISHED:
         print(f"{name}: pytest ended with exit code {code}, see {partial}", file=sys.stderr)

@@ -17,6 +17,8 @@ SUITE = """
 import os, torch
 def test_threads():
     assert os.environ["OMP_NUM_THREADS"] == os.environ["PREFIXMEMORY_TEST_THREADS"]
+def test_compiled_code_is_of_this_environment_alone():
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].endswith("-1.compiled")
 def test_which():
     assert os.environ.get("MKL_CBWR") != "AVX2"
 def test_later():
@@ -46,9 +48,9 @@ def test_runs_are_counted_and_a_finished_log_is_not_made_again(tmp_path: Path, c
     assert printed.err.count("running") == 2
     rows = printed.out.splitlines()
     assert rows[0] == "| environment | threads | passed | failed | errors | skipped |"
-    assert rows[2] == "| nothing set | 1 | 2 | 0 | 0 | 1 |"
+    assert rows[2] == "| nothing set | 1 | 3 | 0 | 0 | 1 |"
     assert rows[3] == "| MKL_CBWR=COMPATIBLE | 1 | not finished | not finished | not finished | not finished |"
-    assert rows[4] == "| MKL_CBWR=AVX2 | 1 | 1 | 1 | 0 | 1 |"
+    assert rows[4] == "| MKL_CBWR=AVX2 | 1 | 2 | 1 | 0 | 1 |"
     (tmp_path / "logs" / "mkl-avx2-1.log").unlink()
     (tmp_path / "test_it.py").write_text(SUITE.replace("AVX2", "SSE"))
     assert processors.main(words) == 0
