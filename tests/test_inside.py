@@ -320,7 +320,7 @@ CHOICES = dict(
     placement=["inside", "outside"],
     prefix_length=[None, PREFIX],
     similarity=[None, "softmax", "feature_map"],
-    feature_map=["elu", "softmax", "mlp"],
+    feature_map=["auto", "softmax", "mlp"],
     normalizer=[False, True],
     mixing=["none", "fixed", "layer", "head"],
     reparameterize=[None, 4],
@@ -335,7 +335,7 @@ def possible() -> list[dict[str, Any]]:
     for values in itertools.product(*CHOICES.values()):
         fields = dict(zip(CHOICES, values, strict=True))
         if fields["similarity"] == "softmax" or fields["placement"] == "inside":
-            if fields["feature_map"] != "elu":
+            if fields["feature_map"] != "auto":
                 continue  # reads no features
             if fields["placement"] == "inside" and fields["query"] == "rotary":
                 continue  # attention's own query, whatever is asked for

@@ -235,8 +235,9 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         for name, memory in self.prefix_memory_bank.items():
             place = f"{prefix}prefix_memory_bank.{name}."
             given = [tensor for key, tensor in state_dict.items() if key.startswith(place)]
-            has_learned = bool(given) and all(bool(whole(tensor).any()) for tensor in given)  # it started at zero
-            if has_learned and f"{place}mean" not in state_dict and lacks_mean(memory):
+            if not given or f"{place}mean" in state_dict or not lacks_mean(memory):
+                continue
+            if all([bool(whole(tensor).any()) for tensor in given]):  # it has learned: one of them started at zero
                 raise PrefixMemoryError(
                     f"The tensors of {place[:-1]} come without its mean, which is a parameter that does not require "
                     "a gradient. Save all parameters of the adapter, as save_pretrained does."
