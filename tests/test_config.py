@@ -220,7 +220,14 @@ KERNEL: dict[str, Any] = dict(prefix_length=3, normalizer=True, reparameterize=4
 INSIDE: dict[str, Any] = dict(placement="inside", prefix_length=3, similarity="softmax")
 LIMITED: dict[str, Any] = dict(answer_limit=0.37)
 OWN_MEMORY = {"memory", "memory_options"}  # need a registered one: test_own_memory.py
-WRITTEN_BY_US = {"weights_sha256", "peft_type", "peft_version", "auto_mapping"}
+WRITTEN_BY_US = {
+    "weights_sha256",
+    "resized_vocabulary",
+    "prefixmemory_version",
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+}
 
 
 def test_the_full_examples_give_every_field_another_value_than_its_default():

@@ -392,7 +392,9 @@ def test_every_possible_combination_trains_saves_loads_and_generates(fields, tmp
     for low in (False, True):
         loaded = PeftModel.from_pretrained(build(), str(tmp_path), low_cpu_mem_usage=low).eval()
         same_parameters(loaded, model)
-        close_logits(logits(loaded), logits(model))
+        # ELU changes its sign, so φ(q)ᵀn, by which the normaliser divides, comes near zero (docs/LOG.md)
+        near_zero = fields["normalizer"] and fields["feature_map"] == "auto"
+        close_logits(logits(loaded), logits(model), amplified=30 if near_zero else 1)
     mask = torch.ones_like(ids)
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     full = logits(model, out[:, :-1], use_cache=False)[:, -1]

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
 from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
@@ -34,6 +33,8 @@ def put_back(model: nn.Module) -> None:
         kept, layer.put_aside = layer.put_aside, {}
         if not any(parameter.is_meta for parameter in layer.parameters()):
             continue
+        from accelerate.hooks import remove_hook_from_module
+
         dtypes = {name: tensor.dtype for name, tensor in layer.state_dict().items()}
         device = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[0] or torch.device("cpu")
         layer.load_state_dict(
