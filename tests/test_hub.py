@@ -115,7 +115,7 @@ def test_the_commands_of_the_guide_work(world):
     (pushed_code, pushed), (generated_code, generated) = world.loaded["guide's commands"]
     assert pushed_code == generated_code == 0, generated
     assert pushed == f"Uploaded to {world.hub.url}/user/tickets-memory\n"
-    assert re.fullmatch(r"base model: .*\nwith memory: .*\n", generated)
+    assert re.fullmatch(r"Loading .*\nbase model: .*\nwith memory: .*\n", generated)
 
 
 def test_a_revision_goes_to_its_branch_only(world):

@@ -243,7 +243,7 @@ def test_cut_rows_are_told_of_once_in_run_and_dry_run_and_in_the_record(tmp_path
     words += ["--validation", "rows.jsonl", "--output"]  # so that each row counts twice
     told = "4 rows are longer than max_length=30 and lose the beginning of their prompt, system message included."
     run = call(*words, "cut", "--max-length", 30)
-    assert run.code == 0 and run.err.splitlines() == [told]
+    assert run.code == 0 and run.remarks.splitlines() == [told]
     assert (
         "longest 30 tokens, 4 rows lose the beginning" in call(*words, "new", "--max-length", 30, "--dry-run").success
     )

@@ -50,7 +50,8 @@ def test_grpo_learns_what_is_rewarded(base, tmp_path):
     assert sum(rewards[:3]) / 3 < 0.35 and sum(rewards[-3:]) / 3 > 0.7  # a quarter of the characters is lower case
     trained = tiny.memory_parameters(trainer.model)
     for name, parameter in trainer.model.named_parameters():
-        assert torch.equal(parameter, before[name]) != (name in trained), name
+        if not name.endswith(".mean"):  # taken from the first batch
+            assert torch.equal(parameter, before[name]) != (name in trained), name
 
     prompt = trainer.processing_class("line 7 is dead", return_tensors="pt")
     with trainer.model.disable_adapter():
