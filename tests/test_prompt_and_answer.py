@@ -249,7 +249,7 @@ def test_cut_rows_are_told_of_once_in_run_and_dry_run_and_in_the_record(tmp_path
     )
     assert json.loads(Path("cut", "run.json").read_text())["rows_cut"] == 4
     whole = call(*words, "whole", "--max-length", 50)
-    assert whole.code == 0 and whole.err == ""
+    assert whole.code == 0 and whole.remarks == ""
     assert "lose" not in call(*words, "new", "--max-length", 50, "--dry-run").success
     assert json.loads(Path("whole", "run.json").read_text())["rows_cut"] == 0
 
