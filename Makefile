@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 # Oldest and newest of what pyproject.toml allows, and the tests of the method itself.
-TRANSFORMERS := 5.16.1 5.24.0
+TRANSFORMERS := 5.16.1 5.23.0
 METHOD_TESTS := $(wildcard $(patsubst %,tests/test_%.py,fidelity exact_base invariance gradients adapters files config \
 	own_memory* inside feature_mean answer_limit context_methods light_core))
 
