@@ -77,6 +77,15 @@ MAPS = "elu, gelu, relu, silu, identity, softmax, mlp"
             "PrefixMemoryConfig has no field 'feature_mpa'. Did you mean 'feature_map'? "
             "If a newer prefixmemory wrote it, upgrade",
         ),
+        ({"active_from": "end"}, "active_from='end' is not known."),
+        ({"active_from": "invocation"}, "active_from='invocation' needs invocation_tokens"),
+        ({"active_from": "invocation", "invocation_tokens": []}, "invocation_tokens=[] is no list of token ids"),
+        ({"active_from": "answer", "invocation_tokens": [1.5]}, "invocation_tokens=[1.5] is no list of token ids"),
+        ({"active_from": "answer", "invocation_tokens": [-1]}, "invocation_tokens=[-1] is no list of token ids"),
+        ({"active_from": "answer", "invocation_tokens": "<a>"}, "invocation_tokens='<a>' is no list of token ids"),
+        ({"invocation_tokens": [3]}, "invocation_tokens=[3] needs active_from='invocation'"),
+        ({"strict_invocation": True}, "strict_invocation=True needs active_from='invocation'"),
+        ({"strict_invocation": 1}, "strict_invocation=1 is no truth value"),
         ({"r": 8}, "PrefixMemoryConfig has no field 'r'. Did you mean 'rank'?"),
     ],
     ids=str,
@@ -213,7 +222,7 @@ FULL: dict[str, Any] = dict(
     share_heads=True, scale=0.5, dropout=0.25, target_modules={"self_attn", "attn"}, exclude_modules={"vision"},
     layers_to_transform=[0, 2], layers_pattern="layers", modules_to_save=["lm_head"],
     base_model_fingerprint=[0.5, -0.25], base_model_name_or_path="somewhere", revision="main", inference_mode=True,
-    mixing="layer", mix=0.25,
+    mixing="layer", mix=0.25, active_from="question", invocation_tokens=[3, 5], strict_invocation=True,
 )  # fmt: skip
 #: Those that exclude some of them, or each other.
 KERNEL: dict[str, Any] = dict(prefix_length=3, normalizer=True, reparameterize=4)

@@ -81,6 +81,7 @@ class Oracle:
     config: PrefixMemoryConfig
     leaves: dict[str, Tensor]
     means: dict[str, Tensor] = field(default_factory=dict)  # constants
+    active: Tensor | None = None  # bool [batch, tokens]: where the memory speaks
     content_query: Tensor | None = None
     layers_called: list[int] = field(default_factory=list)
 
@@ -125,11 +126,13 @@ def oracle_attention(module, query, key, value, attention_mask, scaling=None, so
     memory, phi = oracle.memory(module.layer_idx, heads), oracle.phi(module.layer_idx, heads)
     asked = oracle.content_query if oracle.config.query == "content" and oracle.content_query is not None else query
     attended = {"allowed": attention_mask == 0, "scaling": scaling, "softcap": softcap}
+    o = reference.attention(query, key, value, **attended)
     if limit is None:
         out = reference.prefix_memory(query, key, value, scale * memory, phi, memory_query=asked, **attended)
     else:
-        o = reference.attention(query, key, value, **attended)
         out = o + scale * reference.limited(reference.read_memory(asked, memory, phi), o, limit)
+    if oracle.active is not None:
+        out = torch.where(oracle.active[:, None, :, None], out, o)
     oracle.content_query = None
     return out.transpose(1, 2).contiguous(), None
 
@@ -190,10 +193,11 @@ def run_oracle(
     mask: Tensor,
     query: str | None = None,
     means: dict[str, Tensor] | None = None,
+    active: Tensor | None = None,
 ) -> Result:
     model = family_model(family, ORACLE).to(ids.device)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-    oracle = Oracle(copy.copy(config), leaves, means or {})
+    oracle = Oracle(copy.copy(config), leaves, means or {}, active)
     oracle.config.query = query or config.query
     with answering_from(oracle, model):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]

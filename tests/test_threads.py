@@ -87,7 +87,7 @@ def test_a_pass_inside_a_checkpoint_gives_the_same_gradients(use_reentrant):
     within = gradients(checkpoint(loss, embeddings, use_reentrant=use_reentrant))
     for name, gradient in plain.items():
         torch.testing.assert_close(within[name], gradient, atol=1e-7, rtol=1e-5)
-    assert calls._thread.call is None
+    assert calls.thread.call is None
 
 
 class Broken(RuntimeError):
@@ -107,7 +107,7 @@ def test_a_call_that_breaks_off_leaves_nothing_behind(where):
     with pytest.raises(Broken):
         run(model, ["other"], tiny.tokens(1, 9))
     handle.remove()
-    assert calls._thread.call is None
+    assert calls.thread.call is None
     assert torch.equal(run(model, ["default"], tiny.tokens(1, 5)), expected)
 
 

@@ -12,6 +12,8 @@ from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.feature_maps import register_feature_map
 from prefixmemory.memories.registry import MemorySite, register_memory
+from prefixmemory.rows.invocation import invocation_tokens
+from prefixmemory.tuner.activation import activation
 from prefixmemory.tuner.calibration import calibrate
 from prefixmemory.tuner.layer import set_scale
 from prefixmemory.tuner.model import PrefixMemoryModel
@@ -23,7 +25,9 @@ __all__ = [
     "PrefixMemoryError",
     "PrefixMemoryModel",
     "__version__",
+    "activation",
     "calibrate",
+    "invocation_tokens",
     "load_adapter",
     "register_feature_map",
     "register_memory",

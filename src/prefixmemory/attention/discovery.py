@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -203,6 +204,15 @@ def left_out(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
     if len(others) < len(set(sites)):
         found |= dict.fromkeys(others, "not in the text part of the model; name its attention in target_modules")
     return found
+
+
+def in_encoder(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the modules ``names`` that belong to the encoder of a model that also has a decoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return []
+    encoder = cast(Any, model).get_encoder() if hasattr(model, "get_encoder") else None
+    inside = {id(module) for module in encoder.modules()} if isinstance(encoder, nn.Module) else set()
+    return [name for name in names if id(model.get_submodule(name)) in inside]
 
 
 def skipped_attention(model: nn.Module, sites: Iterable[str], others: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.modeling_utils import AttentionInterface
 
 from prefixmemory.attention import families
@@ -46,6 +48,19 @@ def check_inside(name: str, site: AttentionSite) -> None:
             )
 
 
+def _where_seen(seen_by: Tensor, output: Any, own: Any) -> Any:
+    """An attention function's output for the queries that see the prefix, else its ``own``, to which nothing was added.
+
+    Queries that may not see the prefix are computed without it, so that theirs are the bits of the base model, whatever
+    the attention function.
+    """
+    heads = torch.where(seen_by[:, :, None, None], output[0], own[0])
+    if len(output) == 1 or output[1] is None:
+        return (heads, *output[1:])
+    weights = functional.pad(own[1], (output[1].shape[-1] - own[1].shape[-1], 0))
+    return (heads, torch.where(seen_by[:, None, :, None], output[1], weights), *output[2:])
+
+
 def install_tap() -> None:
     """Let memory layers see and change what attention functions receive, in every model and backend.
 
@@ -65,13 +80,17 @@ def install_tap() -> None:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
         ) -> Any:
             layer: Any = module._modules.get(CHILD) or module.__dict__.get(CHILD)
+            without, seen_by = (key, value, attention_mask, kwargs), None
             if layer is not None:
-                key, value, attention_mask, kwargs = layer.on_attention(
+                key, value, attention_mask, kwargs, seen_by = layer.on_attention(
                     query, key, value, attention_mask, kwargs, attn_implementation
                 )
             read = attn_implementation == "paged|eager" and "cache" not in kwargs  # by the layer, before its prefix
             attention = default if read else function
             output = attention(module, query, key, value, attention_mask, *args, **kwargs)
+            if seen_by is not None:
+                own = function(module, query, *without[:3], *args, **without[3])
+                output = _where_seen(seen_by, output, own)
             for observer in OBSERVERS:
                 observer(module, query, key, value, attention_mask, kwargs, output, attn_implementation)
             return output

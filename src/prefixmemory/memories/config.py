@@ -46,6 +46,7 @@ NOT_HERE = {
 
 Query = Literal["content", "rotary"]
 Auto = Literal["auto"]
+ActiveFrom = Literal["start", "invocation", "question", "answer"]
 
 
 @dataclass
@@ -97,6 +98,14 @@ class PrefixMemoryConfig(PeftConfig):
             ``matrix``.
         memory_options: keyword arguments for a custom memory's class: numbers, texts, truth values.
         scale: a factor on the memory output; :func:`prefixmemory.set_scale` changes it at run time.
+        active_from: from which token of a sequence on the memory speaks; before it the model is the base model, bit for
+            bit. ``start`` (the paper): from the first. ``invocation``: from the last place in the sequence where
+            ``invocation_tokens`` begin. ``question``, ``answer``: the same with the tokens that introduce the last
+            question, or end the prompt; recipes find them, elsewhere :func:`prefixmemory.invocation_tokens` does.
+            :func:`prefixmemory.activation` overrides it in a call.
+        invocation_tokens: ids of these tokens.
+        strict_invocation: whether a sequence without them is an error; else the base model answers it, with a warning.
+            In training it always is.
         dropout: probability of dropping an entry of φ(q) in training.
         target_modules: names of attention modules (suffixes, or one regular expression over the full name), as in
             PEFT. ``None`` means every softmax self-attention of the model, and of a model that also sees or hears,
@@ -130,6 +139,9 @@ class PrefixMemoryConfig(PeftConfig):
     mixing: MixingKind = "none"
     mix: float | Auto | None = AUTO
     scale: float = 1.0
+    active_from: ActiveFrom = "start"
+    invocation_tokens: list[int] | None = None
+    strict_invocation: bool = False
     dropout: float | Auto = AUTO
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -204,6 +216,7 @@ class PrefixMemoryConfig(PeftConfig):
         check_choice("query", self.query, get_args(Query))
         check_choice("mixing", self.mixing, get_args(MixingKind))
         check_number("scale", self.scale)
+        self._check_activation()
         if self.mix not in (AUTO, None):
             check_number("mix", self.mix, 1e-6, 1.0, "a share in (0, 1)")
         if self.dropout != AUTO:
@@ -215,6 +228,28 @@ class PrefixMemoryConfig(PeftConfig):
         for name in ("share_heads", "normalizer"):
             if getattr(self, name) not in (True, False, AUTO):
                 raise PrefixMemoryError(f"{name}={getattr(self, name)!r} is no truth value: give true or false.")
+
+    def _check_activation(self) -> None:
+        check_choice("active_from", self.active_from, get_args(ActiveFrom))
+        if not isinstance(self.strict_invocation, bool):
+            raise PrefixMemoryError(
+                f"strict_invocation={self.strict_invocation!r} is no truth value: give true or false."
+            )
+        tokens = self.invocation_tokens
+        if tokens is not None:
+            whole = isinstance(tokens, list | tuple) and all(type(token) is int and token >= 0 for token in tokens)
+            if not whole or not tokens:
+                raise PrefixMemoryError(f"invocation_tokens={tokens!r} is no list of token ids: give whole numbers.")
+            self.invocation_tokens = list(tokens)
+        if self.active_from == "start" and (tokens is not None or self.strict_invocation):
+            name = "invocation_tokens" if tokens is not None else "strict_invocation"
+            raise PrefixMemoryError(
+                f"{name}={getattr(self, name)!r} needs active_from='invocation': with 'start' it means nothing."
+            )
+        if self.active_from == "invocation" and tokens is None:
+            raise PrefixMemoryError(
+                "active_from='invocation' needs invocation_tokens: the ids of the tokens from which on it speaks."
+            )
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):

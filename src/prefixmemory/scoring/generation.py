@@ -18,6 +18,7 @@ from prefixmemory.rows.collator import padding_id
 from prefixmemory.rows.encoding import encode_prompts
 from prefixmemory.rows.rendering import template_end
 from prefixmemory.rows.rows import Rows
+from prefixmemory.tuner.activation import unfinished_text
 
 Progress = Callable[[int], None]
 
@@ -85,7 +86,8 @@ def answers(
             writer = cast(PeftModel, model).get_base_model()
         ids = [row[len(shared_ids) :] for row in ids]
         read = torch.tensor([shared_ids], device=device)
-        shared = model(input_ids=read, use_cache=True, **_last_logits(model)).past_key_values
+        with unfinished_text():
+            shared = model(input_ids=read, use_cache=True, **_last_logits(model)).past_key_values
         # ids of what is cached are not read
         shared_ids = [pad] * (shared.get_seq_length() - len(shared_ids)) + shared_ids
     context_ids = torch.tensor([shared_ids], dtype=torch.long, device=device)

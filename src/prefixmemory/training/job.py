@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.encoding import Tokens, tokenize
+from prefixmemory.rows.invocation import check_invoked, settle
 from prefixmemory.rows.rendering import render
 from prefixmemory.rows.rows import Row, Rows, answers_a_row, check_objective, with_one_answer
 from prefixmemory.training.recipe import Recipe
@@ -34,7 +35,8 @@ class TrainingJob:
         quantization: how the base model is quantised when it is loaded, for the record.
 
     Raises:
-        PrefixMemoryError: rows that the objective cannot be trained on.
+        PrefixMemoryError: rows that the objective cannot be trained on, or in which a memory cannot be told from where
+            it speaks. ``config`` is given the tokens that it names.
     """
 
     base_model: str
@@ -51,6 +53,7 @@ class TrainingJob:
         for rows in (self.rows, self.validation):
             if rows:
                 check_objective(self.settings.objective, rows)
+        settle(self.config, self.tokenizer, [*self.rows, *self.validation])
 
     @cached_property
     def tokens(self) -> list[Tokens]:
@@ -69,7 +72,16 @@ class TrainingJob:
     def _tokens(self, rows: Rows) -> list[Tokens]:
         several = 1 if self.settings.objective == "sft" else answers_a_row(rows)
         rows = rows if self.settings.objective == "sft" else with_one_answer(rows)
-        return tokenize(render(rows, self.tokenizer), self.tokenizer, self.settings.max_length, several)
+        examples = render(rows, self.tokenizer)
+        found = tokenize(examples, self.tokenizer, self.settings.max_length, several)
+        if (invocation := self.invocation) is not None:
+            check_invoked(found, invocation, [one.where for one in examples])
+        return found
+
+    @property
+    def invocation(self) -> list[int] | None:
+        """The tokens from which on the memory speaks; ``None``: from the start."""
+        return getattr(self.config, "invocation_tokens", None)
 
     @cached_property
     def rows_cut(self) -> int:

@@ -13,12 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefixmemory.attention.sites import CHILD
 from prefixmemory.models.loading import explain, full_name, load_tokenizer, location
-from prefixmemory.training.job import job_of, rows_of
+from prefixmemory.rows.invocation import begins
+from prefixmemory.training.job import TrainingJob, job_of, rows_of
 from prefixmemory.training.methods import attach
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.settings import TrainingSettings
 
 GIB = 2**30
+#: Letters that are shown in front of where a memory speaks.
+SHOWN = 200
 #: Bytes of one packed weight, with its scales.
 PACKED_BYTES = {"bnb-4bit": 0.516, "bnb-8bit": 1.01, "torchao-int8": 1.01}
 
@@ -45,6 +48,8 @@ class Plan:
     weights: float
     optimizer: int
     activations: float
+    active_from: str = "start"
+    row: str = ""
 
     def shown(self) -> str:
         """The plan as a table for a terminal."""
@@ -65,6 +70,8 @@ class Plan:
             "memory": f"{total / GIB:.2f} GiB: weights {self.weights / GIB:.2f}, adapter with gradients and optimizer "
             f"{self.optimizer / GIB:.2f}, activations about {self.activations / GIB:.2f}",
         }
+        if self.row:
+            lines["active from"] = f"{self.active_from}; the first row, what the memory speaks on in ⟦⟧: {self.row}"
         return "\n".join(f"{name:12}{line}" for name, line in lines.items())
 
 
@@ -112,7 +119,19 @@ def plan_of(recipe: Recipe) -> Plan:
         weights=_weights(model, dtype, recipe.quantization),
         optimizer=(4 + 4 + 8) * sum(trained.values()),  # fp32 value, gradient, two moments of AdamW
         activations=_activations(config, settings, longest, dtype.itemsize),
+        active_from=getattr(job.config, "active_from", "start"),
+        row=_marked(job),
     )
+
+
+def _marked(job: TrainingJob) -> str:
+    """The first row in one line, with brackets around the tokens on which the memory speaks; empty: all of them."""
+    if job.invocation is None:
+        return ""
+    ids = job.tokens[0].prompt + job.tokens[0].completion
+    first = begins(ids, job.invocation)
+    silent, active = (str(job.tokenizer.decode(part)).replace("\n", "⏎") for part in (ids[:first], ids[first:]))
+    return f"{'…' if len(silent) > SHOWN else ''}{silent[-SHOWN:]}⟦{active}⟧"
 
 
 def _modules(trained: dict[str, int], method: Any) -> dict[str, int]:

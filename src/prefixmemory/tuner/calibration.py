@@ -12,7 +12,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.registry import lacks_mean, whole
-from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
+from prefixmemory.tuner.layer import PrefixMemoryLayer, holders, memory_layers
 
 
 class FirstBatch:
@@ -35,15 +34,11 @@ class FirstBatch:
         layers = memory_layers(model)
         before = next((layer.first_batch for layer in layers if layer.first_batch is not None), None)
         self._waiting = {adapter} if before is None else before.leave() | {adapter}
-        paths = [name.split(".") for name, module in model.named_modules() if isinstance(module, PrefixMemoryLayer)]
-        common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
-        holders = [model.get_submodule(".".join(common[:n])) for n in range(len(common) + 1)]
-        holders = [module for module in holders if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
         self._layers = layers
         for layer in layers:
             layer.first_batch = self
         self._handles = [
-            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True) for module in holders
+            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True) for module in holders(model)
         ]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

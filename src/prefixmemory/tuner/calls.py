@@ -113,21 +113,27 @@ class Call:
 
 
 class _OfThread(threading.local):
+    """What the thread is in the midst of; the last four belong to ``activation.py``."""
+
     call: Call | None = None
     rows: RowAdapters | None = None
+    model_pass: Any = None
+    given: Any = None
+    prompt: Any = None
+    unfinished: bool = False
 
 
-_thread = _OfThread()
+thread = _OfThread()
 
 
 def open_call(layer: nn.Module, plan: Any, rows: RowAdapters | None) -> None:
     """The thread enters the attention module of ``layer``."""
-    _thread.call = Call(layer, plan, rows, _thread.call)
+    thread.call = Call(layer, plan, rows, thread.call)
 
 
 def current_call(layer: nn.Module) -> Call | None:
     """The innermost call of the thread, if it is one of ``layer``."""
-    call = _thread.call
+    call = thread.call
     return call if call is not None and call.layer is layer else None
 
 
@@ -136,17 +142,17 @@ def close_call(layer: nn.Module) -> Call | None:
 
     Calls within it that were broken off past all hooks (Ctrl-C) end too.
     """
-    call = _thread.call
+    call = thread.call
     while call is not None and call.layer is not layer:
         call = call.outer
     if call is not None:
-        _thread.call = call.outer
+        thread.call = call.outer
     return call
 
 
 def row_adapters() -> RowAdapters | None:
     """The adapters that the thread's current call of the model gives to its rows."""
-    return _thread.rows
+    return thread.rows
 
 
 @contextmanager
@@ -155,9 +161,9 @@ def model_call(rows: RowAdapters | None) -> Iterator[None]:
 
     What Ctrl-C broke off in it ends with it, so that no call holds on to the tensors, and the graph, of a lost step.
     """
-    call, before = _thread.call, _thread.rows
-    _thread.rows = rows
+    before = thread.call, thread.rows, thread.model_pass
+    thread.rows = rows
     try:
         yield
     finally:
-        _thread.call, _thread.rows = call, before
+        thread.call, thread.rows, thread.model_pass = before

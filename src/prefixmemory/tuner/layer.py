@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from prefixmemory.errors import PrefixMemoryError, check_number
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.mixing import Mixing
 from prefixmemory.memories.registry import MemorySite, ask, is_inside, lacks_mean, queries_of, whole
+from prefixmemory.tuner.activation import Listener, ModelPass, current_pass
+from prefixmemory.tuner.active_tokens import ActiveTokens
 from prefixmemory.tuner.calls import Call, RowAdapters, close_call, current_call, open_call, row_adapters
 from prefixmemory.tuner.plan import Plan, Step, score_bias
 from prefixmemory.tuner.tensor_parallel import HeadShare
@@ -55,6 +58,8 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self.fixed: dict[str, list[str]] = {}  # parameters that do not learn, by adapter
         self._plan: Plan | None = None  # for the active adapters; ``None``: there is nothing to do
         self.put_aside: dict[str, Tensor] = {}  # while a model is dispatched, see ``offloading.py``
+        self.listener: Any = None  # knows where memories speak, see ``activation.py``
+        self.in_encoder = False  # of a model that has a decoder, whose tokens count
         self.first_batch: Any = None  # waits for it to take the means of features, see ``calibration.py``
         self._active_adapter: list[str] = []
         # past nn.Module.__setattr__: the attention module is our parent, not our child
@@ -69,6 +74,8 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             handle.remove()
         if self.first_batch is not None:
             self.first_batch.leave()
+        if self.listener is not None:
+            self.listener.leave(self)
         self.site.detach()
 
     def active_names(self) -> list[str]:
@@ -94,7 +101,10 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         names = [] if self.disable_adapters else self.active_names()
         self._plan = Plan([self._step(name) for name in names if name in self.prefix_memory_bank]) or None
 
-    def _plan_of_rows(self, rows: RowAdapters) -> Plan | None:
+    def plan(self, rows: RowAdapters | None) -> Plan | None:
+        """What is to be done; with ``rows``, each row has its own adapter. ``None``: nothing."""
+        if rows is None:
+            return self._plan
         if self.disable_adapters:
             return None
         plan = rows.plans.get(self)
@@ -120,6 +130,8 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             scale=self.scale[name],
             limit=cast(float | None, config.answer_limit),
             mixing=cast(Mixing, self.prefix_memory_mixing[name]) if name in self.prefix_memory_mixing else None,
+            invocation=None if config.active_from == "start" else tuple(config.invocation_tokens or ()),
+            strict=config.strict_invocation,
         )
 
     # What happens in a forward pass
@@ -131,12 +143,17 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
                 "process per GPU with torchrun or accelerate launch, or use one GPU: CUDA_VISIBLE_DEVICES=0."
             )
         rows = row_adapters()
-        plan = self._plan if rows is None else self._plan_of_rows(rows)
+        plan = self.plan(rows)
         if plan is not None and not self.site.intact():
             raise PrefixMemoryError(
                 f"A projection of {type(self.site.module).__name__} was wrapped or replaced after its memory was "
                 "made, so the memory would read and write beside it. Make the memory last: inject LoRA first, and "
                 "keep modules_to_save outside of attention."
+            )
+        if plan is not None and plan.waiting and current_pass() is None:
+            raise PrefixMemoryError(
+                f"{type(self.site.module).__name__} was called outside of a forward pass of its model, so that its "
+                "memory does not know where it speaks. Call the model, or use active_from='start'."
             )
         open_call(self, plan, rows)
 
@@ -148,18 +165,49 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
 
     def on_attention(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict[str, Any], implementation: str
-    ) -> tuple[Tensor, Tensor, Any, dict[str, Any]]:
+    ) -> tuple[Tensor, Tensor, Any, dict[str, Any], Tensor | None]:
         """Called before the attention function: keeps the rotated query; returns keys, values, mask and keywords, with
-        the prefix of the adapters inside the softmax prepended."""
+        the prefix of the adapters inside the softmax prepended, and which queries see it, bool ``[batch, queries]``;
+        ``None``: all of them."""
         call = current_call(self)
         if call is None or call.plan is None:
-            return key, value, mask, keywords
+            return key, value, mask, keywords, None
         call.was_inside = True
         call.queries["rotary"] = query.transpose(1, 2)  # [B, H, T, D] -> [B, T, H, D]
         if not call.plan.inside:
-            return key, value, mask, keywords
+            return key, value, mask, keywords, None
+        model_pass = self._pass(call.plan)
+        seen_by = None if model_pass is None else self._seen_by(model_pass, call.plan.inside, call.rows, query)
+        if seen_by is not None and seen_by.none:
+            return key, value, mask, keywords, None
         prefix = self._prefix(call.plan.inside, call.rows, key)
-        return prepend_prefix(prefix, self.site.core, query, key, value, mask, keywords, implementation)
+        prepended = prepend_prefix(prefix, self.site.core, query, key, value, mask, keywords, implementation)
+        return (*prepended, None if seen_by is None else seen_by.mask)
+
+    def _pass(self, plan: Plan) -> ModelPass | None:
+        """The forward pass that says on which tokens memories speak; ``None``: they speak on all."""
+        model_pass = current_pass()
+        if model_pass is None or self.in_encoder or not (plan.waiting or model_pass.given):
+            return None
+        return model_pass
+
+    def _seen_by(
+        self, model_pass: ModelPass, steps: list[Step], rows: RowAdapters | None, query: Tensor
+    ) -> ActiveTokens | None:
+        """The queries that see the prefixes inside the softmax; ``None``: all."""
+        found = [model_pass.active(step.invocation) for step in steps]
+        if rows is None:
+            if any(active is not found[0] for active in found):
+                raise PrefixMemoryError(
+                    "Several prefixes inside the softmax that are seen from different tokens on cannot be active "
+                    "together. Activate one of them, or place them outside."
+                )
+            return found[0]
+        groups = rows.groups(query.shape[0], query.device)
+        mask = torch.zeros(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+        for step, active in zip(steps, found, strict=True):
+            mask |= groups.has(step.name)[:, None] & (True if active is None else active.mask)
+        return ActiveTokens.of(mask)
 
     def _prefix(self, steps: list[Step], rows: RowAdapters | None, key: Tensor) -> Prefix:
         """The prefixes of the adapters inside the softmax, one behind the other."""
@@ -192,16 +240,23 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             )
         if not call.plan.outside:
             return None
+        model_pass = self._pass(call.plan)
+        active = [None if model_pass is None else model_pass.active(step.invocation) for step in call.plan.outside]
+        if all([tokens is not None and tokens.none for tokens in active]):
+            return None
         heads, *rest = args
         queries = {kind: self._query(call, kind, heads) for kind in call.plan.queries}
         rows = next(iter(queries.values())).shape[:-2]
         outputs = heads.reshape(*rows, self.live_site.heads, self.live_site.value_dim)
+        for tokens in active:
+            if tokens is not None:
+                tokens.check(rows, self.site.module)
         if call.rows is None:
             new = outputs
-            for step in call.plan.outside:
-                new = step.add_to(new, outputs, queries)
+            for step, tokens in zip(call.plan.outside, active, strict=True):
+                new = step.add_to(new, outputs, queries, tokens)
         else:
-            new = _add_by_row(call.plan, call.rows, outputs, queries)
+            new = _add_by_row(call.plan, call.rows, outputs, queries, model_pass)
         return (new.reshape(heads.shape), *rest)
 
     def _query(self, call: Call, kind: str, heads: Tensor) -> Tensor:
@@ -323,17 +378,21 @@ def _vectors(memory: Any) -> tuple[Tensor, Tensor]:
         hook.post_forward(memory, None)
 
 
-def _add_by_row(plan: Plan, rows: RowAdapters, outputs: Tensor, queries: dict[str, Tensor]) -> Tensor:
-    """The heads' outputs with what each row's own adapter adds."""
+def _add_by_row(
+    plan: Plan, rows: RowAdapters, outputs: Tensor, queries: dict[str, Tensor], model_pass: ModelPass | None
+) -> Tensor:
+    """The heads' outputs with what each row's own adapter adds; ``model_pass``: on which tokens, ``None``: on all."""
     groups = rows.groups(outputs.shape[0], outputs.device)
     if groups.order is not None:
         outputs = outputs.index_select(0, groups.order)
         queries = {kind: query.index_select(0, groups.order) for kind, query in queries.items()}
     parts = []
     for name, start, end in groups.slices:
-        part = outputs[start:end]
-        if name in plan.by_name:
-            part = plan.by_name[name].add_to(part, part, {kind: q[start:end] for kind, q in queries.items()})
+        part, step = outputs[start:end], plan.by_name.get(name)
+        if step is not None:
+            span, invocation = slice(start, end), step.invocation
+            active = None if model_pass is None else model_pass.active_in(groups, name, span, invocation)
+            part = step.add_to(part, part, {kind: query[span] for kind, query in queries.items()}, active)
         parts.append(part)
     new = torch.cat(parts)
     return new if groups.back is None else new.index_select(0, groups.back)
@@ -342,6 +401,29 @@ def _add_by_row(plan: Plan, rows: RowAdapters, outputs: Tensor, queries: dict[st
 def memory_layers(model: nn.Module) -> list[PrefixMemoryLayer]:
     """All memory layers of a model, in its order."""
     return [module for module in model.modules() if isinstance(module, PrefixMemoryLayer)]
+
+
+def holders(model: nn.Module) -> list[nn.Module]:
+    """``model`` and the parts of it that hold all of its memory layers, from the outside in."""
+    paths = [name.split(".") for name, module in model.named_modules() if isinstance(module, PrefixMemoryLayer)]
+    common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    found = [model.get_submodule(".".join(common[:n])) for n in range(len(common) + 1)]
+    return [module for module in found if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+
+
+def listen(model: nn.Module) -> None:
+    """Have all memory layers of ``model`` told, in each forward pass, on which tokens they speak."""
+    layers = memory_layers(model)
+    present = layers[0].listener
+    if present is not None and [id(layer) for layer in present.layers] == [id(layer) for layer in layers]:
+        return
+    for layer in layers:
+        if layer.listener is not None:
+            layer.listener.leave(layer)
+    listener = Listener(holders(model))
+    for layer in layers:
+        layer.listener = listener
+        listener.layers.append(layer)
 
 
 def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -> None:

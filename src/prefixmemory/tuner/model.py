@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, cast
@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixmemory.attention.discovery import find_site, find_sites, left_out, skipped_attention
+from prefixmemory.attention.discovery import find_site, find_sites, in_encoder, left_out, skipped_attention
 from prefixmemory.attention.interface import check_inside, check_interface, install_tap
 from prefixmemory.attention.sites import CHILD, AttentionSite
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
@@ -23,9 +23,17 @@ from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.registry import MemorySite, check_start, is_inside, queries_of
 from prefixmemory.models.quantization import keep_trainable
 from prefixmemory.tuner import weighted_adapter
+from prefixmemory.tuner.activation import activation, generating
 from prefixmemory.tuner.calibration import FirstBatch
 from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters
-from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer, memory_layers, set_scale
+from prefixmemory.tuner.layer import (
+    BASE_MODEL,
+    WHY_NOT_MERGED,
+    PrefixMemoryLayer,
+    listen,
+    memory_layers,
+    set_scale,
+)
 from prefixmemory.tuner.offloading import put_aside, put_back
 from prefixmemory.tuner.targets import check_targets, is_target, shortest_names
 from prefixmemory.tuner.tensor_parallel import head_share, same_start
@@ -38,6 +46,9 @@ PLACES = tuple(f".{CHILD}.{place}." for place in PrefixMemoryLayer.adapter_layer
 
 #: What torch's activation checkpointing adds to the names of modules and parameters, not to those in a state dict.
 WRAPPER = "_checkpoint_wrapped_module."
+
+#: Why a memory that does not speak from the start has no place there.
+ENCODER = "it belongs to the encoder, and from where a memory speaks is counted in the decoder"
 
 #: Names of the one child of modules that wrap a model or a layer.
 WRAPPERS = ("_orig_mod", "module", "base_layer")
@@ -67,9 +78,16 @@ class PrefixMemoryModel(BaseTuner):
                 f"{type(self.model).__name__} ({getattr(self.model, 'name_or_path', '')!r}). Load that model; to use "
                 "the adapter here all the same, pass a config with base_model_fingerprint=None."
             )
+        if peft_config.active_from != "start" and peft_config.invocation_tokens is None:
+            raise PrefixMemoryError(
+                f"active_from={peft_config.active_from!r} needs invocation_tokens; "
+                f"prefixmemory.invocation_tokens({peft_config.active_from!r}, tokenizer) finds them."
+            )
         sites = find_sites(self.model)
         if peft_config.target_modules is None:
             others = left_out(self.model, sites)
+            if peft_config.active_from != "start":
+                others |= dict.fromkeys(in_encoder(self.model, sites), ENCODER)
             chosen = [name for name in sites if name not in others]
             peft_config.target_modules = shortest_names(chosen, self.model)
             for name, reason in skipped_attention(self.model, chosen, others).items():
@@ -98,6 +116,13 @@ class PrefixMemoryModel(BaseTuner):
             raise PrefixMemoryError(
                 f"{current_key} is not a softmax attention: the tensors were made for another model."
             )
+        encodes = bool(in_encoder(self.model, [current_key]))
+        if encodes and peft_config.active_from != "start":
+            _discard(self.model, adapter_name)
+            raise PrefixMemoryError(
+                f"active_from={peft_config.active_from!r} cannot be had in {current_key}: {ENCODER}. Leave it out of "
+                "target_modules, or use active_from='start'."
+            )
         share = head_share(self.model, current_key, site) if layer is None else layer.share
         place = self._place(site, adapter_name, layer)
         try:  # before anything is attached: the memory may be refused, and takes the half-made adapter with it
@@ -116,6 +141,7 @@ class PrefixMemoryModel(BaseTuner):
             raise
         if layer is None:
             layer = PrefixMemoryLayer(site, share)
+            layer.in_encoder = encodes
         layer.update_layer(adapter_name, memory, peft_config, place)
 
     def _place(self, site: AttentionSite, adapter_name: str, layer: PrefixMemoryLayer | None) -> MemorySite:
@@ -138,6 +164,7 @@ class PrefixMemoryModel(BaseTuner):
             inner, outer = f".{CHILD}.{self.prefix}", f".{self.prefix}"
             state_dict = {key.replace(inner, outer): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        listen(self.model)
         layers = self._layers_of(adapter_name)
         same_start(self.model, (layer.memory(adapter_name) for layer in layers))
         if any(getattr(layer.memory(adapter_name), "mean", None) is not None for layer in layers):
@@ -180,12 +207,30 @@ class PrefixMemoryModel(BaseTuner):
             self._check_rows(rows, args, kwargs)
         return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's generation; with ``adapter_names``, beams and return sequences share their row's."""
+    def generate(self, *args: Any, active: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
+        """The base model's generation; with ``adapter_names``, beams and return sequences share their row's.
+
+        ``active`` says on which tokens memories speak, see :func:`prefixmemory.activation`.
+        """
         if (rows := row_adapters()) is not None:
             self._check_rows(rows, args, kwargs)
             rows.beams = self._rows_per_prompt(kwargs)
-        return cast(Any, self.model).generate(*args, **kwargs)
+        with ExitStack() as stack:
+            if active is not None:
+                stack.enter_context(activation(active))
+            prompt = next(
+                (value for value in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if value is not None),
+                None,
+            )
+            layers = memory_layers(self.model)
+            if (
+                layers
+                and isinstance(prompt, Tensor)
+                and not prompt.is_floating_point()
+                and not self.model.config.is_encoder_decoder
+            ):
+                stack.enter_context(generating(layers[0].listener, prompt))
+            return cast(Any, self.model).generate(*args, **kwargs)
 
     def _check_rows(self, rows: RowAdapters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a batch that has another number of rows than there are names."""
@@ -205,8 +250,14 @@ class PrefixMemoryModel(BaseTuner):
         """transformers' continuous batching, which only logs what a forward pass raises: so it is refused before.
 
         Raises:
-            PrefixMemoryError: an adapter for each row, or flash attention with a prefix inside the softmax.
+            PrefixMemoryError: an adapter for each row, a memory that does not speak from the start, or flash attention
+                with a prefix inside the softmax.
         """
+        if any(plan is not None and plan.waiting for plan in (layer.plan(None) for layer in memory_layers(self.model))):
+            raise PrefixMemoryError(
+                "generate_batch packs parts of many texts into one row, and does not say where a text's invocation is. "
+                "Use generate, or an adapter with active_from='start'."
+            )
         if kwargs.get("adapter_names") is not None:
             raise PrefixMemoryError(
                 "generate_batch packs all requests into one row, which has one adapter. Call it once for each adapter, "

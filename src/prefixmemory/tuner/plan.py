@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prefixmemory.kernels.read import add
 from prefixmemory.memories.mixing import Mixing
 from prefixmemory.memories.registry import is_inside
+from prefixmemory.tuner.active_tokens import ActiveTokens, Invocation
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Step:
         scale: factor on what it adds.
         limit: c of :func:`~prefixmemory.kernels.read.add`, or ``None``.
         mixing: how its output is mixed with the heads' own outputs; ``None``: it is added.
+        invocation: the tokens from which on it speaks; ``None``: from the start.
+        strict: whether a sequence without them is an error.
     """
 
     name: str
@@ -34,14 +37,37 @@ class Step:
     scale: float
     limit: float | None
     mixing: Mixing | None
+    invocation: Invocation | None = None
+    strict: bool = False
 
     @property
     def inside(self) -> bool:
         """Whether it stands inside the softmax."""
         return is_inside(self.memory)
 
-    def add_to(self, onto: Tensor, outputs: Tensor, queries: Mapping[str, Tensor]) -> Tensor:
-        """``onto`` and what the memory adds to the heads' own ``outputs``, ``[batch, tokens, heads, value_dim]``."""
+    def add_to(
+        self, onto: Tensor, outputs: Tensor, queries: Mapping[str, Tensor], active: ActiveTokens | None = None
+    ) -> Tensor:
+        """``onto`` and what the memory adds to the heads' own ``outputs``, ``[batch, tokens, heads, value_dim]``.
+
+        Tokens that are not ``active`` stay as they are; unless a compiler is at work, the memory is not asked for them.
+        """
+        if active is None:
+            return self._added(onto, outputs, queries)
+        if active.index is None:
+            mask = active.mask.reshape(*onto.shape[:-2], 1, 1)
+            return torch.where(mask, self._added(onto, outputs, queries), onto)
+        if active.none:
+            return onto
+        index = active.index.to(onto.device)
+
+        def chosen(x: Tensor) -> Tensor:
+            return x.flatten(end_dim=-3).index_select(0, index)[None]
+
+        new = self._added(chosen(onto), chosen(outputs), {kind: chosen(query) for kind, query in queries.items()})
+        return onto.flatten(end_dim=-3).index_copy(0, index, new[0]).view(onto.shape)
+
+    def _added(self, onto: Tensor, outputs: Tensor, queries: Mapping[str, Tensor]) -> Tensor:
         answer = self.ask(*(queries[kind] for kind in self.queries))
         if self.mixing is not None:
             answer = self.mixing(answer, outputs)
@@ -55,14 +81,16 @@ class Plan:
         inside, outside: the memories that are read, by where they stand.
         by_name: those outside, by adapter.
         queries: the queries that they want between them.
+        waiting: those, of either kind, that do not speak from the start.
     """
 
-    __slots__ = ("by_name", "inside", "outside", "queries")
+    __slots__ = ("by_name", "inside", "outside", "queries", "waiting")
 
     def __init__(self, steps: list[Step]) -> None:
         steps = [step for step in steps if step.scale != 0]
         self.inside = [step for step in steps if step.inside]
         self.outside = [step for step in steps if not step.inside]
+        self.waiting = [step for step in steps if step.invocation is not None]
         self.by_name = {step.name: step for step in self.outside}
         self.queries = tuple(dict.fromkeys([kind for step in self.outside for kind in step.queries]))
 

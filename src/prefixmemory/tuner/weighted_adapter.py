@@ -16,6 +16,8 @@ FIELDS = (
     "memory_options",
     "query",
     "answer_limit",
+    "active_from",
+    "invocation_tokens",
     *(f for f in MEMORY_FIELDS if f not in ("rank", "dropout")),
 )
 

@@ -1,0 +1,117 @@
+"""The tokens from which on a memory speaks, found in how a tokenizer writes questions and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefixmemory.errors import PrefixMemoryError, check_choice
+from prefixmemory.rows.encoding import Tokens, encode_prompts
+from prefixmemory.rows.rendering import chat_prompt, classification_prompt, has_chat_template
+from prefixmemory.rows.rows import Rows, kind_of
+
+#: What the tokens are called that recipes find by themselves.
+NAMES = ("question", "answer")
+#: Questions that have no beginning and no end in common.
+QUESTIONS = ("green apples?", "Why 42")
+#: Texts in front of the prompt of a row that has no chat template.
+FRONTS = ("", "A text in front.\n\n", "1. Another one!\n\n")
+
+
+def invocation_tokens(active_from: str, tokenizer: PreTrainedTokenizerBase, kind: str | None = None) -> list[int]:
+    """The tokens that introduce a question, or that end a prompt, whatever the question.
+
+    Args:
+        active_from: ``question`` or ``answer``.
+        tokenizer: of the base model.
+        kind: of the rows, by name in ``rows.FORMATS``; ``None``: conversations, by the tokenizer's chat template.
+
+    Raises:
+        PrefixMemoryError: the prompts of such rows begin or end as each of them likes.
+    """
+    check_choice("active_from", active_from, NAMES)
+    prompts = _classification() if kind == "text" else _conversations(tokenizer)
+    encoded = [encode_prompts(group, tokenizer) for group in prompts]
+    if active_from == "answer":
+        found = _common_end([ids for group in encoded for ids in group])
+    else:
+        found = _common_end([_common_beginning(group) for group in encoded])
+    if not found:
+        raise PrefixMemoryError(
+            f"active_from={active_from!r} cannot be told from the tokens of these prompts: "
+            + ("the chat template writes nothing" if has_chat_template(tokenizer) else "there is no chat template,")
+            + " that all prompts have in common there. Use active_from='invocation' with invocation_tokens of your own."
+        )
+    return found
+
+
+def _classification() -> list[list[str]]:
+    """Prompts that differ in their questions alone, for each text in front."""
+    return [[front + classification_prompt(question) for question in QUESTIONS] for front in FRONTS]
+
+
+def _conversations(tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    """The same as conversations of different lengths."""
+    if not has_chat_template(tokenizer):
+        return [list(QUESTIONS)]
+    turn = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes."}]
+    return [
+        [chat_prompt([*front, {"role": "user", "content": question}], tokenizer) for question in QUESTIONS]
+        for front in ([], turn)
+    ]
+
+
+def _common_beginning(rows: Sequence[list[int]]) -> list[int]:
+    pairs = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    return [tokens[0] for tokens in pairs]
+
+
+def _common_end(rows: Sequence[list[int]]) -> list[int]:
+    return _common_beginning([row[::-1] for row in rows])[::-1]
+
+
+def settle(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> None:
+    """Give the config of a memory that names its invocation the tokens that it has in the prompts of ``rows``.
+
+    Raises:
+        PrefixMemoryError: they have none in common.
+    """
+    active_from = getattr(config, "active_from", "start")
+    if active_from not in NAMES or config.invocation_tokens is not None:
+        return
+    kinds = {"text" if kind_of(row) == "text" else None for row in rows}  # others are written as conversations
+    found = {kind: invocation_tokens(active_from, tokenizer, kind) for kind in kinds}
+    if len({tuple(tokens) for tokens in found.values()}) > 1:
+        raise PrefixMemoryError(
+            f"active_from={active_from!r} has other tokens in rows with text and label than in conversations: "
+            f"{found['text']} and {found[None]}. Train on one kind of rows, or give invocation_tokens."
+        )
+    config.invocation_tokens = next(iter(found.values()))
+
+
+def begins(ids: Sequence[int], invocation: Sequence[int]) -> int | None:
+    """Where the last occurrence of ``invocation`` in ``ids`` begins."""
+    n, wanted = len(invocation), list(invocation)
+    return next((i for i in range(len(ids) - n, -1, -1) if list(ids[i : i + n]) == wanted), None)
+
+
+def check_invoked(rows: Sequence[Tokens], invocation: Sequence[int], places: Sequence[str]) -> None:
+    """Refuse rows without the invocation, from which a memory could not learn.
+
+    Args:
+        rows: as they are trained on.
+        invocation: tokens.
+        places: where each row stands, for the message.
+    """
+    texts = [tokens.prompt + tokens.completion for tokens in rows]
+    missing = [place for ids, place in zip(texts, places, strict=True) if begins(ids, invocation) is None]
+    if missing:
+        others = f" and {len(missing) - 1:,} others" if len(missing) > 1 else ""
+        raise PrefixMemoryError(
+            f"{missing[0]}{others}: the tokens {list(invocation)}, from which on the memory speaks, are not in it, so "
+            "nothing could be learned from it. A row that is longer than max_length loses the beginning of its prompt; "
+            "raise max_length, or give other invocation_tokens."
+        )
