@@ -85,6 +85,29 @@ def check_training(second: bool) -> None:
     print(f"ok: a training step after calibrate is one graph, {second=}")
 
 
+def check_activation() -> None:
+    """A memory that speaks from its invocation on is one graph for all lengths and places."""
+    torch._dynamo.reset()
+    word = [5, 7]
+    config = {"rank": 8, "normalize": "feature_mean", "answer_limit": 0.5}
+    model = with_memory(build("llama_gqa"), active_from="invocation", invocation_tokens=word, **config)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for number, (place, length) in enumerate([(3, 14), (9, 14), (2, 20), (7, 31), (1, 9)]):
+            ids = tokens(2, length)
+            ids[:, place : place + 2] = torch.tensor(word)
+            if number == 2:
+                graphs = counter.frame_count  # the second call may find out what differs
+            found, expected = (m(input_ids=ids, use_cache=False).logits for m in (compiled, model))
+            torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+            with model.disable_adapter():
+                base = model(input_ids=ids, use_cache=False).logits
+            assert torch.equal(expected[:, :place], base[:, :place]) and not torch.equal(expected, base)
+    assert counter.frame_count == graphs, f"{counter.frame_count - graphs} graphs more for other lengths"
+    print("ok: activation is no graph more for other lengths and places")
+
+
 def main(query: str, backend: str) -> None:
     torch.set_num_threads(1)
     check(with_memory(build("llama_gqa"), query=query), backend, f"llama_gqa, {query}")
@@ -92,6 +115,7 @@ def main(query: str, backend: str) -> None:
     if query == "content":
         for second in (False, True):
             check_training(second)
+        check_activation()
         config = dict(feature_map="mlp", rank=3, share_heads=True, normalize="query_rms", answer_limit=0.3)
         # Without code generation, for speed: what could break graphs or recompile shows all the same.
         check(with_memory(build("qwen3"), query=query, **config), "aot_eager", f"qwen3, {query}, {config}")

@@ -80,6 +80,8 @@ class AttentionSite:
         return query if self.clip is None else query.clamp(-self.clip, self.clip)
 
     def _in_projection(self, output: Tensor) -> Tensor:
+        if output.shape[-1] == self.heads * self.head_dim:
+            return output.reshape(*output.shape[:-1], self.heads, self.head_dim)
         parts = output.reshape(*output.shape[:-1], self.blocks, -1)
         width = self.heads // self.blocks * self.head_dim
         return parts[..., :width].reshape(*output.shape[:-1], self.heads, self.head_dim)

@@ -43,23 +43,29 @@ def memory_output(
         feature_map: φ.
         mean: μ of each memory, a constant; ``None``: zero.
     """
-    heads, groups = query.shape[-2], factors[0].shape[0]
-    repeat = heads // groups
-    features = feature_map(query.unsqueeze(-2) if repeat == 1 else query.unflatten(-2, (groups, repeat)))
-    size = features.shape[-1]
-    if repeat == 1:
-        rows = features.reshape(-1, groups, size).transpose(0, 1)  # [g, tokens, f], a view
-    else:
-        rows = features.reshape(-1, groups, repeat, size).transpose(0, 1).reshape(groups, -1, size)
+    groups, size = factors[0].shape[:2]
+    features = feature_map(query.unflatten(-2, (groups, -1)))
+    tokens, repeat = query.shape[:-2].numel(), query.shape[-2] // groups
+    if tokens == 1:  # as in decoding, where each operation costs more than its arithmetic
+        rows = features.reshape(groups, repeat, size)
+        if mean is not None:
+            rows = rows - mean.to(rows.dtype).unsqueeze(1)
+        return _product(rows, factors).reshape(*query.shape[:-1], -1)
+    by_group = features.reshape(tokens, groups, repeat, size).transpose(0, 1)
+    rows = by_group[:, :, 0] if repeat == 1 else by_group.reshape(groups, -1, size)  # one is a view
     if mean is None:
-        output = torch.bmm(rows, factors[0])
+        output = _product(rows, factors)
     else:
-        output = torch.baddbmm(torch.bmm(mean.to(factors[0].dtype).unsqueeze(1), factors[0]), rows, factors[0], beta=-1)
-    for factor in factors[1:]:
-        output = torch.bmm(output, factor)
-    by_token = output.transpose(0, 1) if repeat == 1 else output.unflatten(1, (-1, repeat)).transpose(0, 1)
-    answer: Tensor = by_token.reshape(*query.shape[:-1], output.shape[-1])
-    return answer
+        constant = torch.bmm(mean.to(rows.dtype).unsqueeze(1), factors[0])
+        output = _product(torch.baddbmm(constant, rows, factors[0], beta=-1), factors[1:])
+    by_token = output.unflatten(1, (tokens, repeat)).transpose(0, 1)
+    return by_token.reshape(*query.shape[:-1], output.shape[-1])
+
+
+def _product(rows: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    for factor in factors:
+        rows = torch.bmm(rows, factor)
+    return rows
 
 
 def add(
@@ -87,9 +93,8 @@ def add(
     learns = torch.is_grad_enabled() and (outputs.requires_grad or answer.requires_grad)
     if learns and not torch.compiler.is_compiling():  # a compiler fuses what it derives itself
         return cast(Tensor, _AddLimited.apply(outputs, answer, onto, limit, scale))  # type: ignore[no-untyped-call]
-    longest, length = _squares(outputs, answer, limit)
-    factor = (longest / (longest + length)).sqrt()
-    return torch.add(onto, _times(answer, factor).to(onto.dtype), alpha=scale)
+    own, _, both = _squares(outputs, answer, limit)
+    return _plus(onto, answer, (own / both).sqrt(), scale)
 
 
 class _AddLimited(torch.autograd.Function):
@@ -105,32 +110,39 @@ class _AddLimited(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, answer: Tensor, onto: Tensor, limit: float, scale: float) -> Tensor:
-        longest, length = _squares(outputs, answer, limit)
-        factor = (longest / (longest + length)).sqrt()
-        ctx.save_for_backward(outputs, answer, longest, length, factor)
-        ctx.limit, ctx.scale = limit, scale
-        return torch.add(onto, _times(answer, factor).to(onto.dtype), alpha=scale)
+        own, length, both = _squares(outputs, answer, limit)
+        factor = (own / both).sqrt()
+        slope = factor / (both * limit**2)
+        ctx.save_for_backward(outputs, answer, factor, slope, slope * length / own)
+        ctx.scale = scale
+        return _plus(onto, answer, factor, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        outputs, answer, longest, length, factor = ctx.saved_tensors
+        outputs, answer, factor, of_answer, of_outputs = ctx.saved_tensors
         given = gradient.to(answer.dtype) * ctx.scale
-        along = (given * answer).sum(dim=-1, keepdim=True, dtype=factor.dtype) * factor / (longest + length)
-        to_answer = _times(given, factor) - _times(answer, along)
+        along = (given * answer).sum(dim=-1, keepdim=True, dtype=factor.dtype)
+        to_answer = _times(given, factor) - _times(answer, along * of_answer)
         to_outputs = None
         if ctx.needs_input_grad[0]:
-            to_outputs = _times(outputs, along * length / longest * ctx.limit**2).to(outputs.dtype)
+            to_outputs = _times(outputs, along * of_outputs).to(outputs.dtype)
         return to_outputs, to_answer.to(answer.dtype), gradient, None, None
 
 
-def _squares(outputs: Tensor, answer: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """L and |a|², ``[*b, h, 1]``, in float32 at least: squares of float16 would overflow."""
+def _squares(outputs: Tensor, answer: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """L/c², |a|² and (L + |a|²)/c², ``[*b, h, 1]``, in float32 at least: squares of float16 would overflow."""
     own, length = (
         torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         for x in (outputs, answer)
     )
-    return (own * own).mul(limit * limit).add(outputs.shape[-1] * TINY), length * length
+    own, length = own * own + outputs.shape[-1] * TINY / limit**2, length * length
+    return own, length, torch.add(own, length, alpha=1 / limit**2)
+
+
+def _plus(onto: Tensor, answer: Tensor, factor: Tensor, scale: float) -> Tensor:
+    """``onto`` + s·f·a, rounded once to ``onto``'s dtype."""
+    return torch.addcmul(onto, answer, factor, value=scale).to(onto.dtype)
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:

@@ -240,13 +240,14 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             )
         if not call.plan.outside:
             return None
-        model_pass = self._pass(call.plan)
-        active = [None if model_pass is None else model_pass.active(step.invocation) for step in call.plan.outside]
-        if all([tokens is not None and tokens.none for tokens in active]):
-            return None
         heads, *rest = args
+        model_pass, active = self._pass(call.plan), call.plan.everywhere
+        if model_pass is not None:
+            active = [model_pass.active(step.invocation) for step in call.plan.outside]
+            if all([tokens is not None and tokens.none for tokens in active]):
+                return None
         queries = {kind: self._query(call, kind, heads) for kind in call.plan.queries}
-        rows = next(iter(queries.values())).shape[:-2]
+        rows = queries[call.plan.queries[0]].shape[:-2]
         outputs = heads.reshape(*rows, self.live_site.heads, self.live_site.value_dim)
         for tokens in active:
             if tokens is not None:

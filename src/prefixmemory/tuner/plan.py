@@ -68,7 +68,7 @@ class Step:
         return onto.flatten(end_dim=-3).index_copy(0, index, new[0]).view(onto.shape)
 
     def _added(self, onto: Tensor, outputs: Tensor, queries: Mapping[str, Tensor]) -> Tensor:
-        answer = self.ask(*(queries[kind] for kind in self.queries))
+        answer = self.ask(*[queries[kind] for kind in self.queries])
         if self.mixing is not None:
             answer = self.mixing(answer, outputs)
         return add(outputs, answer, self.limit, self.scale, onto)
@@ -82,15 +82,17 @@ class Plan:
         by_name: those outside, by adapter.
         queries: the queries that they want between them.
         waiting: those, of either kind, that do not speak from the start.
+        everywhere: ``None`` for each of those outside: it speaks on all tokens.
     """
 
-    __slots__ = ("by_name", "inside", "outside", "queries", "waiting")
+    __slots__ = ("by_name", "everywhere", "inside", "outside", "queries", "waiting")
 
     def __init__(self, steps: list[Step]) -> None:
         steps = [step for step in steps if step.scale != 0]
         self.inside = [step for step in steps if step.inside]
         self.outside = [step for step in steps if not step.inside]
         self.waiting = [step for step in steps if step.invocation is not None]
+        self.everywhere: list[ActiveTokens | None] = [None] * len(self.outside)
         self.by_name = {step.name: step for step in self.outside}
         self.queries = tuple(dict.fromkeys([kind for step in self.outside for kind in step.queries]))
 
