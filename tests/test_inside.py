@@ -334,11 +334,9 @@ def possible() -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for values in itertools.product(*CHOICES.values()):
         fields = dict(zip(CHOICES, values, strict=True))
-        if fields["similarity"] == "softmax" or fields["placement"] == "inside":
-            if fields["feature_map"] != "auto":
-                continue  # reads no features
-            if fields["placement"] == "inside" and fields["query"] == "rotary":
-                continue  # attention's own query, whatever is asked for
+        reads_features = fields["similarity"] != "softmax" and fields["placement"] != "inside"
+        if fields["feature_map"] != "auto" and not reads_features:
+            continue
         try:
             config = PrefixMemoryConfig(**fields)
         except PrefixMemoryError as refusal:

@@ -23,6 +23,7 @@ from prefixmemory.rows.rows import FORMATS, OBJECTIVE_FORMATS, Row, Rows, row_fo
 from prefixmemory.scoring.generation import Progress, accuracy, answers, longest_label
 from prefixmemory.scoring.likelihood import likelihoods, nats_a_token
 from prefixmemory.training.card import write_model_card
+from prefixmemory.tuner.activation import activation
 
 #: Rows whose answer is a label: their answers are compared, word for word.
 COMPARED = ("text",)
@@ -101,7 +102,8 @@ def refuse_untrained(adapter: Adapter) -> None:
     ids = ids.to(adapter.model.device)
     with adapter.model.disable_adapter():
         base = adapter.model(input_ids=ids).logits
-    ours = adapter.model(input_ids=ids).logits
+    with activation([0]):  # also where it would wait for its invocation
+        ours = adapter.model(input_ids=ids).logits
     if not torch.isfinite(ours).all():
         raise PrefixMemoryError(
             f"The adapter {adapter.name} answers with infinities or NaN: its training diverged. Train it again with a "

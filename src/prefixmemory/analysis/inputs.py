@@ -21,6 +21,7 @@ from prefixmemory.memories.prefix import PrefixVectors
 from prefixmemory.memories.registry import is_inside
 from prefixmemory.rows.data import northline
 from prefixmemory.rows.encoding import encode_prompt
+from prefixmemory.tuner.activation import activation
 from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
 
 
@@ -102,11 +103,14 @@ def longest_input(model: nn.Module) -> int:
 
 @torch.no_grad()
 def run(model: nn.Module, ids: Tensor) -> None:
-    """One pass over ``ids``, in evaluation mode, without a cache of its own; nothing is returned."""
+    """One pass over ``ids``, in evaluation mode, without a cache of its own; nothing is returned.
+
+    Memories speak on all tokens, whatever they wait for: what they say is looked at.
+    """
     known = inspect.signature(base_of(model).forward).parameters
     options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}  # logits of thousands of tokens take gigabytes
     options = {name: value for name, value in options.items() if name in known}
-    with evaluating(model):
+    with evaluating(model), activation([0]):
         model(input_ids=ids.to(next(model.parameters()).device), **options)
 
 

@@ -17,6 +17,7 @@ from prefixmemory.analysis.tradeoff import around_memory
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.registry import matrix_of
+from prefixmemory.tuner.activation import activation
 from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
 
 DEFINITION = (
@@ -257,7 +258,7 @@ def ablate(
 
 @torch.no_grad()
 def text_loss(model: nn.Module, ids: Tensor) -> float:
-    """Mean negative log-likelihood of the tokens of a text, in nats.
+    """Mean negative log-likelihood of the tokens of a text, in nats; memories speak on all of them.
 
     Args:
         model: a causal language model, adapted or not.
@@ -265,6 +266,6 @@ def text_loss(model: nn.Module, ids: Tensor) -> float:
     """
     check_ids(model, ids)
     ids = ids.to(next(model.parameters()).device)
-    with evaluating(model):
+    with evaluating(model), activation([0]):
         logits = model(input_ids=ids).logits[:, :-1].float()
     return float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))

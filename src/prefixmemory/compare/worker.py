@@ -30,6 +30,7 @@ from prefixmemory.tasks.scoring import score
 from prefixmemory.tasks.task import sample_rows
 from prefixmemory.training.interrupt import Interrupted
 from prefixmemory.training.settings import TrainingSettings
+from prefixmemory.tuner.activation import unfinished_text
 
 LONGEST_ANSWER = 256  # tokens of a free answer, where the task does not say
 NEUTRAL_TOKENS = 1024  # of the shipped essay: what an adapter forgets is read off its likelihood
@@ -180,10 +181,14 @@ class Worker:
 
     @torch.inference_mode()
     def _neutral(self, model: PreTrainedModel | PeftModel) -> float:
-        """Negative log-likelihood of the shipped essay in nats per token; the base model's is in the base's record."""
+        """Negative log-likelihood of the shipped essay in nats per token; the base model's is in the base's record.
+
+        A memory that waits for its invocation does not speak here.
+        """
         ids = self.models.tokenizer(unrelated_text(self.models.tokenizer, NEUTRAL_TOKENS))["input_ids"][:NEUTRAL_TOKENS]
         tokens = torch.tensor([ids], device=self.models.base.device)
-        return float(model(input_ids=tokens, labels=tokens).loss)
+        with unfinished_text():
+            return float(model(input_ids=tokens, labels=tokens).loss)
 
     @torch.inference_mode()
     def _decoding(self, model: PreTrainedModel | PeftModel) -> Decoding:

@@ -68,7 +68,8 @@ class PrefixMemoryConfig(PeftConfig):
             leaves φ(q) as it is, ``query_rms`` brings q to unit root-mean-square before φ, ``feature_l2`` divides φ(q)
             by its Euclidean norm (a full memory of the paper's form then wants 3e-3 instead of 3e-4).
         query: ``content`` reads the query before rotary position embedding (after the q-norm where the model has
-            one), ``rotary`` reads the query that attention sees.
+            one), ``rotary`` reads the query that attention sees. ``auto``: ``content``; inside the softmax ``rotary``,
+            which is all that there is.
         rank: r for M = A·B with A ``[D_φ, r]`` and B ``[r, D]``, or ``None`` for a full M, which with
             ``normalize="none"`` and without a limit is the paper's form, and wants a learning rate of about 3e-4. The
             default is 8, a quarter of the parameters at a head dimension of 64. With the other defaults, a full M wants
@@ -127,7 +128,7 @@ class PrefixMemoryConfig(PeftConfig):
     feature_map: str | None = AUTO
     feature_dim: int | Auto | None = AUTO
     normalize: Normalize | Auto = AUTO
-    query: Query = "content"
+    query: Query | Auto = AUTO
     rank: int | Auto | None = AUTO
     answer_limit: float | Auto | None = AUTO
     share_heads: bool | Auto = AUTO
@@ -191,6 +192,13 @@ class PrefixMemoryConfig(PeftConfig):
         if (settle := kind.says("settle")) is not None:
             settle(self)
         kind.settle(self)
+        if self.query == AUTO:
+            self.query = "rotary" if self.placement == "inside" else "content"
+        elif self.query == "content" and self.placement == "inside":
+            raise PrefixMemoryError(
+                "query='content' needs placement='outside': inside the softmax, a prefix meets the query that attention "
+                "sees. Leave query out."
+            )
         if self.feature_map is None and kind.says("is_builtin") and self.similarity != "softmax":
             check_choice("feature_map", None, FEATURE_MAPS)
         self._settle_combination(kind)
@@ -213,7 +221,8 @@ class PrefixMemoryConfig(PeftConfig):
                 check_choice(name, getattr(self, name), known)
         if given("similarity") is not None:
             check_choice("similarity", self.similarity, get_args(Similarity))
-        check_choice("query", self.query, get_args(Query))
+        if self.query != AUTO:
+            check_choice("query", self.query, get_args(Query))
         check_choice("mixing", self.mixing, get_args(MixingKind))
         check_number("scale", self.scale)
         self._check_activation()

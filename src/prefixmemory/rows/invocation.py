@@ -30,7 +30,7 @@ def invocation_tokens(active_from: str, tokenizer: PreTrainedTokenizerBase, kind
         kind: of the rows, by name in ``rows.FORMATS``; ``None``: conversations, by the tokenizer's chat template.
 
     Raises:
-        PrefixMemoryError: the prompts of such rows begin or end as each of them likes.
+        PrefixMemoryError: no tokens stand there, and nowhere behind, in all prompts of such rows.
     """
     check_choice("active_from", active_from, NAMES)
     prompts = _classification() if kind == "text" else _conversations(tokenizer)
@@ -38,12 +38,16 @@ def invocation_tokens(active_from: str, tokenizer: PreTrainedTokenizerBase, kind
     if active_from == "answer":
         found = _common_end([ids for group in encoded for ids in group])
     else:
-        found = _common_end([_common_beginning(group) for group in encoded])
+        headers = [_common_beginning(group) for group in encoded]
+        found = _common_end(headers)
+        places = [len(header) - len(found) for header in headers]
+        if any(begins(ids, found) != place for group, place in zip(encoded, places, strict=True) for ids in group):
+            found = []  # so few tokens that they stand behind the question, too
     if not found:
+        why = "" if kind == "text" or has_chat_template(tokenizer) else "; there is no chat template"
         raise PrefixMemoryError(
-            f"active_from={active_from!r} cannot be told from the tokens of these prompts: "
-            + ("the chat template writes nothing" if has_chat_template(tokenizer) else "there is no chat template,")
-            + " that all prompts have in common there. Use active_from='invocation' with invocation_tokens of your own."
+            f"active_from={active_from!r} cannot be told from the tokens of such prompts: no tokens mark the place in "
+            f"all of them{why}. Use active_from='invocation' with invocation_tokens of your own."
         )
     return found
 
@@ -109,7 +113,7 @@ def check_invoked(rows: Sequence[Tokens], invocation: Sequence[int], places: Seq
     texts = [tokens.prompt + tokens.completion for tokens in rows]
     missing = [place for ids, place in zip(texts, places, strict=True) if begins(ids, invocation) is None]
     if missing:
-        others = f" and {len(missing) - 1:,} others" if len(missing) > 1 else ""
+        others = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise PrefixMemoryError(
             f"{missing[0]}{others}: the tokens {list(invocation)}, from which on the memory speaks, are not in it, so "
             "nothing could be learned from it. A row that is longer than max_length loses the beginning of its prompt; "

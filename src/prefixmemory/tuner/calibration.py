@@ -42,9 +42,9 @@ class FirstBatch:
         ]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (module.training and torch.is_grad_enabled()) or self._layers[0].disable_adapters:
+        if not (module.training and torch.is_grad_enabled()):
             return
-        if any(name in self._waiting for name in self._layers[0].active_names()):
+        if any(self._waiting.intersection(layer.answering()) for layer in self._layers if not layer.disable_adapters):
             self._take(module, args, kwargs)
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
@@ -72,7 +72,8 @@ def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Take the means of features over one batch, as the first step of training would.
 
     Needed only where that step cannot do it: ``torch.compile(model, fullgraph=True)`` allows nothing beside the graph.
-    Memories that have a mean, or have learned without one, keep what they have.
+    Memories that have a mean, or have learned without one, keep what they have. Processes that train together must all
+    call it, each with its part of the batch.
 
     Args:
         model: holds memories, wrapped by PEFT or not.

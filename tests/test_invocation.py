@@ -1,0 +1,147 @@
+"""The invocation that recipes find by themselves: in every prompt as it is rendered, and nowhere wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, invocation_tokens
+from prefixmemory.adapters.evaluate import refuse_untrained
+from prefixmemory.adapters.loading import Adapter
+from prefixmemory.rows.encoding import encode_prompt, tokenize
+from prefixmemory.rows.invocation import begins, check_invoked, settle
+from prefixmemory.rows.rendering import render
+from prefixmemory.scoring.generation import answers
+from prefixmemory.training.job import TrainingJob
+from prefixmemory.training.settings import TrainingSettings
+from prefixmemory.tuner.active_tokens import speaking
+from tokenizers_of_all_kinds import ALL, build
+
+TEXTS = [{"text": "Where is my card?", "label": "card"}, {"text": "Lost it (yesterday)", "label": "lost"}]
+TALKS = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+    {
+        "messages": [
+            {"role": "user", "content": "Hi, you"},
+            {"role": "assistant", "content": "Hello."},
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": "2"},
+        ]
+    },
+]
+PROMPTS = [{"prompt": "Add 1 and 1.", "completion": "2"}, {"prompt": "And 2, 3?", "completion": "5"}]
+
+
+def rows_of(rows, tokenizer):
+    return tokenize(render(rows, tokenizer), tokenizer, 512)
+
+
+@pytest.mark.parametrize("rows", [TEXTS, TALKS, PROMPTS], ids=["text", "messages", "prompt"])
+def test_answer_begins_with_the_last_tokens_of_every_prompt(rows):
+    tokenizer = tiny.tokenizer()
+    found = invocation_tokens("answer", tokenizer, "text" if rows is TEXTS else None)
+    for tokens in rows_of(rows, tokenizer):
+        assert tokens.prompt[-len(found) :] == found
+        assert begins(tokens.prompt + tokens.completion, found) == len(tokens.prompt) - len(found)
+
+
+@pytest.mark.parametrize("rows", [TEXTS, TALKS, PROMPTS], ids=["text", "messages", "prompt"])
+def test_question_begins_in_front_of_the_last_question(rows):
+    tokenizer = tiny.tokenizer()
+    found = invocation_tokens("question", tokenizer, "text" if rows is TEXTS else None)
+    for row, tokens in zip(rows, rows_of(rows, tokenizer), strict=True):
+        question = row["text"] if rows is TEXTS else row["messages"][-2]["content"] if rows is TALKS else row["prompt"]
+        place = begins(tokens.prompt + tokens.completion, found)
+        written = tokenizer.decode(tokens.prompt[place + len(found) :])
+        assert written.strip().startswith(question), written
+
+
+@pytest.mark.parametrize("kind", ALL, ids=str)
+def test_every_kind_of_tokenizer_has_them(kind):
+    """In rows with text and label, and in conversations where there is a template; in front of the answer, at most a
+    blank further."""
+    tokenizer = build(kind)
+    for rows, name in ((TEXTS, "text"), *([(TALKS, None)] if kind.template != "none" else [])):
+        found = invocation_tokens("answer", tokenizer, name)
+        if kind.algorithm == "Metaspace BPE" and name == "text":
+            with pytest.raises(PrefixMemoryError, match="no tokens mark the place"):  # ":" alone, as behind "Label"
+                invocation_tokens("question", tokenizer, name)
+            question = []
+        else:
+            question = invocation_tokens("question", tokenizer, name)
+        for tokens in rows_of(rows, tokenizer):
+            ids = tokens.prompt + tokens.completion
+            assert begins(ids, found) == len(tokens.prompt) - len(found)
+            assert not question or begins(ids, question) < begins(ids, found)
+
+
+def test_prompts_of_generation_end_as_those_of_training():
+    tokenizer = tiny.tokenizer()
+    found = invocation_tokens("answer", tokenizer, "text")
+    assert encode_prompt("Text: Anything\nLabel:", tokenizer)[-len(found) :] == found
+
+
+@pytest.mark.parametrize("name", ["answer", "question"])
+def test_prompts_without_a_template_have_nothing_in_common(name):
+    with pytest.raises(PrefixMemoryError, match=r"there is no chat template.*invocation_tokens of your own"):
+        invocation_tokens(name, tiny.tokenizer(chat=False))
+
+
+def test_the_last_occurrence_counts_in_plain_python_as_in_tensors():
+    ids = [3, 5, 7, 5, 7, 9, 5]
+    assert begins(ids, [5, 7]) == 3 and begins(ids, [5]) == 6 and begins(ids, [7, 5, 9]) is None
+    assert speaking(torch.tensor([ids]), (5, 7))[1].tolist() == [3]
+
+
+def test_a_job_gives_the_config_its_tokens():
+    config, tokenizer = PrefixMemoryConfig(active_from="answer"), tiny.tokenizer()
+    job = TrainingJob("base", tokenizer, TEXTS, config)
+    assert config.invocation_tokens == invocation_tokens("answer", tokenizer, "text") == job.invocation
+    assert len(job.tokens) == 2
+
+
+def test_tokens_that_are_given_stay():
+    config = PrefixMemoryConfig(active_from="question", invocation_tokens=[9])
+    settle(config, tiny.tokenizer(), TEXTS)
+    assert config.invocation_tokens == [9]
+
+
+def test_kinds_of_rows_with_other_tokens_are_refused_together():
+    with pytest.raises(PrefixMemoryError, match="has other tokens in rows with text and label than in conversations"):
+        settle(PrefixMemoryConfig(active_from="answer"), tiny.tokenizer(), [*TEXTS, *TALKS])
+
+
+def test_a_row_that_lost_its_question_is_named():
+    tokenizer = tiny.tokenizer()
+    config = PrefixMemoryConfig(active_from="question")
+    long = {"text": "word " * 40, "label": "card"}
+    job = TrainingJob("base", tokenizer, [TEXTS[0], long], config, TrainingSettings(max_length=60))
+    with pytest.raises(PrefixMemoryError, match=r"Row 2: the tokens .* are not in it.*raise max_length"):
+        _ = job.tokens
+
+
+def test_several_rows_are_counted():
+    tokenizer = tiny.tokenizer()
+    tokens = rows_of(TEXTS, tokenizer)
+    check_invoked(tokens, tokens[0].prompt[:1], ["Row 1", "Row 2"])
+    with pytest.raises(PrefixMemoryError, match="Row 1 and 1 more: "):
+        check_invoked(tokens, [1, 1, 1, 1], ["Row 1", "Row 2"])
+
+
+def test_what_looks_at_an_adapter_asks_it_everywhere_and_contexts_are_read_in_silence():
+    """Texts that are no prompts have no invocation; a warning would be an error here."""
+    tokenizer = tiny.tokenizer()
+    fields = {**tiny.DEFAULT, "active_from": "answer"}
+    model = tiny.with_memory(tiny.build(), **fields, invocation_tokens=invocation_tokens("answer", tokenizer, "text"))
+    refuse_untrained(Adapter("mine", Path("mine"), model, tokenizer, {}))
+    prompts = [f"Text: {row['text']}\nLabel:" for row in TEXTS]
+    found = answers(model, tokenizer, prompts, max_new_tokens=6, context="Once upon a time.\n\n", one_line=False)
+    ids = [encode_prompt("Once upon a time.\n\n" + prompt, tokenizer) for prompt in prompts]
+    for written, one in zip(found, ids, strict=True):
+        whole = model.generate(input_ids=torch.tensor([one]), max_new_tokens=6, do_sample=False, use_cache=False)
+        assert written == tokenizer.decode(whole[0, len(one) :], skip_special_tokens=True).strip()
+    with model.disable_adapter():
+        assert found != answers(model, tokenizer, prompts, max_new_tokens=6, one_line=False)
