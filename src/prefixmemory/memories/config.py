@@ -196,8 +196,8 @@ class PrefixMemoryConfig(PeftConfig):
             self.query = "rotary" if self.placement == "inside" else "content"
         elif self.query == "content" and self.placement == "inside":
             raise PrefixMemoryError(
-                "query='content' needs placement='outside': inside the softmax, a prefix meets the query that attention "
-                "sees. Leave query out."
+                "query='content' needs placement='outside': inside the softmax, a prefix meets the query that "
+                "attention sees. Leave query out."
             )
         if self.feature_map is None and kind.says("is_builtin") and self.similarity != "softmax":
             check_choice("feature_map", None, FEATURE_MAPS)
