@@ -113,8 +113,9 @@ class Call:
 
 
 class _OfThread(threading.local):
-    call: Call | None = None
-    rows: RowAdapters | None = None
+    def __init__(self) -> None:  # no class attributes: torch.compile would guard that a thread has none of its own
+        self.call: Call | None = None
+        self.rows: RowAdapters | None = None
 
 
 _thread = _OfThread()
