@@ -100,6 +100,25 @@ def check_first_calls() -> None:
     print("ok: the first calls of a thread")
 
 
+def check_whole(**config: object) -> None:
+    """One graph holds a padded batch of the memory alone, and one of its base, it and another like it by rows."""
+    model = with_memory(build("llama_gqa"), **config)
+    model.add_adapter("other", PrefixMemoryConfig(task_type="CAUSAL_LM", **config))
+    randomize(model, "other", seed=7)
+    batch = {"input_ids": tokens(3, 11), "attention_mask": torch.ones(3, 11, dtype=torch.long), "use_cache": False}
+    batch["attention_mask"][0, :4] = 0
+    for more in ({}, {"adapter_names": ["other", "__base__", "default"]}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            found, expected = (m(**batch, **more).logits for m in (compiled, model))
+            torch.testing.assert_close(found[1:], expected[1:], atol=TOLERANCE, rtol=0)  # the first is padded
+            torch.testing.assert_close(found[0, 4:], expected[0, 4:], atol=TOLERANCE, rtol=0)
+            with model.disable_adapter():
+                assert (model(**batch).logits - expected)[2].abs().max() > 100 * TOLERANCE
+    print(f"ok: one graph, {config}")
+
+
 def check_hotswap() -> None:
     """``hotswap_adapter`` on a compiled model: the new adapter answers, from the graph that is there."""
     torch._dynamo.reset()
@@ -129,6 +148,10 @@ def main(query: str, backend: str) -> None:
         for second in (False, True):
             check_training(second)
         check_hotswap()
+        for fields in ({}, {"scale": 0.5}):
+            check_whole(placement="inside", prefix_length=3, **fields)
+        check_whole(prefix_length=3, similarity="softmax", mixing="head")
+        check_whole(prefix_length=3)
         config = dict(feature_map="mlp", rank=3, share_heads=True, normalize="query_rms", answer_limit=0.3)
         # Without code generation, for speed: what could break graphs or recompile shows all the same.
         check(with_memory(build("qwen3"), query=query, **config), "aot_eager", f"qwen3, {query}, {config}")
