@@ -7,16 +7,19 @@ claim that fails.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch._dynamo
 from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from prefixmemory import PrefixMemoryConfig, calibrate
-from tiny import build, memory_parameters, tokens, with_memory
+from tiny import DEFAULT, build, memory_parameters, randomize, tokens, with_memory
 
 TOLERANCE = 1e-4
 SWAPS = 20
@@ -108,14 +111,71 @@ def check_activation() -> None:
     print("ok: activation is no graph more for other lengths and places")
 
 
+def check_first_calls() -> None:
+    """Nothing has run in this thread: the graph of its first call serves the second."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(with_memory(build("llama_gqa")), backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            compiled(input_ids=tokens(2, 11), use_cache=False)
+    assert counter.frame_count == 1, f"{counter.frame_count} graphs after two calls alike"
+    print("ok: the first calls of a thread")
+
+
+def check_whole(**config: object) -> None:
+    """One graph holds a padded batch of the memory alone, and one of its base, it and another like it by rows."""
+    model = with_memory(build("llama_gqa"), **config)
+    model.add_adapter("other", PrefixMemoryConfig(task_type="CAUSAL_LM", **config))
+    randomize(model, "other", seed=7)
+    batch = {"input_ids": tokens(3, 11), "attention_mask": torch.ones(3, 11, dtype=torch.long), "use_cache": False}
+    batch["attention_mask"][0, :4] = 0
+    for more in ({}, {"adapter_names": ["other", "__base__", "default"]}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            found, expected = (m(**batch, **more).logits for m in (compiled, model))
+            torch.testing.assert_close(found[1:], expected[1:], atol=TOLERANCE, rtol=0)  # the first is padded
+            torch.testing.assert_close(found[0, 4:], expected[0, 4:], atol=TOLERANCE, rtol=0)
+            with model.disable_adapter():
+                assert (model(**batch).logits - expected)[2].abs().max() > 100 * TOLERANCE
+    print(f"ok: one graph, {config}")
+
+
+def check_hotswap() -> None:
+    """``hotswap_adapter`` on a compiled model: the new adapter answers, from the graph that is there."""
+    torch._dynamo.reset()
+    other, model = (with_memory(build("llama_gqa"), **DEFAULT) for _ in range(2))
+    randomize(other, seed=7)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        other.save_pretrained(folder)
+        before = compiled(input_ids=tokens(2, 11), use_cache=False).logits
+        hotswap_adapter(compiled, folder, adapter_name="default")
+        after = compiled(input_ids=tokens(2, 11), use_cache=False).logits
+        torch.testing.assert_close(after, other(input_ids=tokens(2, 11), use_cache=False).logits)
+    assert (after - before).abs().max() > 100 * TOLERANCE
+    assert counter.frame_count == 1, f"{counter.frame_count} graphs after a hotswap"
+    print("ok: hotswap_adapter, no recompilation")
+
+
 def main(query: str, backend: str) -> None:
     torch.set_num_threads(1)
+    check_first_calls()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(check_first_calls).result()
     check(with_memory(build("llama_gqa"), query=query), backend, f"llama_gqa, {query}")
     check_counter(with_memory(build("llama_gqa"), query=query))
     if query == "content":
         for second in (False, True):
             check_training(second)
         check_activation()
+        check_hotswap()
+        for fields in ({}, {"scale": 0.5}):
+            check_whole(placement="inside", prefix_length=3, **fields)
+        check_whole(prefix_length=3, similarity="softmax", mixing="head")
+        check_whole(prefix_length=3)
         config = dict(feature_map="mlp", rank=3, share_heads=True, normalize="query_rms", answer_limit=0.3)
         # Without code generation, for speed: what could break graphs or recompile shows all the same.
         check(with_memory(build("qwen3"), query=query, **config), "aot_eager", f"qwen3, {query}, {config}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +17,7 @@ from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, calibrate
 from prefixmemory.tuner.layer import memory_layers
+from processes import start
 
 
 def fresh(**fields: object) -> PeftModel:
@@ -169,6 +172,33 @@ def test_an_unloaded_model_has_no_hook_left():
     fresh_model = get_peft_model(base, PrefixMemoryConfig(task_type="CAUSAL_LM"))
     assert [len(m._forward_pre_hooks) for m in base.modules() if "Llama" in type(m).__name__] != hooks
     assert [len(module._forward_pre_hooks) for module in fresh_model.unload().modules()] == hooks
+
+
+def passes_the_second_layer_by(rank: int, folder: Path) -> None:
+    """One of two processes, each with a batch of its own; only the first reaches both layers."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    model = fresh()
+    if rank == 1:  # as where experts, or layers that are dropped, are chosen by each process for itself
+        model.get_base_model().model.layers[1].forward = lambda hidden, *args, **kwargs: hidden
+    model(input_ids=tiny.tokens(seed=1 + rank))
+    torch.save({name: mean.detach() for name, mean in tiny.means(model).items()}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_process_that_passes_a_layer_by_hangs_no_other_one(tmp_path: Path):
+    processes = [start(passes_the_second_layer_by, rank, tmp_path) for rank in range(2)]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    first, second = (list(torch.load(tmp_path / f"{rank}.pt").values()) for rank in range(2))
+    model = fresh()
+    both, alone = expected(model, torch.cat([tiny.tokens(seed=1), tiny.tokens(seed=2)])), expected(model, tiny.tokens())
+    for found in (first, second):
+        torch.testing.assert_close(found[0], both[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[1], alone[1], rtol=0, atol=1e-6)
+    assert (both[0] - alone[0]).abs().max() > 1e-4
 
 
 def test_a_model_without_memories_is_refused():

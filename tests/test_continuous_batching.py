@@ -68,7 +68,7 @@ def test_flash_attention_is_refused_before_anything_runs(monkeypatch):
 def test_packed_rows_are_refused_where_no_mask_keeps_them_apart(keywords):
     layer = torch.nn.Identity()
     tensors = [torch.randn(1, 2, 9, 4) for _ in range(3)]
-    prefix = Prefix(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), None)
+    prefix = Prefix(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), None, False)
     with pytest.raises(PrefixMemoryError, match="packed into one row"):
         prepend_prefix(prefix, layer, *tensors, None, keywords, "flash_attention_2")
     one = dict(position_ids=torch.arange(9)[None])

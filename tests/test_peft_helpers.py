@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.helpers import rescale_adapter_scale
-from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 
 import tiny
@@ -58,20 +57,6 @@ def test_rescale_adapter_scale_refuses_a_negative_scale_inside_the_softmax():
 def test_rescale_adapter_scale_still_refuses_a_model_without_adapters():
     with pytest.raises(ValueError, match="scaling is only supported"), rescale_adapter_scale(tiny.build(), 0.5):
         pass
-
-
-def test_hotswap_says_what_to_do_and_that_does_it(tmp_path: Path):
-    other = tiny.with_memory(tiny.build())
-    tiny.randomize(other, seed=7)
-    other.save_pretrained(tmp_path)
-    model = tiny.with_memory(tiny.build())
-    before = logits(model)
-    with pytest.raises(PrefixMemoryError, match="Call load_adapter"):
-        hotswap_adapter(model, str(tmp_path), adapter_name="default")
-    assert torch.equal(logits(model), before)
-    model.load_adapter(str(tmp_path), "default")
-    close_logits(logits(model), logits(other))
-    assert (logits(model) - before).abs().max() > 1e-3
 
 
 LORA = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)

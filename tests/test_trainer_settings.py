@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import tiny
-from prefixmemory import PrefixMemoryConfig
+from prefixmemory import PrefixMemoryConfig, calibrate
 from prefixmemory.tuner.layer import memory_layers
 
 # TRL 1.16 switches gradient checkpointing on and off under the names that transformers 5.23 deprecates.
@@ -195,6 +195,38 @@ def test_memories_stay_fp32_in_mixed_precision(tmp_path, base, autocast):
     exact = Trainer(model=make_model(), args=arguments(tmp_path / "exact"), train_dataset=dataset(4, seed=1))
     exact.train()
     assert logged(trainer, "loss") == pytest.approx(logged(exact, "loss"), rel=0.01)
+
+
+# Noise on embeddings
+
+
+def test_noise_reaches_the_gradients_and_not_the_mean(tmp_path):
+    model, clean = make_model(), make_model()
+    embeddings, gradients = model.get_input_embeddings(), Gradients()
+    batch: dict[str, Tensor] = {}
+    seen: list[Tensor] = []
+
+    def look(module: PeftModel, args: tuple[()], inputs: dict[str, Tensor]) -> None:
+        batch.update(inputs)
+        embeddings.register_forward_hook(lambda *call: seen.append(call[-1].detach()))  # behind the trainer's own
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    Trainer(
+        model=model, callbacks=[gradients], train_dataset=dataset(4, seed=1),
+        args=arguments(tmp_path, max_steps=1, neftune_noise_alpha=5.0, max_grad_norm=0),
+    ).train()  # fmt: skip
+    without, with_noise = seen  # the mean is taken in a pass of its own
+    assert torch.equal(without, embeddings.weight[batch["input_ids"]])
+    assert 0.01 < (with_noise - without).abs().max() <= 5 / (12 * 32) ** 0.5
+    calibrate(clean, input_ids=batch["input_ids"])
+    for name, mean in tiny.means(clean).items():
+        torch.testing.assert_close(tiny.means(model)[name], mean, rtol=0, atol=1e-6)
+    clean(inputs_embeds=with_noise, labels=batch["labels"]).loss.backward()
+    learnt = {name: p.grad for name, p in tiny.memory_parameters(clean).items()}
+    assert gradients.first.keys() == learnt.keys() and any(gradient.any() for gradient in learnt.values())
+    for name, gradient in learnt.items():
+        torch.testing.assert_close(gradients.first[name], gradient, rtol=1e-4, atol=1e-8)
+    assert torch.equal(embeddings.train()(batch["input_ids"]), without)  # the noise is gone
 
 
 # Packing: several rows of text in one row of the batch

@@ -32,11 +32,14 @@ class Prefix:
         keys, values: ``[1 or batch, kv_heads, length, dim]``.
         score_bias: ``[1 or batch, length]``, what is added to a prefix key's score: the logarithm of the adapter's
             scale, ``-inf`` where a row has no such key. ``None``: nothing.
+        scaled: whether ``score_bias`` holds logarithms too; known without a look at its values, which the host would
+            wait for, and a compiled graph break at.
     """
 
     keys: Tensor
     values: Tensor
     score_bias: Tensor | None
+    scaled: bool
 
     @property
     def length(self) -> int:
@@ -85,18 +88,17 @@ def prepend_prefix(
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=keywords)
     batch = key.shape[0]
     keys, values = _of_as_many_heads(prefix.keys, key, module), _of_as_many_heads(prefix.values, value, module)
-    widened = {
-        name: torch.cat([bias.new_zeros(*bias.shape[:3], prefix.length), bias.expand(-1, -1, -1, key.shape[2])], dim=3)
-        for name in BIASES
-        if (bias := keywords.get(name)) is not None
-    }
+    for name in BIASES:  # no comprehension: torch.compile 2.13 breaks the graph at a := in one
+        if (bias := keywords.get(name)) is not None:
+            nothing = bias.new_zeros(*bias.shape[:3], prefix.length)
+            keywords[name] = torch.cat([nothing, bias.expand(-1, -1, -1, key.shape[2])], dim=3)
     if mask is None:
         mask = _made_explicit(prefix, module, query, key, keywords.get("is_causal"), implementation)
     return (
         torch.cat([keys.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2),
         torch.cat([values.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2),
         None if mask is None else _with_prefix(prefix, query, mask),
-        {**keywords, **widened},
+        keywords,
     )
 
 
@@ -148,7 +150,7 @@ def _with_prefix(prefix: Prefix, query: Tensor, mask: Any) -> Any:
     if mask.dtype == torch.bool:
         if prefix.score_bias is None:
             return torch.cat([mask.new_ones(shape), mask.expand(rows, -1, -1, -1)], dim=3)
-        if not torch.any(torch.isfinite(prefix.score_bias) & (prefix.score_bias != 0)):
+        if not prefix.scaled:
             present = torch.isfinite(prefix.score_bias)[:, None, None, :].expand(shape)
             return torch.cat([present, mask.expand(rows, -1, -1, -1)], dim=3)
         lowest = torch.finfo(query.dtype).min
@@ -164,7 +166,7 @@ def _present(prefix: Prefix, rows: int, dtype: torch.dtype) -> Tensor:
     """Which prefix keys a row has, ``[rows, length]``, for masks that can only leave keys out."""
     if prefix.score_bias is None:
         return torch.ones(rows, prefix.length, dtype=dtype, device=prefix.keys.device)
-    if torch.any(torch.isfinite(prefix.score_bias) & (prefix.score_bias != 0)):
+    if prefix.scaled:
         raise PrefixMemoryError(
             "A prefix inside the softmax cannot be given another scale than 0 or 1 with this attention backend, which "
             "takes no bias. Use attn_implementation='sdpa' or 'eager'."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -38,10 +38,16 @@ def weights_checksum(folder: Path) -> str | None:
 
 
 def check_saved_whole(folder: Path) -> None:
-    """Refuse a weights file just written without memories, or with what one process holds of them."""
-    file = folder / SAFETENSORS_WEIGHTS_NAME
+    """Refuse a weights file just written without memories, with what one process holds of them, or beside an older
+    one that would be loaded in its place."""
+    file, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
     if not file.is_file():
         return
+    if pickled.is_file() and pickled.stat().st_mtime_ns > file.stat().st_mtime_ns:
+        raise PrefixMemoryError(
+            f"{pickled} was written beside {file.name} of an older save, which would be loaded in its place. Save into "
+            "another folder, or without safe_serialization=False."
+        )
     with safe_open(file, framework="pt") as tensors:
         whole = [0 not in tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118  # no mapping
     if not (whole and all(whole)):

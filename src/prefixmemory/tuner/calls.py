@@ -115,12 +115,13 @@ class Call:
 class _OfThread(threading.local):
     """What the thread is in the midst of; the last four belong to ``activation.py``."""
 
-    call: Call | None = None
-    rows: RowAdapters | None = None
-    model_pass: Any = None
-    given: Any = None
-    prompt: Any = None
-    unfinished: bool = False
+    def __init__(self) -> None:  # no class attributes: torch.compile would guard that a thread has none of its own
+        self.call: Call | None = None
+        self.rows: RowAdapters | None = None
+        self.model_pass: Any = None
+        self.given: Any = None
+        self.prompt: Any = None
+        self.unfinished = False
 
 
 thread = _OfThread()

@@ -214,12 +214,13 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         keys, values = zip(*(_vectors(step.memory) for step in steps), strict=True)
         lengths = [k.shape[1] for k in keys]
         bias = score_bias(steps, lengths, keys[0].float())
+        scaled = bias is not None
         if rows is not None:
             groups = rows.groups(key.shape[0], key.device)
             here = [groups.has(step.name)[:, None].expand(-1, n) for step, n in zip(steps, lengths, strict=True)]
             bias = keys[0].new_zeros(1, sum(lengths), dtype=torch.float32) if bias is None else bias
             bias = bias.to(key.device).masked_fill(~torch.cat(here, dim=1), -torch.inf)
-        return Prefix(torch.cat(keys, dim=1)[None], torch.cat(values, dim=1)[None], bias)
+        return Prefix(torch.cat(keys, dim=1)[None], torch.cat(values, dim=1)[None], bias, scaled)
 
     def _add_outputs(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         call = current_call(self)

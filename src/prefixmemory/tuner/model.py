@@ -1,4 +1,4 @@
-"""PrefixMemoryModel: the PEFT lifecycle of memories, and their registration with PEFT."""
+"""PrefixMemoryModel: the PEFT lifecycle of memories."""
 
 from __future__ import annotations
 

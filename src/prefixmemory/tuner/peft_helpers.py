@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import peft.helpers
 import peft.mixed_model
-import peft.utils.hotswap
 from peft import PeftConfig
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.tuner.layer import PrefixMemoryLayer
 
-NO_HOTSWAP = (
-    "hotswap_adapter knows LoRA only. Call load_adapter(folder, adapter_name) under the same name: it takes the new "
-    "weights where the configs are the same; else delete_adapter(adapter_name) first."
-)
 NO_MIXED_MODEL = (
     "PeftMixedModel knows adapters that wrap layers; a memory wraps none, and needs no mixed model. Give the model its "
     "LoRA first, peft.inject_adapter_in_model(lora_config, model), then get_peft_model(model, PrefixMemoryConfig()): "
@@ -25,17 +19,9 @@ NO_MIXED_MODEL = (
 )
 
 
-class _Refused:
-    """In place of the fields that two configs must share: PEFT looks at these before it swaps anything."""
-
-    def __iter__(self) -> Iterator[str]:
-        raise PrefixMemoryError(NO_HOTSWAP)
-
-
 def teach() -> None:
     """Let PEFT's helpers meet memories."""
     peft.helpers.LoraLayer = (peft.helpers.LoraLayer, PrefixMemoryLayer)  # rescale_adapter_scale asks isinstance
-    peft.utils.hotswap.CONFIG_KEYS_TO_CHECK[PREFIX_MEMORY] = _Refused()
     check: Any = peft.mixed_model._check_config_compatible
 
     def check_config_compatible(peft_config: PeftConfig) -> None:

@@ -1,0 +1,105 @@
+"""Loading an adapter over one that is there: ``load_adapter`` under a taken name, and PEFT's ``hotswap_adapter``.
+
+Both keep the config and take new weights, so that the configs must be the same. Tensors are copied in place, means
+included: a compiled model follows them without being compiled again.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import peft.utils.hotswap
+from peft import PeftConfig, PeftModel
+from peft.utils.save_and_load import set_peft_model_state_dict
+from torch import Tensor, nn
+
+from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.memories.checkpoint import same_base_model
+from prefixmemory.memories.config import PrefixMemoryConfig
+from prefixmemory.memories.peft_type import PREFIX_MEMORY
+from prefixmemory.tuner import weighted_adapter
+from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.model import PrefixMemoryModel
+
+#: What would change the answers of the same weights.
+FIELDS = ("modules_to_save", "mixing", "mix", *weighted_adapter.FIELDS, "rank", "scale")
+
+
+def check_same_config(present: PrefixMemoryConfig, new: PrefixMemoryConfig, adapter_name: str) -> None:
+    """Refuse weights whose config is not that of the adapter which is to take them.
+
+    Raises:
+        PrefixMemoryError: names the first difference.
+    """
+    instead = f"Load it under another name, or delete_adapter({adapter_name!r}) first."
+    cannot = f"The new adapter cannot be loaded over the adapter {adapter_name!r}"
+    for name in FIELDS:
+        ours, theirs = getattr(present, name), getattr(new, name)
+        if name == "modules_to_save":  # PEFT lists the head of a classifier twice
+            ours, theirs = sorted(set(ours or ())), sorted(set(theirs or ()))
+        if ours != theirs:
+            raise PrefixMemoryError(f"{cannot}: {name} is {theirs!r} there and {ours!r} here. {instead}")
+    here, there = present.base_model_fingerprint, new.base_model_fingerprint
+    if here is not None and there is not None and not same_base_model(there, here):
+        raise PrefixMemoryError(
+            f"{cannot}: it was made for another base model ({new.base_model_name_or_path!r}). Load that model first."
+        )
+
+
+def check_on_load() -> None:
+    """Let ``PeftModel.load_adapter`` compare configs; it reads the new one only for a new name."""
+    original = PeftModel.load_adapter
+
+    @wraps(original)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        present = self.peft_config.get(adapter_name)
+        if isinstance(present, PrefixMemoryConfig):
+            options, _ = self._split_kwargs(kwargs)
+            check_same_config(present, PrefixMemoryConfig.from_pretrained(model_id, **options), adapter_name)
+        return original(self, model_id, adapter_name, *args, **kwargs)
+
+    PeftModel.load_adapter = load_adapter
+
+
+def teach_hotswap() -> None:
+    """Let ``hotswap_adapter`` swap memories."""
+    hotswap: Any = peft.utils.hotswap
+    hotswap.CONFIG_KEYS_TO_CHECK[PREFIX_MEMORY] = []  # it looks at the active adapter's; ours are checked below
+    swap, prepare = hotswap.hotswap_adapter_from_state_dict, hotswap._convert_scalings_to_tensor
+
+    @wraps(swap)
+    def hotswap_adapter_from_state_dict(
+        model: nn.Module,
+        state_dict: dict[str, Tensor],
+        adapter_name: str,
+        config: PeftConfig,
+        parameter_prefix: str = "lora_",
+    ) -> None:
+        if not isinstance(config, PrefixMemoryConfig):
+            swap(model, state_dict, adapter_name, config, parameter_prefix)
+            return
+        model = getattr(model, "_orig_mod", model)  # compiled
+        adapters: dict[str, PeftConfig] = model.peft_config  # type: ignore[assignment]
+        present = adapters.get(adapter_name)
+        if not isinstance(present, PrefixMemoryConfig):
+            raise PrefixMemoryError(
+                f"There is no memory {adapter_name!r} to swap.{did_you_mean(adapter_name, adapters)} "
+                f"Loaded: {', '.join(adapters)}."
+            )
+        check_same_config(present, config, adapter_name)
+        bare = PrefixMemoryModel._remove_adapter_name_from_key
+        set_peft_model_state_dict(model, {bare(k, adapter_name): t for k, t in state_dict.items()}, adapter_name)
+
+    @wraps(prepare)
+    def convert_scalings_to_tensor(model: nn.Module) -> bool:
+        found = bool(prepare(model))
+        if not found and memory_layers(model):
+            raise PrefixMemoryError(
+                "Memories need no prepare_model_for_compiled_hotswap, and cannot be padded to another rank: "
+                "hotswap_adapter takes adapters of the same config. Leave the call out."
+            )
+        return found
+
+    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
+    hotswap._convert_scalings_to_tensor = convert_scalings_to_tensor
