@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 import prefixmemory.tuner.registration
 from prefixmemory.adapters.hub import adapter_folder
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import parse_json
 from prefixmemory.files.records import RECORD
 from prefixmemory.memories import checkpoint
 from prefixmemory.memories.checkpoint import check_config_file
@@ -105,6 +106,8 @@ def load_adapter(
         except (RuntimeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise PrefixMemoryError(f"The adapter {name} does not fit {base_name}: {reason}") from error
+        if config.peft_type != PREFIX_MEMORY:
+            _check_loaded(folder / SAFETENSORS_WEIGHTS_NAME, model)
     return Adapter(
         name=name,
         folder=folder,
@@ -112,6 +115,21 @@ def load_adapter(
         tokenizer=tokenizer,
         record=record,
     )
+
+
+def _check_loaded(file: Path, model: PeftModel) -> None:
+    """Refuse a file of another method that PEFT has read more from than the adapter, or what is no number.
+
+    PEFT hands a file to ``load_state_dict``: a tensor with the name of one of the base model's replaces that.
+    """
+    found, expected = load_file(file), get_peft_model_state_dict(model)
+    of_model = {name for names in (model.named_parameters(), model.named_buffers()) for name, _ in names}
+    if replaced := (found.keys() - expected.keys()) & of_model:
+        raise PrefixMemoryError(
+            f"{file} holds {min(replaced)!r}, which is no part of the adapter and would replace weights of the base "
+            "model. Save the adapter again without it, and do not trust who made the file."
+        )
+    checkpoint.check_numbers(found, expected)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -122,7 +140,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     file = folder / RECORD
     try:
-        record = json.loads(file.read_bytes()) if file.is_file() else {}
+        record = parse_json(file.read_bytes()) if file.is_file() else {}
     except ValueError as error:
         raise PrefixMemoryError(f"{file} is truncated or damaged ({error}). Copy it again, or delete it.") from error
     if not isinstance(record, dict):
