@@ -27,9 +27,15 @@ _ELSEWHERE = {
 }
 
 
+#: Comparing takes time that grows with the number of words and with the square of their length.
+_MOST_CHOICES, _LONGEST_WORD = 20_000, 40
+
+
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """`` Did you mean 'elu'?`` for the nearest of ``choices``, or an empty string when none is near."""
-    choices = list(choices)
+    choices = [choice for choice in choices if len(choice) <= _LONGEST_WORD]
+    if len(value) > _LONGEST_WORD or len(choices) > _MOST_CHOICES:
+        return ""
     if _ELSEWHERE.get(value) in choices:
         return f" Did you mean {_ELSEWHERE[value]!r}?"
     near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)

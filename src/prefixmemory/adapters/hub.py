@@ -24,6 +24,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import read_object
 from prefixmemory.files.records import RECORD
 from prefixmemory.memories import checkpoint
 from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
@@ -113,7 +114,7 @@ def _card(folder: Path, repo_id: str) -> str:
         card = file.read_text(encoding="utf-8")
     else:
         record = folder / RECORD
-        known: dict[str, Any] = json.loads(record.read_bytes()) if record.is_file() else {}
+        known = read_object(record, "Copy it again, or delete it.") if record.is_file() else {}
         card = model_card(completed(folder, known))
     return with_address(card, repo_id)
 

@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 import prefixmemory.tuner.registration
 from prefixmemory.adapters.hub import adapter_folder
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.files.json_text import parse_json
+from prefixmemory.files.json_text import read_object
 from prefixmemory.files.records import RECORD
 from prefixmemory.memories import checkpoint
 from prefixmemory.memories.checkpoint import check_config_file
+from prefixmemory.memories.patterns import check_patterns
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.models.loading import Dtype, fast_dtype, full_name, load_model, load_tokenizer
 from prefixmemory.models.quantization import Quantization
@@ -76,6 +77,7 @@ def load_adapter(
         raise PrefixMemoryError(f"{folder / SAFETENSORS_WEIGHTS_NAME} is missing. Copy it from where it was saved.")
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
+        check_patterns(config)
     except PrefixMemoryError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -139,10 +141,4 @@ def read_record(folder: Path) -> dict[str, Any]:
         PrefixMemoryError: it cannot be read.
     """
     file = folder / RECORD
-    try:
-        record = parse_json(file.read_bytes()) if file.is_file() else {}
-    except ValueError as error:
-        raise PrefixMemoryError(f"{file} is truncated or damaged ({error}). Copy it again, or delete it.") from error
-    if not isinstance(record, dict):
-        raise PrefixMemoryError(f"{file} holds no object. Copy it again, or delete it.")
-    return record
+    return read_object(file, "Copy it again, or delete it.") if file.is_file() else {}

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
+
+from prefixmemory.errors import PrefixMemoryError
 
 #: Objects and arrays within each other; what we write and read has less than ten.
 DEEPEST = 64
+#: In bytes, of a config or a record; ours have a few thousand.
+LARGEST = 10_000_000
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -27,6 +32,27 @@ def parse_json(text: str | bytes) -> Any:
     return content
 
 
+def read_object(file: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in ``file``, which exists.
+
+    Args:
+        file: a config, or a record of a run.
+        advice: what to do about one that cannot be read.
+
+    Raises:
+        PrefixMemoryError: it cannot be read, or holds something else.
+    """
+    if file.stat().st_size > LARGEST:
+        raise PrefixMemoryError(f"{file} is larger than {LARGEST // 1_000_000} MB, as no such file is. {advice}")
+    try:
+        content = parse_json(file.read_bytes())
+    except ValueError as error:
+        raise PrefixMemoryError(f"{file} is truncated or damaged ({error}). {advice}") from error
+    if not isinstance(content, dict):
+        raise PrefixMemoryError(f"{file} holds {type(content).__name__}, and no object. {advice}")
+    return content
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -38,11 +64,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _is_too_deep(content: Any) -> bool:
     level = [content]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         level = [
             inner
             for outer in level
             if isinstance(outer, dict | list)
             for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
-    return bool(level)
+    return any(isinstance(one, dict | list) for one in level)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.files.json_text import parse_json
+from prefixmemory.files.json_text import read_object
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 
 #: Names of embeddings, as PEFT knows them, that are saved beside an adapter.
@@ -73,16 +73,13 @@ def check_config_file(folder: Path, any_method: bool = False) -> dict[str, Any]:
     copy = "Copy it from where the adapter was saved, or train it again."
     if not file.is_file():
         raise PrefixMemoryError(f"{file} is missing: {folder} holds no adapter. {copy}")
-    try:
-        config = parse_json(file.read_bytes())
-    except ValueError as error:
-        raise PrefixMemoryError(f"{file} is truncated or damaged ({error}). {copy}") from error
-    found = config.get("peft_type") if isinstance(config, dict) else None
+    config = read_object(file, copy)
+    found = config.get("peft_type")
     if found != PREFIX_MEMORY.value and not (any_method and found):
         raise PrefixMemoryError(
             f"{file} has peft_type={found!r}, not {PREFIX_MEMORY.value!r}. Give the folder of a memory."
         )
-    return cast(dict[str, Any], config)
+    return config
 
 
 def check_weights_file(folder: Path, expected_sha256: str | None, hub_id: str | None = None) -> None:

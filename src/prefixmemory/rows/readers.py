@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import parse_json
 from prefixmemory.rows.rows import EXPECTED
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -89,7 +90,7 @@ def _from_json(file: Path) -> Fields:
                 continue
             where = f"{file}, line {number}"
             try:
-                row = json.loads(line.decode())
+                row = parse_json(line.decode())
             except ValueError as error:  # no JSON, no UTF-8, a number of thousands of digits
                 if line.strip() == first:
                     stream.seek(begins)
@@ -102,7 +103,7 @@ def _from_json(file: Path) -> Fields:
 
 def _from_array(file: Path, content: bytes) -> Fields:
     try:
-        rows = json.loads(content.decode())
+        rows = parse_json(content.decode())
     except ValueError as error:
         line = getattr(error, "lineno", None) or content[: getattr(error, "start", 0)].count(b"\n") + 1
         raise PrefixMemoryError(
@@ -129,7 +130,7 @@ def _refuse_no_rows(file: Path, first: bytes, content: bytes) -> None:
             f"as JSON, one row per line or an array of rows. {EXPECTED}"
         )
     try:
-        whole = json.loads(content)
+        whole = parse_json(content)
     except ValueError:
         return
     raise PrefixMemoryError(

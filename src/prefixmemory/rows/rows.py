@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
@@ -80,7 +81,8 @@ def check_row(where: str, fields: Mapping[str, Any]) -> Row:
     kind = kind_of(fields)
     if kind is None:
         wanted = {name for names in FORMATS.values() for name in names}
-        hints = (did_you_mean(name, wanted - fields.keys()) for name in fields if name not in wanted)
+        others = islice((name for name in fields if name not in wanted), 20)
+        hints = (did_you_mean(name, wanted - fields.keys()) for name in others)
         hint = next((hint for hint in hints if hint), "")
         raise PrefixMemoryError(f"{where}: has the fields {sorted(fields)}.{hint} {EXPECTED}")
     row = Row(fields)

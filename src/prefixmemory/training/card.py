@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from peft.utils import CONFIG_NAME
 
+from prefixmemory.files.json_text import read_object
 from prefixmemory.files.markup import in_markdown
 from prefixmemory.memories.registry import MEMORIES
 from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
@@ -80,7 +80,7 @@ def write_model_card(folder: Path, record: Mapping[str, Any]) -> None:
 def completed(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """``record`` with what only the folder's ``adapter_config.json`` says."""
     file = folder / CONFIG_NAME
-    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    config = read_object(file, "Copy it again.") if file.is_file() else {}
     known = {
         "base_model": config.get("base_model_name_or_path"),
         "task_type": config.get("task_type"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import zipfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from prefixmemory.files.json_text import parse_json
 from prefixmemory.memories.checkpoint import weights_checksum
 
 logger = logging.getLogger(__name__)
@@ -56,12 +56,14 @@ def what_is_wrong(checkpoint: Path, step: int) -> str | None:
         if not zipfile.is_zipfile(checkpoint / name):  # the index of what torch.save writes stands at its end
             return f"{name} is cut off"
     try:
-        config = json.loads((checkpoint / CONFIG_NAME).read_bytes())
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+        config = parse_json((checkpoint / CONFIG_NAME).read_bytes())
+        state = parse_json((checkpoint / TRAINER_STATE_NAME).read_bytes())
     except FileNotFoundError:
         return f"{TRAINER_STATE_NAME} is missing"
     except ValueError:
         return f"{CONFIG_NAME} or {TRAINER_STATE_NAME} is cut off"
+    if not isinstance(config, dict) or not isinstance(state, dict):
+        return f"{CONFIG_NAME} or {TRAINER_STATE_NAME} holds no object"
     if config.get("weights_sha256") not in (None, weights_checksum(checkpoint)):
         return f"{SAFETENSORS_WEIGHTS_NAME} is not the file that was saved"
     if state.get("global_step") != step:

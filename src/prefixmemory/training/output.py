@@ -6,7 +6,6 @@ is saved. An earlier ``OUTPUT`` stays until then.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import read_object
 from prefixmemory.files.records import RECORD, write_json
 from prefixmemory.training.card import CARD
 
@@ -107,10 +107,9 @@ class Output:
                 ) from error
             write_json(self.partial / RECORD, plan)
             return
-        written = (self.partial / RECORD).read_bytes()
-        if not written:  # the machine died between making the file and writing it
+        if not (self.partial / RECORD).stat().st_size:  # the machine died between making the file and writing it
             raise PrefixMemoryError(f"The run at {self.partial} was stopped before it began. Use --overwrite.")
-        before = json.loads(written)
+        before = read_object(self.partial / RECORD, "Start afresh with --overwrite.")
         for field, value in plan.items():
             if before.get(field) != value:
                 raise PrefixMemoryError(
