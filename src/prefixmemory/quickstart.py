@@ -87,7 +87,14 @@ def quickstart(
         again: measure the saved adapter in a new process (otherwise in this one, from disk all the same).
     """
     output = Output(folder)
-    output.check(overwrite, resume)
+    with output.held(overwrite, resume):
+        return _quickstart(output, settings, overwrite, resume, console, again)
+
+
+def _quickstart(
+    output: Output, settings: TrainingSettings, overwrite: bool, resume: bool, console: Console, again: bool
+) -> dict[str, Any]:
+    folder = output.folder
     started = time.monotonic()
     train_rows, test_rows = northline("train"), northline("test")
     expected = [row["label"] for row in test_rows]
@@ -106,7 +113,7 @@ def quickstart(
 
     job = TrainingJob(name, tokenizer, train_rows, PrefixMemoryConfig(task_type="CAUSAL_LM"), settings)
     record = run_training(model, job, output, resume, overwrite, console)
-    figures_file = folder / "reloaded.json"
+    figures_file = folder / ".reloaded.json.tmp"
     if again:
         command = [sys.executable, "-m", "prefixmemory_cli", "remeasure", str(folder), str(figures_file)]
         done = subprocess.run(command, check=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ from prefixmemory.compare.store import Store
 from prefixmemory.compare.suite import Loaded
 from prefixmemory.compare.worker import Worker
 from prefixmemory.progress import progress_bar
+from prefixmemory.training.output import remove_run
 from prefixmemory.training.record import checksum
 
 
@@ -100,4 +100,4 @@ def forget_work(store: Store) -> None:
     for run in planned(store.loaded, state(store)[1]):
         with store.claim(run) as mine:
             if mine:
-                shutil.rmtree(store.adapter(run), ignore_errors=True)
+                remove_run(store.adapter(run))

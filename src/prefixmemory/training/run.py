@@ -7,6 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,9 +79,14 @@ def run_training(
         Interrupted: ctrl-C or SIGTERM; ``output.partial`` holds what is needed to resume.
         PrefixMemoryError: bad input; no file was written, changed or deleted.
     """
+    with output.held(overwrite, resume) if first_process() else nullcontext():
+        return _run(model, job, output, resume, overwrite, console)
+
+
+def _run(
+    model: PreTrainedModel, job: TrainingJob, output: Output, resume: bool, overwrite: bool, console: Console | None
+) -> RunRecord:
     writes, settings = first_process(), job.settings
-    if writes:
-        output.check(overwrite, resume)
     # what does not fit is refused before anything is written
     job.check_context(model.config)
     plan = plan_of_run(job, model)
@@ -141,9 +147,12 @@ def check_installed(recipe: Recipe) -> None:
 def run_recipe(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> RunRecord:
     """Load what a recipe names, and train; see :func:`run_training`."""
     output = Output(Path(recipe.output))
-    if first_process():  # what can be refused without the model is refused before it is loaded
-        output.check(overwrite, resume)
-    check_installed(recipe)
+    with output.held(overwrite, resume) if first_process() else nullcontext():
+        return _run_recipe(recipe, output, resume, overwrite, console)
+
+
+def _run_recipe(recipe: Recipe, output: Output, resume: bool, overwrite: bool, console: Console) -> RunRecord:
+    check_installed(recipe)  # what can be refused without the model is refused before it is loaded
     rows = rows_of(recipe)
     name = full_name(recipe.model)
     if first_process():
