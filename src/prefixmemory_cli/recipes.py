@@ -43,6 +43,7 @@ def cp(
     Example: prefixmemory recipes cp classification my-tickets.yaml
     """
     from prefixmemory.errors import PrefixMemoryError, did_you_mean
+    from prefixmemory.files.records import write_text
 
     recipes = shipped()
     if name not in recipes:
@@ -53,10 +54,7 @@ def cp(
             raise PrefixMemoryError(f"{folder} is a file. Give a new file in a folder.")
     if to.exists():
         raise PrefixMemoryError(f"{to} exists already. Give another name; nothing is overwritten.")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = to.with_name(f".{to.name}.tmp")
-    temporary.write_text(recipes[name].read_text(encoding="utf-8"), encoding="utf-8")
-    temporary.replace(to)
+    write_text(to, recipes[name].read_text(encoding="utf-8"))
     print(f"Copied to {to}. Edit it, check it with: prefixmemory recipes validate {to}, then: prefixmemory train {to}")
 
 

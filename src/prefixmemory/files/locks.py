@@ -51,7 +51,8 @@ class Lock:
         self._times += 1
         try:
             if self._times == 1:
-                self.file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+                with suppress(OSError):  # a full disk: it is locked all the same
+                    self.file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
             yield
         finally:
             self._times -= 1

@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME
 
 from prefixmemory.files.json_text import read_object
 from prefixmemory.files.markup import in_markdown
+from prefixmemory.files.records import write_text
 from prefixmemory.memories.registry import MEMORIES
 from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
 from prefixmemory.rows.readers import hub_id
@@ -72,9 +73,7 @@ def write_model_card(folder: Path, record: Mapping[str, Any]) -> None:
     file = folder / CARD
     if file.is_file() and not is_ours(file.read_text(encoding="utf-8", errors="replace")):
         return
-    temporary = file.with_name(f".{CARD}.{os.getpid()}.tmp")
-    temporary.write_text(model_card(completed(folder, record)), encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, model_card(completed(folder, record)))
 
 
 def completed(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:

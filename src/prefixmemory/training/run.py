@@ -20,11 +20,14 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.full_disk import is_disk_full
 from prefixmemory.files.records import RECORD, provenance, write_json
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.models.quantization import check_quantization
 from prefixmemory.progress import say_loading, show_progress
 from prefixmemory.training.card import write_model_card
+from prefixmemory.training.checkpoints import drop_incomplete
 from prefixmemory.training.job import TrainingJob, job_of, rows_of
 from prefixmemory.training.loop import (
     check_trackers,
@@ -36,7 +39,7 @@ from prefixmemory.training.loop import (
     training_arguments,
 )
 from prefixmemory.training.methods import attach
-from prefixmemory.training.output import Output
+from prefixmemory.training.output import Output, remove_run
 from prefixmemory.training.preferences import check_trl, preference_trainer
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.record import RunRecord, plan_of_run
@@ -128,11 +131,26 @@ def _run(
             write_json(output.partial / RECORD, record)
             write_model_card(output.partial, record)
             output.finish()
+    except Exception as error:
+        if writes and is_disk_full(error):
+            raise _disk_full(output) from error
+        raise
     finally:
         model.config.use_cache = use_cache  # the Trainer switches it off and leaves it so
         if isinstance(getattr(adapted, "base_model", None), BaseTuner):
             adapted.unload()
     return record
+
+
+def _disk_full(output: Output) -> PrefixMemoryError:
+    """What to say, once what was being written is gone."""
+    shutil.rmtree(output.partial / "saving", ignore_errors=True)
+    if drop_incomplete(output.partial / "checkpoints"):
+        then = f"The last complete checkpoint is kept in {output.partial}: free some space, and go on with --resume"
+    else:
+        remove_run(output.partial)
+        then = "There was no checkpoint yet: free some space, and start again"
+    return PrefixMemoryError(f"The disk of {output.folder} is full. Earlier runs are as they were. {then}.")
 
 
 def check_installed(recipe: Recipe) -> None:
