@@ -14,7 +14,7 @@ from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.collator import padding_id
 from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.rows.rendering import chat_prompt, has_chat_template, render_prompt
-from prefixmemory.scoring.generation import end_tokens
+from prefixmemory.scoring.generation import GREEDY, Sampling, end_tokens
 from prefixmemory.tuner.layer import set_scale
 
 HELP = "/base switches the adapter off and on, /scale X sets a memory's dose, /reset forgets, /quit ends."
@@ -26,8 +26,9 @@ class Chat:
     An adapter that was trained on rows with text and label is asked one text at a time, as in training.
     """
 
-    def __init__(self, adapter: Adapter, max_new_tokens: int, temperature: float) -> None:
-        self.adapter, self.max_new_tokens, self.temperature = adapter, max_new_tokens, temperature
+    def __init__(self, adapter: Adapter, max_new_tokens: int, sampling: Sampling = GREEDY) -> None:
+        self.adapter, self.max_new_tokens = adapter, max_new_tokens
+        self._choice = sampling.options()  # once: a seed is one of the conversation, not of each answer
         self.remembers = has_chat_template(adapter.tokenizer) and adapter.row_format != "text"
         self.said: list[dict[str, str]] = []
         self.with_adapter = True
@@ -65,7 +66,6 @@ class Chat:
         else:
             prompt = render_prompt(text, self.adapter.row_format, tokenizer)
         ids = torch.tensor([encode_prompt(prompt, tokenizer)], device=self.adapter.model.device)
-        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         with nullcontext() if self.with_adapter else self.adapter.model.disable_adapter():
             written = self.adapter.model.generate(
                 input_ids=ids,
@@ -74,7 +74,7 @@ class Chat:
                 pad_token_id=padding_id(tokenizer),
                 eos_token_id=end_tokens(self.adapter.model, tokenizer) or None,
                 streamer=streamer,
-                **sampling,
+                **self._choice,
             )
         answer = str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)).strip()
         if self.remembers:
@@ -82,9 +82,9 @@ class Chat:
         return answer
 
 
-def chat(adapter: Adapter, max_new_tokens: int, temperature: float) -> None:
+def chat(adapter: Adapter, max_new_tokens: int, sampling: Sampling = GREEDY) -> None:
     """Read lines from the terminal (or from standard input) and answer them until they end."""
-    conversation = Chat(adapter, max_new_tokens, temperature)
+    conversation = Chat(adapter, max_new_tokens, sampling)
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         print(f"{adapter.name} on {adapter.model.active_peft_config.base_model_name_or_path}. {HELP}")

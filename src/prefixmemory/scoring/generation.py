@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefixmemory.errors import PrefixMemoryError, check_number
 from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.rows.collator import padding_id
 from prefixmemory.rows.encoding import encode_prompts
@@ -20,6 +22,43 @@ from prefixmemory.rows.rendering import template_end
 from prefixmemory.rows.rows import Rows
 
 Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each token of an answer is chosen.
+
+    Args:
+        temperature: 0: always the likeliest token; above: drawn, the likelier ones less clearly preferred the higher.
+        top_p: draw among the likeliest tokens only that make up this share; ``None``: as the model's own settings say.
+        seed: of the draw; ``None``: another one each time.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature, 0.0, 100.0, "a number from 0 on")
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, 1e-6, 1.0 + 1e-6, "a share in (0, 1]")
+        if self.seed is not None:
+            check_number("seed", self.seed, 0.0, 2.0**32, "a number from 0 to 2**32 - 1")
+        for name in ("top_p", "seed"):
+            if getattr(self, name) is not None and not self.temperature:
+                raise PrefixMemoryError(f"{name}={getattr(self, name)} needs a temperature above 0: nothing is drawn.")
+
+    def options(self) -> dict[str, Any]:
+        """What ``generate`` is to be told; begins the draw anew where there is a seed."""
+        if not self.temperature:
+            return {"do_sample": False}
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        share = {} if self.top_p is None else {"top_p": self.top_p}
+        return {"do_sample": True, "temperature": self.temperature, **share}
+
+
+GREEDY = Sampling()
 
 
 def first_line(text: str) -> str:
@@ -51,8 +90,9 @@ def answers(
     context: str = "",
     progress: Progress | None = None,
     one_line: bool = True,
+    sampling: Sampling = GREEDY,
 ) -> list[str]:
-    """Greedy answers to ``prompts``.
+    """Answers to ``prompts``, greedy ones unless ``sampling`` says otherwise.
 
     Args:
         model: base model or model with adapter.
@@ -63,6 +103,7 @@ def answers(
         context: text that precedes every prompt; its keys and values are computed once.
         progress: called with the number of prompts done, after each batch.
         one_line: keep the first line that the model writes, not all of its answer.
+        sampling: how tokens are chosen.
 
     Returns:
         One answer per prompt, in the order of ``prompts``.
@@ -105,7 +146,7 @@ def answers(
                 **batch,
                 **cache,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **sampling.options(),
                 use_cache=True,  # the base model's config may say otherwise; a shared context needs it
                 pad_token_id=pad,
                 eos_token_id=end or None,
