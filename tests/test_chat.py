@@ -231,7 +231,7 @@ def test_in_a_terminal_it_greets_and_ctrl_c_breaks_off_an_answer_only(place, mon
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr("sys.stdin", Terminal())
     monkeypatch.setattr(adapter.model, "generate", interrupted)
-    chat(adapter, TOKENS, 0.0)
+    chat(adapter, TOKENS)
     answer = oracle("adapter", asked(first))
     assert prompts == ["> "] * 4
     said = [line.strip() for line in capsys.readouterr().out.splitlines()]

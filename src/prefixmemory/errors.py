@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from typing import cast
 
@@ -14,6 +15,23 @@ class PrefixMemoryError(ValueError):
 
 class UnknownFieldError(PrefixMemoryError, TypeError):
     """A keyword that does not exist: a ``TypeError``, as Python's own, with a suggestion."""
+
+
+#: What a terminal would obey, or show in another order: control characters, marks of direction, halves of pairs.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def for_terminal(text: object, most: int | None = None) -> str:
+    """``text`` as a terminal may be given it: what it would obey is written out, as ``\\x1b``.
+
+    Args:
+        text: from wherever: a model, a file, a name.
+        most: characters; of a longer text the middle is left out, since messages end with what to do.
+    """
+    shown = str(text)
+    if most is not None and len(shown) > most:
+        shown = f"{shown[: most * 2 // 3]} [...] {shown[-most // 3 :]}"
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], shown)
 
 
 #: Names of other libraries for what is meant here.

@@ -28,6 +28,13 @@ BaseOption = Annotated[
 ]
 
 
+def put(text: object) -> None:
+    """Print what a model, a file or a user's name is part of."""
+    from prefixmemory.errors import for_terminal
+
+    print(for_terminal(text))
+
+
 def path(text: str) -> Path:
     """A path of the command line; a shell leaves the ``~`` of ``--output=~/memory`` as it is."""
     return Path(text).expanduser()

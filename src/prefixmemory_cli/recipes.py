@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli.common import path, ready
+from prefixmemory_cli.common import path, put, ready
 
 app = typer.Typer(help="Recipes: YAML files that say what to train.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -55,7 +55,7 @@ def cp(
     if to.exists():
         raise PrefixMemoryError(f"{to} exists already. Give another name; nothing is overwritten.")
     write_text(to, recipes[name].read_text(encoding="utf-8"))
-    print(f"Copied to {to}. Edit it, check it with: prefixmemory recipes validate {to}, then: prefixmemory train {to}")
+    put(f"Copied to {to}. Edit it, check it with: prefixmemory recipes validate {to}, then: prefixmemory train {to}")
 
 
 @app.command()
@@ -74,4 +74,4 @@ def validate(
     recipe = load_recipe(file)
     rows, validation = rows_of(recipe)
     held_out = f", {len(validation):,} for validation" if validation else ""
-    print(f"{file} is valid: {len(rows):,} rows to train on{held_out}.")
+    put(f"{file} is valid: {len(rows):,} rows to train on{held_out}.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli.common import OverwriteOption, ResumeOption, path, ready, resumable
+from prefixmemory_cli.common import OverwriteOption, ResumeOption, path, put, ready, resumable
 
 #: Options of the common cases, and the fields of a recipe that they set.
 FIELDS = {
@@ -94,6 +94,7 @@ def train(
 
     from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.files.yaml_files import read_value
+    from prefixmemory.progress import say
     from prefixmemory.training.output import Output
     from prefixmemory.training.plan import plan_of
     from prefixmemory.training.recipe import load_recipe
@@ -115,12 +116,12 @@ def train(
         raise PrefixMemoryError(f"{recipe} and --config {config} are two recipes. Give one.")
     checked = load_recipe(recipe or config, overrides, shown)
     if dry_run:
-        Console().print(plan_of(checked).shown(), highlight=False, markup=False, soft_wrap=True)
+        say(Console(), plan_of(checked).shown())
         return
     with resumable(Path(checked.output)):
         record = run_recipe(checked, resume, overwrite, Console(stderr=True))
     if first_process():
-        print(
+        put(
             f"Trained {record['trainable_parameters']:,} parameters on {record['rows']:,} rows in "
             f"{record['train_seconds']:.0f} s, loss {record['train_loss']:.3f}. The adapter lies in "
             f"{Output(Path(checked.output)).folder}."

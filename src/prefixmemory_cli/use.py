@@ -16,6 +16,7 @@ from prefixmemory_cli.common import (
     TopPOption,
     one_adapter,
     path,
+    put,
     ready,
 )
 
@@ -44,8 +45,9 @@ def generate(
     from prefixmemory.adapters.loading import load_adapter
     from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.progress import say_loading
+    from prefixmemory.rows.encoding import encode_prompt
     from prefixmemory.rows.rendering import render_prompt
-    from prefixmemory.scoring.generation import Sampling, answers
+    from prefixmemory.scoring.generation import Sampling, answers, room_for_answer
 
     ready()
     name = one_adapter(adapter, adapter_)
@@ -57,13 +59,15 @@ def generate(
     loaded = load_adapter(name, model)
     text = render_prompt(prompt.replace("\\n", "\n"), "" if raw else loaded.row_format, loaded.tokenizer)
 
+    longest = room_for_answer(loaded.model, len(encode_prompt(text, loaded.tokenizer)), max_new_tokens)
+
     def answer() -> str:
-        return answers(loaded.model, loaded.tokenizer, [text], max_new_tokens, one_line=False, sampling=sampling)[0]
+        return answers(loaded.model, loaded.tokenizer, [text], longest, one_line=False, sampling=sampling)[0]
 
     with loaded.model.disable_adapter():
         base = answer()
     title = "with memory:" if loaded.is_memory else "adapted:    "
-    print(f"base model:  {base}\n{title} {answer()}")
+    put(f"base model:  {base}\n{title} {answer()}")
 
 
 def evaluate(
@@ -134,7 +138,7 @@ def evaluate(
         scores = evaluate_rows(loaded, rows, str(data), batch_size, max_new_tokens, console)
     else:
         scores = evaluate_harness(loaded, str(tasks).split(","), include_path, limit, batch_size)
-    print(scores.shown())
+    put(scores.shown())
     if output is not None:
         write_json(output, scores.record())
     if save:
@@ -186,7 +190,7 @@ def push(
     from prefixmemory.adapters.hub import push_adapter
 
     ready()
-    print(f"Uploaded to {push_adapter(adapter, to, private=private)}")
+    put(f"Uploaded to {push_adapter(adapter, to, private=private)}")
 
 
 def check_tokens(max_new_tokens: int) -> None:

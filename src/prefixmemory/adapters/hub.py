@@ -28,7 +28,7 @@ from prefixmemory.files.json_text import read_object
 from prefixmemory.files.records import RECORD
 from prefixmemory.memories import checkpoint
 from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
-from prefixmemory.training.card import CARD, completed, model_card, with_address
+from prefixmemory.training.card import CARD, card_of, with_address
 
 #: What a repository of an adapter holds: nothing else is pushed, and nothing else is fetched.
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD, RECORD)
@@ -115,7 +115,7 @@ def _card(folder: Path, repo_id: str) -> str:
     else:
         record = folder / RECORD
         known = read_object(record, "Copy it again, or delete it.") if record.is_file() else {}
-        card = model_card(completed(folder, known))
+        card = card_of(folder, known)
     return with_address(card, repo_id)
 
 

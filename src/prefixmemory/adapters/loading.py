@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -71,21 +73,19 @@ def load_adapter(
         PrefixMemoryError: adapter or base model are missing, damaged, or do not belong together.
     """
     folder = adapter_folder(name)
-    check_config_file(folder, any_method=True)
+    written = check_config_file(folder, any_method=True)
     checkpoint.check_weights_file(folder, None)
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():  # PEFT would look for a pickle, then on the Hub
         raise PrefixMemoryError(f"{folder / SAFETENSORS_WEIGHTS_NAME} is missing. Copy it from where it was saved.")
-    try:
+    config_file = folder / CONFIG_NAME
+    _check_fields(config_file, written, folder / SAFETENSORS_WEIGHTS_NAME)
+    with _about(config_file, "is no config that PEFT knows"):
         config: Any = PeftConfig.from_pretrained(str(folder))
         check_patterns(config)
-    except PrefixMemoryError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise PrefixMemoryError(f"{folder}/adapter_config.json is no config that PEFT knows: {error}") from error
     base_name = full_name(base_model or config.base_model_name_or_path or "")
     if not base_name:
         raise PrefixMemoryError(
-            f"{folder}/adapter_config.json does not name its base model. Give it with --model, or write it into "
+            f"{config_file} does not name its base model. Give it with --model, or write it into "
             "base_model_name_or_path."
         )
     tokenizer = load_tokenizer(base_name)
@@ -93,7 +93,7 @@ def load_adapter(
     if dtype is None:
         dtype = record["dtype"] if record.get("dtype") in get_args(Dtype) else fast_dtype()
     base = load_model(base_name, dtype, quantization=quantization or record.get("quantization"))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _about(config_file, f"or the weights beside it do not fit {base_name}"):
         # PEFT warns, and goes on with start values; a memory's tensors are checked by ourselves.
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
@@ -103,11 +103,6 @@ def load_adapter(
                 f"The weights in {folder} are not those of its {config.peft_type.value} config for {base_name}: "
                 "tensors are missing. Copy the folder again from where the adapter was saved."
             ) from error
-        except PrefixMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise PrefixMemoryError(f"The adapter {name} does not fit {base_name}: {reason}") from error
         if config.peft_type != PREFIX_MEMORY:
             _check_loaded(folder / SAFETENSORS_WEIGHTS_NAME, model)
     return Adapter(
@@ -117,6 +112,38 @@ def load_adapter(
         tokenizer=tokenizer,
         record=record,
     )
+
+
+@contextmanager
+def _about(file: Path, problem: str) -> Iterator[None]:
+    """Have errors name the config that they are about. PEFT checks few fields, and fails where it uses them."""
+    try:
+        yield
+    except PrefixMemoryError as error:
+        raise error if str(file.parent) in str(error) else PrefixMemoryError(f"{file}: {error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PrefixMemoryError(f"{file} {problem}: {type(error).__name__}: {reason}") from error
+
+
+def _check_fields(file: Path, config: Mapping[str, Any], weights: Path) -> None:
+    """Refuse what would be used before it is checked: a base model that is no name, and sizes that are none."""
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise PrefixMemoryError(f"{file}: base_model_name_or_path={base!r} is no name. Give that of the base model.")
+    most = weights.stat().st_size  # a byte a number, and more numbers than any of its sizes
+    for name in _SIZES:
+        if isinstance(size := config.get(name), int) and size > most:
+            raise PrefixMemoryError(
+                f"{file}: {name}={size} is out of range: the weights beside it have {most:,} bytes."
+            )
+
+
+#: Fields that say how large an adapter is, which PEFT allocates before it looks at the weights.
+_SIZES = (
+    "r", "rank", "feature_dim", "prefix_length", "reparameterize", "num_virtual_tokens", "encoder_hidden_size",
+    "num_layers", "token_dim", "adapter_len",
+)  # fmt: skip
 
 
 def _check_loaded(file: Path, model: PeftModel) -> None:
@@ -141,4 +168,16 @@ def read_record(folder: Path) -> dict[str, Any]:
         PrefixMemoryError: it cannot be read.
     """
     file = folder / RECORD
-    return read_object(file, "Copy it again, or delete it.") if file.is_file() else {}
+    record = read_object(file, "Copy it again, or delete it.") if file.is_file() else {}
+    for name, kind in _RECORD_TYPES.items():
+        if not isinstance(value := record.get(name), kind | None):
+            raise PrefixMemoryError(f"{file}: {name}={value!r} is not what a run writes. Copy it again, or delete it.")
+    return record
+
+
+#: Of the fields of a record that commands go by.
+_RECORD_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("config", "settings", "metrics", "versions"), dict),
+    **dict.fromkeys(("base_model", "method", "row_format", "dtype", "quantization"), str),
+    "data": dict | list | str,
+}

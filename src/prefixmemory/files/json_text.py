@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,26 @@ DEEPEST = 64
 LARGEST = 10_000_000
 
 
+_HALF, _HALF_BYTES = re.compile(r"\\u[dD][89a-fA-F]"), re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 def parse_json(text: str | bytes) -> Any:
     """What ``text`` says.
 
     Raises:
-        ValueError: it is no JSON, an object has a key twice, it is nested deeper than :data:`DEEPEST`, or a number has
-            thousands of digits.
+        ValueError: it is no JSON, an object has a key twice, it is nested deeper than :data:`DEEPEST`, a number has
+            thousands of digits, or a text holds half of a surrogate pair.
     """
     too_deep = ValueError(f"objects or arrays within each other, more than {DEEPEST} deep")
     try:
         content = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise too_deep from None
+    if _HALF.search(text) if isinstance(text, str) else _HALF_BYTES.search(text):
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{error.object[error.start]!r} is half of a pair, and no character") from None
     signs = ("{", "[") if isinstance(text, str) else (b"{", b"[")
     if sum(map(text.count, signs)) > DEEPEST and _is_too_deep(content):  # type: ignore[arg-type]
         raise too_deep

@@ -45,6 +45,10 @@ class Loader(yaml.SafeLoader):
         if node.tag in _NUMBER_TAGS and len(node.value) > LONGEST_NUMBER:
             raise _refused(f"a number of more than {LONGEST_NUMBER} characters", node)
         try:
+            if isinstance(node, yaml.ScalarNode):
+                node.value.encode()
+                if "\0" in node.value:
+                    raise ValueError("a NUL character")
             return super().construct_object(node, deep)
         except (ValueError, OverflowError) as error:  # a date such as 2024-13-45
             raise _refused(f"{str(node.value)[:LONGEST_NUMBER]!r}: {error}", node) from error

@@ -75,6 +75,26 @@ def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     return sorted({int(i) for i in ids if i is not None})
 
 
+def room_for_answer(model: PreTrainedModel | PeftModel, prompt: int, max_new_tokens: int) -> int:
+    """How many tokens an answer may have behind ``prompt`` tokens: ``max_new_tokens``, or what the model has left.
+
+    Raises:
+        PrefixMemoryError: nothing is left, or more is asked for than the model reads at all.
+    """
+    reads = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or 10**6
+    if max_new_tokens > reads:
+        raise PrefixMemoryError(
+            f"max_new_tokens={max_new_tokens} is out of range: the base model reads {reads:,} tokens at most, prompt "
+            "and answer together."
+        )
+    if prompt >= reads:
+        raise PrefixMemoryError(
+            f"The prompt has {prompt:,} tokens, and the base model reads {reads:,} at most. Shorten it; in a chat, "
+            "/reset forgets what was said before."
+        )
+    return min(max_new_tokens, reads - prompt)
+
+
 def longest_label(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the longest label of ``rows``, and one for the end."""
     return 1 + max(len(tokenizer(f" {row['label']}", add_special_tokens=False)["input_ids"]) for row in rows)

@@ -58,6 +58,7 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
     """
     values = dict(section)
     name = values.pop("name", DEFAULT)
+    check_choice("method.name", name, methods())
     if name in _NOT_HERE:
         raise PrefixMemoryError(f"method.name={name!r} cannot be trained by a recipe: it needs {_NOT_HERE[name]}.")
     kind, known = _config_class(name), method_fields(name)

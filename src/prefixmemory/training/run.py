@@ -25,7 +25,7 @@ from prefixmemory.files.full_disk import is_disk_full
 from prefixmemory.files.records import RECORD, provenance, write_json
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.models.quantization import check_quantization
-from prefixmemory.progress import say_loading, show_progress
+from prefixmemory.progress import say, say_loading, show_progress
 from prefixmemory.training.card import write_model_card
 from prefixmemory.training.checkpoints import drop_incomplete
 from prefixmemory.training.job import TrainingJob, job_of, rows_of
@@ -96,7 +96,7 @@ def _run(
     if resume:
         last_checkpoint(output.partial / "checkpoints")
     if console is not None and writes and job.cut_message:
-        console.print(job.cut_message, markup=False, highlight=False, soft_wrap=True)
+        say(console, job.cut_message)
     use_cache = getattr(model.config, "use_cache", None)
     arguments = training_arguments(settings, output.partial / "checkpoints", bool(job.validation), job.report_to)
     torch.manual_seed(settings.seed)
