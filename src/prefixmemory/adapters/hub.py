@@ -25,6 +25,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.json_text import read_object
+from prefixmemory.files.names import exists
 from prefixmemory.files.records import RECORD
 from prefixmemory.memories import checkpoint
 from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
@@ -91,12 +92,12 @@ def adapter_folder(name: str, revision: str | None = None) -> Path:
         PrefixMemoryError: ``name`` is neither, or the Hub refuses or cannot be reached.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if exists(folder) and folder.is_dir():
         if revision is not None:
             raise PrefixMemoryError(f"revision={revision!r} needs a Hub id, and {name} is a folder. Leave it out.")
         return folder
-    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        problem = "is a file" if folder.exists() else "does not exist"
+    if exists(folder) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        problem = "is a file" if exists(folder) else "does not exist"
         raise PrefixMemoryError(
             f"{name} {problem}. Give the folder that `prefixmemory train` wrote, or the id of an adapter on the Hub, "
             "user/name."

@@ -29,7 +29,7 @@ def from_sharegpt(where: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
     messages = []
     for number, turn in enumerate(turns, start=1):
         if "from" in turn:
-            if turn["from"] not in _SHAREGPT:
+            if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT:
                 raise PrefixMemoryError(
                     f"{where}: 'from' is {turn['from']!r} in turn {number}; it must be one of {', '.join(_SHAREGPT)}. "
                     'For other roles, give "messages" with "role" and "content".'

@@ -13,6 +13,7 @@ from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.json_text import parse_json
+from prefixmemory.files.names import exists
 from prefixmemory.files.pipes import read_pipe
 from prefixmemory.rows.rows import EXPECTED
 
@@ -31,7 +32,7 @@ Fields = Iterator[tuple[str, dict[str, Any]]]
 
 def hub_id(source: str | Path) -> str | None:
     """``source`` if it is the id of a Hub data set rather than a file."""
-    is_file = Path(source).suffix in SUFFIXES or Path(source).exists()
+    is_file = Path(source).suffix in SUFFIXES or exists(source)
     return None if is_file or not _HUB_ID.fullmatch(str(source)) else str(source)
 
 
@@ -45,8 +46,8 @@ def fields_of(source: str | Path, split: str, subset: str | None) -> Fields:
     if name is not None:
         return _from_hub(name, split, subset)
     file = Path(source).expanduser()
-    if not file.exists() or file.is_dir():
-        problem = "is a folder" if file.is_dir() else "does not exist"
+    if not exists(file) or file.is_dir():
+        problem = "is a folder" if exists(file) else "does not exist"
         raise PrefixMemoryError(
             f"The data file {file} {problem}. Give the path of a JSONL file (or {', '.join(SUFFIXES[1:])}), or the id "
             f"of a data set of the Hub. {EXPECTED}"

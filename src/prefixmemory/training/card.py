@@ -15,6 +15,7 @@ from peft.utils import CONFIG_NAME
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.json_text import read_object
 from prefixmemory.files.markup import in_code, in_markdown, in_python
+from prefixmemory.files.names import exists
 from prefixmemory.files.records import RECORD, write_text
 from prefixmemory.memories.registry import MEMORIES
 from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
@@ -140,7 +141,7 @@ class _Base:
     def __init__(self, name: str) -> None:
         path = Path(name)
         is_gguf = path.suffix == ".gguf"
-        is_local = is_gguf or path.is_absolute() or name.startswith(("~", "./", "../")) or path.exists()
+        is_local = is_gguf or path.is_absolute() or name.startswith(("~", "./", "../")) or exists(path)
         is_smollm2 = is_gguf and path.parent.name == SMOLLM2_WHEEL
         looks_like_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
         self.hub_id = SMOLLM2_HUB_ID if is_smollm2 else name if looks_like_id and not is_local else None
