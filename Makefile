@@ -11,7 +11,7 @@ TRANSFORMERS := 5.16.1 5.23.0
 METHOD_TESTS := $(wildcard $(patsubst %,tests/test_%.py,fidelity exact_base invariance gradients adapters files config \
 	own_memory* inside feature_mean answer_limit context_methods light_core))
 
-.PHONY: quickstart test test-processors test-transformers browser models lint format clean help
+.PHONY: quickstart test test-processors test-transformers fuzz browser models lint format clean help
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -27,6 +27,9 @@ test-transformers: $(TRANSFORMERS:%=.venvs/transformers-%/.ready) ## test the me
 		.venvs/transformers-$$version/bin/python -m pytest -p no:cacheprovider $(METHOD_TESTS) $(ARGS) || exit 1; done
 test-processors: $(VENV)/.dev ## the tests under stand-ins for other processors (six times the suite: hours)
 	$(BIN)/python -m experiments.processors $(ARGS)
+
+fuzz: $(VENV)/.dev ## read 5,000 files that are spoilt at random (about two minutes; ARGS='--inputs 50000 --seed 1')
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 browser: ## install Debian's Chromium, in which the tests open the pages (without it they are skipped)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \

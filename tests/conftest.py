@@ -10,6 +10,8 @@ from collections.abc import Iterator
 # Tests must not reach for a network; transformers and PEFT then answer from files at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What the command line did not foresee is not put into one line here.
+os.environ.setdefault("PREFIXMEMORY_TRACEBACK", "1")
 # One thread a process: pytest-xdist has one process a core. accelerate warns where this is left open.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

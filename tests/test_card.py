@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import re
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -280,3 +282,21 @@ def test_the_record_is_not_changed_and_a_recorded_run_makes_a_card():
     for file in (Path(__file__).parent.parent / "results" / "quickstart").glob("*.json"):
         record = json.loads(file.read_text(encoding="utf-8"))
         assert f"{record['trainable_parameters']:,}" in model_card(record)
+
+
+NASTY_NAMES = ['a"); import os; os.system("x', "a`b", "<script>alert(1)</script>", "a\n```\n# b", "a](x) **b**"]
+
+
+@pytest.mark.parametrize("name", NASTY_NAMES)
+def test_a_name_in_a_card_is_no_markup_and_no_code(name):
+    record = {
+        "base_model": f"/models/{name}", "data": {"train": f"/data/{name}"}, "settings": {name: 1},
+        "versions": {name: "1"}, "method": "prefix_memory", "memory": name,
+    }  # fmt: skip
+    card = model_card(record)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    calls = [node.func for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    names = {call.attr if isinstance(call, ast.Attribute) else call.id for call in calls}
+    assert names == {"from_pretrained", "load_model"}  # those of a card, and no others
+    html = MarkdownIt("gfm-like", {"linkify": False}).render(card.split("---\n", 2)[2])
+    assert "<script>" not in html and "<strong>" not in html.replace("<strong>PrefixMemory", "")

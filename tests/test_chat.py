@@ -174,6 +174,38 @@ def test_a_temperature_draws_answers():
     assert len(answers) > 2
 
 
+COMMANDS = {"generate": (("--prompt", "hello"), ""), "chat": ((), "hello\n")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_seed_draws_the_same_answer_again(command):
+    words, said = COMMANDS[command]
+
+    def answer(*options: object) -> str:
+        return call(command, "memory", *words, "--max-new-tokens", 8, *options, stdin=said).success
+
+    greedy = answer()
+    drawn = answer("--temperature", 5, "--seed", 1)
+    assert answer("--temperature", 5, "--seed", 1) == drawn != greedy
+    assert answer("--temperature", 5, "--seed", 2) != drawn
+    assert answer("--temperature", 5, "--seed", 1, "--top-p", 1e-6) == greedy  # the likeliest token is all there is
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        (("--temperature", "nan"), "temperature=nan is out of range"),
+        (("--temperature", 1, "--top-p", 0), "top_p=0.0 is out of range"),
+        (("--temperature", 1, "--top-p", 1.5), "top_p=1.5 is out of range"),
+        (("--temperature", 1, "--seed", -1), "seed=-1 is out of range"),
+        (("--seed", 1), "seed=1 needs a temperature above 0"),
+        (("--top-p", 0.5), "top_p=0.5 needs a temperature above 0"),
+    ],
+)
+def test_options_of_the_draw_are_checked_before_anything_is_loaded(options, phrase):
+    assert phrase in call("chat", "nowhere", *options).refusal
+
+
 class Terminal:
     def isatty(self) -> bool:
         return True
@@ -199,7 +231,7 @@ def test_in_a_terminal_it_greets_and_ctrl_c_breaks_off_an_answer_only(place, mon
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr("sys.stdin", Terminal())
     monkeypatch.setattr(adapter.model, "generate", interrupted)
-    chat(adapter, TOKENS, 0.0)
+    chat(adapter, TOKENS)
     answer = oracle("adapter", asked(first))
     assert prompts == ["> "] * 4
     said = [line.strip() for line in capsys.readouterr().out.splitlines()]

@@ -42,7 +42,7 @@ def test_generate_asks_as_the_rows_of_the_run_did(name, tmp_path, monkeypatch, c
             main()
         assert stop.value.code in (0, None), capsys.readouterr().err
 
-    def answers(model, tokenizer, prompts, max_new_tokens, one_line):
+    def answers(model, tokenizer, prompts, max_new_tokens, one_line, sampling):
         asked.extend(prompts)
         said = f"{len(asked)} asked\nand answered"
         return [said.splitlines()[0] if one_line else said]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from html.parser import HTMLParser
@@ -9,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
-from prefixmemory.files.markup import in_markdown, in_page
+from prefixmemory.files.markup import in_code, in_markdown, in_page, in_python
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -58,6 +59,22 @@ def test_without_it_the_same_texts_are_markup(text: str) -> None:
     found = shown(f"| name | score |\n| --- | --- |\n| {text} | 1 |\n")
     plain = {"table", "thead", "tbody", "tr", "th", "td"}
     assert set(found.tags) != plain or found.text.split() != ["name", "score", *text.split(), "1"]
+
+
+@pytest.mark.parametrize("text", [*NASTY, "`", "``a`` b```", "a`"])
+def test_a_code_span_shows_the_text_and_nothing_else(text: str) -> None:
+    found = shown(f"before {in_code(text)} behind")
+    assert found.tags == ["p", "code"]
+    assert found.text.split() == ["before", *text.split(), "behind"]
+
+
+@pytest.mark.parametrize(
+    "text", ['a"b', "a\\", 'a" + exit() + "', "a\nimport os\n", "a\x1b[31m", "😀", "```\n```python"]
+)
+def test_a_literal_of_python_is_the_text_and_stays_on_its_line(text: str) -> None:
+    literal = in_python(text)
+    assert ast.literal_eval(literal) == text
+    assert "\n" not in literal
 
 
 def test_a_name_of_a_task_stays_readable() -> None:

@@ -447,3 +447,23 @@ def test_validate_counts_rows_and_loads_no_model(tmp_path, monkeypatch):
     assert "rows.jsonl, line 1201: has the fields ['text']" in errors_of(file)
     jsonl(tmp_path / "rows.jsonl", [{"prompt": "x", "chosen": "a", "rejected": "b"}])
     assert "objective='sft' needs rows with" in errors_of(write(tmp_path, TEXT))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [
+        ("--gradient-accumulation", 0, "training.gradient_accumulation=0"),
+        ("--scheduler", "cosin", "training.scheduler='cosin'"),
+        ("--limit", 0, "data.limit=0"),
+    ],
+)
+def test_an_option_of_train_sets_its_field(tmp_path, option, value, field):
+    message = call("train", "--model", "m", "--data", "d.jsonl", "--output", tmp_path / "o", option, value).refusal
+    assert message.startswith(f"{option}: {field}")
+
+
+def test_a_recipe_may_be_given_as_an_option(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\noutput: o\ndata: {train: d}\nfrobnicate: 1\n")
+    assert f"{file}, line 4" in call("train", "--config", file).refusal
+    assert "are two recipes" in call("train", file, "--config", file).refusal

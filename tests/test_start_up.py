@@ -23,7 +23,7 @@ from prefixmemory.memories.feature_maps import FEATURE_MAPS
 from prefixmemory.models.loading import Dtype
 from prefixmemory.models.quantization import Quantization
 from prefixmemory.training.recipe import Recipe
-from prefixmemory.training.settings import Objective
+from prefixmemory.training.settings import Objective, Scheduler
 from prefixmemory_cli.app import app
 from processes import run_python
 
@@ -59,6 +59,7 @@ CHOICES = {
     ("train", "normalize"): get_args(Normalize),
     ("train", "query"): get_args(Query),
     ("train", "objective"): get_args(Objective),
+    ("train", "scheduler"): get_args(Scheduler),
     ("train", "dtype"): get_args(Dtype),
     ("train", "quantization"): get_args(Quantization),
     ("train", "report_to"): get_args(get_args(get_type_hints(Recipe)["report_to"])[0]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from typing import cast
 
@@ -14,6 +15,23 @@ class PrefixMemoryError(ValueError):
 
 class UnknownFieldError(PrefixMemoryError, TypeError):
     """A keyword that does not exist: a ``TypeError``, as Python's own, with a suggestion."""
+
+
+#: What a terminal would obey, or show in another order: control characters, marks of direction, halves of pairs.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def for_terminal(text: object, most: int | None = None) -> str:
+    """``text`` as a terminal may be given it: what it would obey is written out, as ``\\x1b``.
+
+    Args:
+        text: from wherever: a model, a file, a name.
+        most: characters; of a longer text the middle is left out, since messages end with what to do.
+    """
+    shown = str(text)
+    if most is not None and len(shown) > most:
+        shown = f"{shown[: most * 2 // 3]} [...] {shown[-most // 3 :]}"
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], shown)
 
 
 #: Names of other libraries for what is meant here.
@@ -27,9 +45,15 @@ _ELSEWHERE = {
 }
 
 
+#: Comparing takes time that grows with the number of words and with the square of their length.
+_MOST_CHOICES, _LONGEST_WORD = 20_000, 40
+
+
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """`` Did you mean 'elu'?`` for the nearest of ``choices``, or an empty string when none is near."""
-    choices = list(choices)
+    choices = [choice for choice in choices if len(choice) <= _LONGEST_WORD]
+    if len(value) > _LONGEST_WORD or len(choices) > _MOST_CHOICES:
+        return ""
     if _ELSEWHERE.get(value) in choices:
         return f" Did you mean {_ELSEWHERE[value]!r}?"
     near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from prefixmemory.errors import for_terminal
+
 
 def progress_bar(console: Console) -> Progress:
     """Bar with count, time taken and time left; shows nothing when ``console`` is no terminal."""
@@ -25,7 +27,12 @@ def progress_bar(console: Console) -> Progress:
 
 def say_loading(console: Console, what: str) -> None:
     """A line before a model is loaded, which takes its time."""
-    console.print(f"Loading {what} ...", markup=False, highlight=False, soft_wrap=True)
+    say(console, for_terminal(f"Loading {what} ...", 500))
+
+
+def say(console: Console, text: str) -> None:
+    """A line of text that may hold names, labels or answers of others; rich would read markup in it."""
+    console.print(for_terminal(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class LogLines(TrainerCallback):

@@ -12,14 +12,15 @@ from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.errors import PrefixMemoryError, for_terminal
 from prefixmemory.files.records import RECORD, write_json
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.models.loading import fast_attention, fast_dtype, load_model, load_tokenizer, smollm2
-from prefixmemory.progress import progress_bar
+from prefixmemory.progress import progress_bar, say
 from prefixmemory.rows.data import northline
 from prefixmemory.rows.rendering import classification_prompt
 from prefixmemory.rows.rows import Rows, labels_of
@@ -87,12 +88,19 @@ def quickstart(
         again: measure the saved adapter in a new process (otherwise in this one, from disk all the same).
     """
     output = Output(folder)
-    output.check(overwrite, resume)
+    with output.held(overwrite, resume):
+        return _quickstart(output, settings, overwrite, resume, console, again)
+
+
+def _quickstart(
+    output: Output, settings: TrainingSettings, overwrite: bool, resume: bool, console: Console, again: bool
+) -> dict[str, Any]:
+    folder = output.folder
     started = time.monotonic()
     train_rows, test_rows = northline("train"), northline("test")
     expected = [row["label"] for row in test_rows]
     name = smollm2()
-    console.print(f"Base model: SmolLM2-135M-Instruct ({name})", soft_wrap=True)
+    say(console, f"Base model: SmolLM2-135M-Instruct ({name})")
     console.print(
         f"Task: {len(labels_of(test_rows))} intents of a telephone company's customers, {len(train_rows)} training and "
         f"{len(test_rows)} test sentences; right means the exact label."
@@ -106,7 +114,7 @@ def quickstart(
 
     job = TrainingJob(name, tokenizer, train_rows, PrefixMemoryConfig(task_type="CAUSAL_LM"), settings)
     record = run_training(model, job, output, resume, overwrite, console)
-    figures_file = folder / "reloaded.json"
+    figures_file = folder / ".reloaded.json.tmp"
     if again:
         command = [sys.executable, "-m", "prefixmemory_cli", "remeasure", str(folder), str(figures_file)]
         done = subprocess.run(command, check=False)
@@ -147,7 +155,7 @@ def _show(
     for column in ("sentence", "base model", "with memory", "right"):
         examples.add_column(column, overflow="fold")
     for row, before, after in list(zip(rows, base, adapted, strict=True))[:SHOWN]:
-        examples.add_row(row["text"], before[:40], after, row["label"])
+        examples.add_row(*map(escape, (row["text"], for_terminal(before[:40]), for_terminal(after), row["label"])))
     console.print(examples)
 
     table = Table(title="PrefixMemory quickstart", title_justify="left", show_header=False)
@@ -169,4 +177,4 @@ def _show(
         f"  prefixmemory generate --adapter {folder} --prompt 'my line is dead since this morning'",
         "  prefixmemory train --model MODEL --data FILE.jsonl --output FOLDER",
     ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)

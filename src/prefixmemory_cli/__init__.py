@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import NoReturn
 
+#: Characters of an error; more is what a file or an argument holds, not what there is to say.
+LONGEST_LINE = 2000
 #: Modules that the extra ``cli`` installs.
 _EXTRA = ("accelerate", "datasets", "pydantic", "pydantic_core", "rich", "typer", "yaml")
 
@@ -37,11 +40,7 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):
             _explain_usage(error)
-        from prefixmemory.errors import PrefixMemoryError
-
-        if not isinstance(error, PrefixMemoryError):
-            raise
-        _stop(str(error), 1)
+        _explain(error)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -63,6 +62,31 @@ def _explain_usage(error: Exception) -> NoReturn:
     _stop(f"{message}{end} `{command} --help` lists what there is.", 2)
 
 
+def _explain(error: Exception) -> NoReturn:
+    """What went wrong, in one line, whoever raised it; what nobody foresaw has a place, for a report."""
+    from prefixmemory.errors import PrefixMemoryError
+    from prefixmemory.files.full_disk import is_disk_full
+
+    if isinstance(error, PrefixMemoryError):
+        _stop(str(error), 1)
+    if is_disk_full(error):
+        _stop(f"A file could not be written to its end ({error}). Is the disk full?", 1)
+    if os.environ.get("PREFIXMEMORY_TRACEBACK"):
+        raise error
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "prefixmemory" in frame.filename]
+    place = f" in {os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}" if frames else ""
+    _stop(
+        f"{type(error).__name__}{place}: {str(error)[:500].rstrip('.')}. Nobody foresaw this: please report it, with "
+        "what PREFIXMEMORY_TRACEBACK=1 shows.",
+        1,
+    )
+
+
 def _stop(message: str, code: int) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = f"error: {' '.join(message.split())}"
+    if not line.isprintable() or len(line) > LONGEST_LINE:
+        from prefixmemory.errors import for_terminal
+
+        line = for_terminal(line, LONGEST_LINE)
+    print(line, file=sys.stderr)
     raise SystemExit(code) from None

@@ -18,9 +18,21 @@ OverwriteOption = Annotated[
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 AdapterArgument = Annotated[str | None, typer.Argument(help="Trained adapter: a folder, or a Hub id.")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="The same, as an option.")]
+TemperatureOption = Annotated[float, typer.Option(help="0: always the likeliest token; above: drawn.")]
+TopPOption = Annotated[
+    float | None, typer.Option("--top-p", help="Draw among the likeliest tokens that make up this share.")
+]
+DrawSeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the draw, for the same answer again.")]
 BaseOption = Annotated[
     str | None, typer.Option("--model", help="Base model, when it is not where the adapter's config says.")
 ]
+
+
+def put(text: object) -> None:
+    """Print what a model, a file or a user's name is part of."""
+    from prefixmemory.errors import for_terminal
+
+    print(for_terminal(text))
 
 
 def path(text: str) -> Path:

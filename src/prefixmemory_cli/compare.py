@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli.common import path, ready
+from prefixmemory_cli.common import path, put, ready
 
 
 def compare(
@@ -45,6 +45,7 @@ def compare(
     from prefixmemory.compare.summarise import summarise
     from prefixmemory.compare.work import checksums, forget_work, state
     from prefixmemory.errors import PrefixMemoryError, check_choice
+    from prefixmemory.progress import say
 
     ready()
     check_choice("--engine", engine, ENGINES)
@@ -58,7 +59,7 @@ def compare(
         try:
             run_suite(ENGINES[engine], suite, store, data, workers, retry_failed, console)
         except KeyboardInterrupt:  # typer would exit without a word
-            console.print(f"Stopped. The records in {folder} are kept; the same command goes on.", soft_wrap=True)
+            say(console, f"Stopped. The records in {folder} are kept; the same command goes on.")
             raise SystemExit(130) from None
         if not keep_adapters:
             forget_work(store)
@@ -68,6 +69,6 @@ def compare(
     summary = summarise(loaded, records)
     files = write_report(folder, summary)
     for line in outcome(summary):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     for file in files:
-        print(file)
+        put(file)

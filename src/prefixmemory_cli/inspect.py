@@ -8,7 +8,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from prefixmemory_cli.common import BaseOption, path, ready
+from prefixmemory_cli.common import BaseOption, path, put, ready
 
 
 def inspect(
@@ -71,6 +71,7 @@ def inspect(
     from prefixmemory.errors import PrefixMemoryError, check_choice
     from prefixmemory.memories.checkpoint import check_config_file
     from prefixmemory.models.loading import Dtype
+    from prefixmemory.progress import say
     from prefixmemory.rows.data import sample
     from prefixmemory.rows.rendering import render
 
@@ -110,10 +111,9 @@ def inspect(
     for name in adapters:  # before the first is measured
         check_config_file(adapter_folder(name), any_method=True)
     found = {}
-    say = partial(console.print, markup=False, highlight=False)
     for name, label in zip(adapters, ins.labels(adapters), strict=True):
         adapter = ins.renamed(load_adapter(name, model, cast(Dtype, dtype)), label)
-        found[label] = ins.inspect(adapter, settings, say)
+        found[label] = ins.inspect(adapter, settings, partial(say, console))
     conditions = {
         "adapters": adapters,
         "text": "Northline, test messages" if text is None else text.name,
@@ -123,7 +123,7 @@ def inspect(
         "text in front": "essay on lighthouses, of the package" if context is None else context.name,
     }
     for file in ins.write(found, conditions, output):
-        print(file)
+        put(file)
 
 
 def _numbers(text: str) -> list[int]:
@@ -139,8 +139,9 @@ def _numbers(text: str) -> list[int]:
 
 def _read(file: Path) -> str:
     from prefixmemory.errors import PrefixMemoryError
+    from prefixmemory.files.pipes import read_text
 
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except (OSError, ValueError) as error:
         raise PrefixMemoryError(f"The text {file} cannot be read ({error}). Give a UTF-8 text file.") from error

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli.common import path, ready
+from prefixmemory_cli.common import path, put, ready
 
 app = typer.Typer(help="Recipes: YAML files that say what to train.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -43,6 +43,7 @@ def cp(
     Example: prefixmemory recipes cp classification my-tickets.yaml
     """
     from prefixmemory.errors import PrefixMemoryError, did_you_mean
+    from prefixmemory.files.records import write_text
 
     recipes = shipped()
     if name not in recipes:
@@ -53,11 +54,8 @@ def cp(
             raise PrefixMemoryError(f"{folder} is a file. Give a new file in a folder.")
     if to.exists():
         raise PrefixMemoryError(f"{to} exists already. Give another name; nothing is overwritten.")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = to.with_name(f".{to.name}.tmp")
-    temporary.write_text(recipes[name].read_text(encoding="utf-8"), encoding="utf-8")
-    temporary.replace(to)
-    print(f"Copied to {to}. Edit it, check it with: prefixmemory recipes validate {to}, then: prefixmemory train {to}")
+    write_text(to, recipes[name].read_text(encoding="utf-8"))
+    put(f"Copied to {to}. Edit it, check it with: prefixmemory recipes validate {to}, then: prefixmemory train {to}")
 
 
 @app.command()
@@ -76,4 +74,4 @@ def validate(
     recipe = load_recipe(file)
     rows, validation = rows_of(recipe)
     held_out = f", {len(validation):,} for validation" if validation else ""
-    print(f"{file} is valid: {len(rows):,} rows to train on{held_out}.")
+    put(f"{file} is valid: {len(rows):,} rows to train on{held_out}.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli.common import OverwriteOption, ResumeOption, path, ready, resumable
+from prefixmemory_cli.common import OverwriteOption, ResumeOption, path, put, ready, resumable
 
 #: Options of the common cases, and the fields of a recipe that they set.
 FIELDS = {
@@ -20,6 +20,9 @@ FIELDS = {
     "learning_rate": "training.learning_rate",
     "epochs": "training.epochs",
     "batch_size": "training.batch_size",
+    "gradient_accumulation": "training.gradient_accumulation",
+    "scheduler": "training.scheduler",
+    "limit": "data.limit",
     "max_length": "training.max_length",
     "save_steps": "training.save_steps",
     "seed": "training.seed",
@@ -39,6 +42,7 @@ def train(
     recipe: Annotated[
         Path | None, typer.Argument(parser=path, help="YAML recipe; without one, give --model, --data, --output.")
     ] = None,
+    config: Annotated[Path | None, typer.Option(parser=path, help="The recipe, as an option.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a folder, a .gguf file, a Hub id, or smollm2.")] = None,
     data: Annotated[
         str | None, typer.Option(help="A .jsonl, .csv, .tsv or .parquet file, or the id of a data set of the Hub.")
@@ -52,6 +56,11 @@ def train(
     learning_rate: Annotated[str | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")] = None,
     epochs: Annotated[str | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[str | None, typer.Option(help="Rows per step.")] = None,
+    gradient_accumulation: Annotated[
+        str | None, typer.Option(help="Steps whose gradients make one step of the optimizer.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="cosine, linear or constant.")] = None,
+    limit: Annotated[str | None, typer.Option(help="Train on this many of the rows.")] = None,
     max_length: Annotated[str | None, typer.Option(help="Longest row in tokens; prompts lose their beginning.")] = None,
     save_steps: Annotated[str | None, typer.Option(help="Steps between checkpoints.")] = None,
     seed: Annotated[str | None, typer.Option(help="Seed of order and start values.")] = None,
@@ -85,6 +94,7 @@ def train(
 
     from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.files.yaml_files import read_value
+    from prefixmemory.progress import say
     from prefixmemory.training.output import Output
     from prefixmemory.training.plan import plan_of
     from prefixmemory.training.recipe import load_recipe
@@ -102,14 +112,16 @@ def train(
             raise PrefixMemoryError(f"--set {assignment}: write it as FIELD=VALUE, such as --set training.warmup=0.05.")
         overrides[path] = read_value(value)
         shown[path] = f"--set {path}"
-    checked = load_recipe(recipe, overrides, shown)
+    if recipe and config:
+        raise PrefixMemoryError(f"{recipe} and --config {config} are two recipes. Give one.")
+    checked = load_recipe(recipe or config, overrides, shown)
     if dry_run:
-        Console().print(plan_of(checked).shown(), highlight=False, markup=False, soft_wrap=True)
+        say(Console(), plan_of(checked).shown())
         return
     with resumable(Path(checked.output)):
         record = run_recipe(checked, resume, overwrite, Console(stderr=True))
     if first_process():
-        print(
+        put(
             f"Trained {record['trainable_parameters']:,} parameters on {record['rows']:,} rows in "
             f"{record['train_seconds']:.0f} s, loss {record['train_loss']:.3f}. The adapter lies in "
             f"{Output(Path(checked.output)).folder}."

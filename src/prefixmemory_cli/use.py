@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli.common import AdapterArgument, AdapterOption, BaseOption, one_adapter, path, ready
+from prefixmemory_cli.common import (
+    AdapterArgument,
+    AdapterOption,
+    BaseOption,
+    DrawSeedOption,
+    TemperatureOption,
+    TopPOption,
+    one_adapter,
+    path,
+    put,
+    ready,
+)
 
 
 def generate(
@@ -15,6 +26,9 @@ def generate(
     adapter: AdapterArgument = None,
     adapter_: AdapterOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = None,
+    seed: DrawSeedOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt to the model as it is.")] = False,
     model: BaseOption = None,
 ) -> None:
@@ -24,31 +38,36 @@ def generate(
 
     \b
     Example: prefixmemory generate tickets-memory --prompt 'my line is dead since this morning'
+    Example: prefixmemory generate tickets-memory --prompt 'once upon a time' --temperature 0.8 --top-p 0.9 --seed 1
     """
     from rich.console import Console
 
     from prefixmemory.adapters.loading import load_adapter
     from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.progress import say_loading
+    from prefixmemory.rows.encoding import encode_prompt
     from prefixmemory.rows.rendering import render_prompt
-    from prefixmemory.scoring.generation import answers
+    from prefixmemory.scoring.generation import Sampling, answers, room_for_answer
 
     ready()
     name = one_adapter(adapter, adapter_)
     if not prompt.strip():
         raise PrefixMemoryError("The prompt is empty. Give a text to continue: --prompt 'Text: my line is dead'.")
     check_tokens(max_new_tokens)
+    sampling = Sampling(temperature, top_p, seed)
     say_loading(Console(stderr=True), f"{name} and its base model")
     loaded = load_adapter(name, model)
     text = render_prompt(prompt.replace("\\n", "\n"), "" if raw else loaded.row_format, loaded.tokenizer)
 
+    longest = room_for_answer(loaded.model, len(encode_prompt(text, loaded.tokenizer)), max_new_tokens)
+
     def answer() -> str:
-        return answers(loaded.model, loaded.tokenizer, [text], max_new_tokens, one_line=False)[0]
+        return answers(loaded.model, loaded.tokenizer, [text], longest, one_line=False, sampling=sampling)[0]
 
     with loaded.model.disable_adapter():
         base = answer()
     title = "with memory:" if loaded.is_memory else "adapted:    "
-    print(f"base model:  {base}\n{title} {answer()}")
+    put(f"base model:  {base}\n{title} {answer()}")
 
 
 def evaluate(
@@ -119,7 +138,7 @@ def evaluate(
         scores = evaluate_rows(loaded, rows, str(data), batch_size, max_new_tokens, console)
     else:
         scores = evaluate_harness(loaded, str(tasks).split(","), include_path, limit, batch_size)
-    print(scores.shown())
+    put(scores.shown())
     if output is not None:
         write_json(output, scores.record())
     if save:
@@ -130,7 +149,9 @@ def chat(
     adapter: AdapterArgument = None,
     adapter_: AdapterOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = None,
+    seed: DrawSeedOption = None,
     model: BaseOption = None,
 ) -> None:
     """Talk with a trained adapter; answers appear as they are written.
@@ -145,16 +166,15 @@ def chat(
 
     from prefixmemory.adapters.chat import chat as run
     from prefixmemory.adapters.loading import load_adapter
-    from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.progress import say_loading
+    from prefixmemory.scoring.generation import Sampling
 
     ready()
     name = one_adapter(adapter, adapter_)
     check_tokens(max_new_tokens)
-    if not 0 <= temperature < 100:
-        raise PrefixMemoryError(f"temperature={temperature} is out of range: give a number from 0 on.")
+    sampling = Sampling(temperature, top_p, seed)
     say_loading(Console(stderr=True), f"{name} and its base model")
-    run(load_adapter(name, model), max_new_tokens, temperature)
+    run(load_adapter(name, model), max_new_tokens, sampling)
 
 
 def push(
@@ -170,7 +190,7 @@ def push(
     from prefixmemory.adapters.hub import push_adapter
 
     ready()
-    print(f"Uploaded to {push_adapter(adapter, to, private=private)}")
+    put(f"Uploaded to {push_adapter(adapter, to, private=private)}")
 
 
 def check_tokens(max_new_tokens: int) -> None:

@@ -10,11 +10,11 @@ import torch
 from transformers import TextStreamer
 
 from prefixmemory.adapters.loading import Adapter
-from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.errors import PrefixMemoryError, for_terminal
 from prefixmemory.rows.collator import padding_id
 from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.rows.rendering import chat_prompt, has_chat_template, render_prompt
-from prefixmemory.scoring.generation import end_tokens
+from prefixmemory.scoring.generation import GREEDY, Sampling, end_tokens, room_for_answer
 from prefixmemory.tuner.layer import set_scale
 
 HELP = "/base switches the adapter off and on, /scale X sets a memory's dose, /reset forgets, /quit ends."
@@ -26,8 +26,9 @@ class Chat:
     An adapter that was trained on rows with text and label is asked one text at a time, as in training.
     """
 
-    def __init__(self, adapter: Adapter, max_new_tokens: int, temperature: float) -> None:
-        self.adapter, self.max_new_tokens, self.temperature = adapter, max_new_tokens, temperature
+    def __init__(self, adapter: Adapter, max_new_tokens: int, sampling: Sampling = GREEDY) -> None:
+        self.adapter, self.max_new_tokens = adapter, max_new_tokens
+        self._choice = sampling.options()  # once: a seed is one of the conversation, not of each answer
         self.remembers = has_chat_template(adapter.tokenizer) and adapter.row_format != "text"
         self.said: list[dict[str, str]] = []
         self.with_adapter = True
@@ -64,17 +65,18 @@ class Chat:
             prompt = chat_prompt([*self.said, {"role": "user", "content": text}], tokenizer)
         else:
             prompt = render_prompt(text, self.adapter.row_format, tokenizer)
-        ids = torch.tensor([encode_prompt(prompt, tokenizer)], device=self.adapter.model.device)
-        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        read = encode_prompt(prompt, tokenizer)
+        longest = room_for_answer(self.adapter.model, len(read), self.max_new_tokens)
+        ids = torch.tensor([read], device=self.adapter.model.device)
         with nullcontext() if self.with_adapter else self.adapter.model.disable_adapter():
             written = self.adapter.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=longest,
                 pad_token_id=padding_id(tokenizer),
                 eos_token_id=end_tokens(self.adapter.model, tokenizer) or None,
                 streamer=streamer,
-                **sampling,
+                **self._choice,
             )
         answer = str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)).strip()
         if self.remembers:
@@ -82,28 +84,40 @@ class Chat:
         return answer
 
 
-def chat(adapter: Adapter, max_new_tokens: int, temperature: float) -> None:
+class _Streamer(TextStreamer):
+    """Prints words as they are written, and nothing that the terminal would obey."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece of the answer."""
+        super().on_finalized_text(for_terminal(text), stream_end)
+
+
+def chat(adapter: Adapter, max_new_tokens: int, sampling: Sampling = GREEDY) -> None:
     """Read lines from the terminal (or from standard input) and answer them until they end."""
-    conversation = Chat(adapter, max_new_tokens, temperature)
+    conversation = Chat(adapter, max_new_tokens, sampling)
     at_terminal = sys.stdin.isatty()
     if at_terminal:
-        print(f"{adapter.name} on {adapter.model.active_peft_config.base_model_name_or_path}. {HELP}")
+        base = adapter.model.active_peft_config.base_model_name_or_path
+        print(for_terminal(f"{adapter.name} on {base}. {HELP}"))
     while True:
         try:
             line = input("> " if at_terminal else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            print(f"error: this is no {error.encoding} ({error.reason}). Type it again.")
+            continue
         if line in ("/quit", "/exit"):
             return
         if not line:
             continue
         try:
             if line.startswith("/"):
-                print(conversation.command(line))
+                print(for_terminal(conversation.command(line)))
             else:
-                streamer = TextStreamer(adapter.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                streamer = _Streamer(adapter.tokenizer, skip_prompt=True, skip_special_tokens=True)
                 conversation.answer(line, streamer)
         except PrefixMemoryError as error:
-            print(f"error: {error}")
+            print(for_terminal(f"error: {error}", 2000))
         except KeyboardInterrupt:  # ctrl-C breaks off an answer, not the conversation
             print()

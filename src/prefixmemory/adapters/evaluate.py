@@ -20,7 +20,7 @@ from prefixmemory.progress import progress_bar
 from prefixmemory.rows.data import read_rows
 from prefixmemory.rows.rendering import Example, render
 from prefixmemory.rows.rows import FORMATS, OBJECTIVE_FORMATS, Row, Rows, row_format
-from prefixmemory.scoring.generation import Progress, accuracy, answers, longest_label
+from prefixmemory.scoring.generation import Progress, accuracy, answers, longest_label, room_for_answer
 from prefixmemory.scoring.likelihood import likelihoods, nats_a_token
 from prefixmemory.training.card import write_model_card
 from prefixmemory.tuner.activation import activation
@@ -69,6 +69,8 @@ def rows_to_score(record: Mapping[str, Any], source: str, split: str) -> list[Ro
     trained = data if isinstance(data, Mapping) else {}
     subset = trained.get("subset") if source == trained.get("train") else None
     columns = trained.get("columns")
+    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns.values()):
+        columns = None  # nothing that a run wrote
     try:
         rows = read_rows(source, columns, split, subset)
     except PrefixMemoryError as error:
@@ -127,6 +129,7 @@ def evaluate_rows(
     model, tokenizer = adapter.model, adapter.tokenizer
     examples = render(rows, tokenizer)
     compared = row_format(rows) in COMPARED
+    room_for_answer(model, 0, max_new_tokens)
     length = max(max_new_tokens, longest_label(rows, tokenizer)) if compared else max_new_tokens
     passes = 2 * len(rows) * (2 if compared else 1)
     metrics: dict[str, list[float]] = {}

@@ -24,10 +24,12 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import read_object
+from prefixmemory.files.names import exists
 from prefixmemory.files.records import RECORD
 from prefixmemory.memories import checkpoint
 from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
-from prefixmemory.training.card import CARD, completed, model_card, with_address
+from prefixmemory.training.card import CARD, card_of, with_address
 
 #: What a repository of an adapter holds: nothing else is pushed, and nothing else is fetched.
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD, RECORD)
@@ -90,12 +92,12 @@ def adapter_folder(name: str, revision: str | None = None) -> Path:
         PrefixMemoryError: ``name`` is neither, or the Hub refuses or cannot be reached.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if exists(folder) and folder.is_dir():
         if revision is not None:
             raise PrefixMemoryError(f"revision={revision!r} needs a Hub id, and {name} is a folder. Leave it out.")
         return folder
-    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        problem = "is a file" if folder.exists() else "does not exist"
+    if exists(folder) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        problem = "is a file" if exists(folder) else "does not exist"
         raise PrefixMemoryError(
             f"{name} {problem}. Give the folder that `prefixmemory train` wrote, or the id of an adapter on the Hub, "
             "user/name."
@@ -113,8 +115,8 @@ def _card(folder: Path, repo_id: str) -> str:
         card = file.read_text(encoding="utf-8")
     else:
         record = folder / RECORD
-        known: dict[str, Any] = json.loads(record.read_bytes()) if record.is_file() else {}
-        card = model_card(completed(folder, known))
+        known = read_object(record, "Copy it again, or delete it.") if record.is_file() else {}
+        card = card_of(folder, known)
     return with_address(card, repo_id)
 
 

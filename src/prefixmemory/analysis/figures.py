@@ -7,7 +7,6 @@ Matplotlib is imported when a figure is made.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from prefixmemory.analysis.shift import Shift
 from prefixmemory.analysis.spectrum import Spectrum
 from prefixmemory.analysis.tradeoff import Tradeoff
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.records import replacing
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
@@ -65,9 +65,8 @@ def save(figure: Any, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=300, format="png")
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=300, format="png")
 
 
 def _panels(count: int, rows: int = 1) -> tuple[Any, list[Any]]:

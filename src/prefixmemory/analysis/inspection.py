@@ -28,7 +28,7 @@ from prefixmemory.rows.unrelated_text import read_context
 INSTRUMENTS = ("tradeoff", "spectrum", "shift", "readout", "long-input")
 #: Longest input of the trade-off, and tokens for the other instruments, where nothing else is asked for.
 LENGTH, TOKENS = 4096, 1024
-SHORTEST = 16
+SHORTEST, LONGEST = 16, 1_000_000
 
 FIGURES: dict[str, Callable[..., Any]] = {
     "tradeoff": figures.tradeoff_figure,
@@ -71,8 +71,8 @@ class Settings:
         check_choice("what", self.what, (*INSTRUMENTS, "all"))
         for name in ("length", "tokens"):
             value = getattr(self, name)
-            if value is not None and value < SHORTEST:
-                raise PrefixMemoryError(f"{name}={value} is out of range: give {SHORTEST} tokens at least.")
+            if value is not None and not SHORTEST <= value <= LONGEST:
+                raise PrefixMemoryError(f"{name}={value} is out of range: give {SHORTEST} to {LONGEST:,} tokens.")
         if self.heads < 1:
             raise PrefixMemoryError(f"heads={self.heads} is out of range: give a number above 0.")
         if self.text is not None and not self.text.strip():

@@ -25,6 +25,7 @@ from prefixmemory.compare.method import Method
 from prefixmemory.compare.records import Provenance, Training
 from prefixmemory.compare.suite import Suite
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import read_object
 from prefixmemory.files.records import RECORD
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.rows.rendering import render
@@ -133,7 +134,7 @@ class Models:
 
 def _as_trained(folder: Path, settings: TrainingSettings) -> Training:
     """What the run record in an adapter's folder says."""
-    trained = json.loads((folder / RECORD).read_bytes())
+    trained = read_object(folder / RECORD, "Delete the folder; it will be trained again.")
     return Training(
         settings=asdict(settings),
         trainable_parameters=trained["trainable_parameters"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +14,8 @@ from prefixmemory.compare.runs import planned, total
 from prefixmemory.compare.store import Store
 from prefixmemory.compare.suite import Loaded
 from prefixmemory.compare.worker import Worker
-from prefixmemory.progress import progress_bar
+from prefixmemory.progress import progress_bar, say
+from prefixmemory.training.output import remove_run
 from prefixmemory.training.record import checksum
 
 
@@ -82,7 +82,7 @@ def _run_one(store: Store, worker: Worker, todo: Mapping[Run, int], console: Con
             started = time.monotonic()
             record = replace(worker.run(run), attempt=made + 1)
             store.write(record)
-            console.print(line(run, record, time.monotonic() - started), highlight=False, markup=False)
+            say(console, line(run, record, time.monotonic() - started))
             return True
     return False
 
@@ -100,4 +100,4 @@ def forget_work(store: Store) -> None:
     for run in planned(store.loaded, state(store)[1]):
         with store.claim(run) as mine:
             if mine:
-                shutil.rmtree(store.adapter(run), ignore_errors=True)
+                remove_run(store.adapter(run))

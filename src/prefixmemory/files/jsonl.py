@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import parse_json
 
 
 def append_line(file: Path, content: object) -> None:
@@ -40,7 +41,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, Any]]:
     written = file.read_bytes() if file.is_file() else b""
     for number, line in enumerate(_whole(written).splitlines(), start=1):
         try:
-            content = json.loads(line)
+            content = parse_json(line)
         except ValueError as error:
             raise damaged(file, number, str(error)) from error
         yield number, content
@@ -55,7 +56,7 @@ def _whole(written: bytes) -> bytes:
     """``written`` without an unfinished last line. One that only lacks its line break, as editors leave it, stays."""
     end = written.rfind(b"\n") + 1
     try:
-        json.loads(written[end:])
+        parse_json(written[end:])
     except ValueError:
         return written[:end]
     return written

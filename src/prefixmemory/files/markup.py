@@ -20,6 +20,19 @@ def in_markdown(text: object) -> str:
     return re.sub("[&<>]", lambda found: _HTML[found[0]], escaped)
 
 
+def in_code(text: object) -> str:
+    """``text`` as a code span of Markdown, whatever backticks it holds itself."""
+    line = " ".join(str(text).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    space = " " if line[:1] == "`" or line[-1:] == "`" else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def in_python(text: str) -> str:
+    """``text`` as a literal of Python, in double quotes and on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def in_page(folder: str, content: object) -> str:
     """The page ``page.html`` in ``folder`` of the package, with ``content`` as the JSON that its script reads."""
     data = json.dumps(without_nan(content), ensure_ascii=False).replace("<", "\\u003c")  # no tag, whatever it holds

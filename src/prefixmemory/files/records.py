@@ -7,7 +7,8 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -69,11 +70,21 @@ def write_json(file: Path, content: object) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write ``text`` to ``file`` by way of a temporary name, so that the file is whole or as it was before."""
+    """Write ``text`` to ``file``, which is whole afterwards or as it was before; so are :func:`replacing`'s."""
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary name to write to: it becomes ``file`` in the end, or is gone if that is not reached."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def without_nan(value: Any) -> Any:

@@ -21,8 +21,76 @@ from prefixmemory.errors import PrefixMemoryError, did_you_mean
 T = TypeVar("T")
 
 
+#: Limits that no honest file meets: bytes, values (those that aliases repeat counted each time), mappings and lists
+#: within each other, characters of a number.
+LARGEST, MOST_VALUES, DEEPEST, LONGEST_NUMBER = 200_000, 10_000, 30, 40
+
+
 class Loader(yaml.SafeLoader):
-    """YAML as people write it: ``1e-3`` is a number (YAML 1.2), not a text (YAML 1.1, PyYAML)."""
+    """YAML as people write it: ``1e-3`` is a number (YAML 1.2), not a text (YAML 1.1, PyYAML); and within limits."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A value and all within it."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise _refused(f"mappings and lists within each other, more than {DEEPEST} deep", self.peek_event())
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A value in Python's types."""
+        if node.tag in _NUMBER_TAGS and len(node.value) > LONGEST_NUMBER:
+            raise _refused(f"a number of more than {LONGEST_NUMBER} characters", node)
+        try:
+            if isinstance(node, yaml.ScalarNode):
+                node.value.encode()
+                if "\0" in node.value:
+                    raise ValueError("a NUL character")
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:  # a date such as 2024-13-45
+            raise _refused(f"{str(node.value)[:LONGEST_NUMBER]!r}: {error}", node) from error
+
+
+_NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+def _refused(problem: str, where: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
+
+
+def _load(text: str) -> tuple[yaml.Node | None, Any]:
+    """The nodes of a YAML text, and the same in Python's types.
+
+    Raises:
+        YAMLError: not valid YAML, or beyond the limits.
+    """
+    if len(text) > LARGEST:
+        raise yaml.MarkedYAMLError(problem=f"it has more than {LARGEST:,} characters")
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        if _size(node, {}) > MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"it has more than {MOST_VALUES:,} values, aliases written out")
+        return node, loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: Any, known: dict[int, int | None]) -> int:
+    """How many values ``node`` is, each alias (``*name``) counted as what it stands for."""
+    if id(node) not in known:
+        known[id(node)] = None
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for one in inner for part in (one if isinstance(one, tuple) else (one,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    if (size := known[id(node)]) is None:
+        raise _refused("an alias (*name) refers to what it stands in. Write it out", node)
+    return size
 
 
 Loader.add_implicit_resolver(
@@ -67,6 +135,8 @@ def read_yaml(file: Path, missing: str, expected: str) -> tuple[dict[str, Any], 
     if not file.is_file():
         problem = "is a folder" if file.is_dir() else "does not exist"
         raise PrefixMemoryError(f"The {kind} {file} {problem}. {hint}")
+    if file.stat().st_size > LARGEST:
+        raise PrefixMemoryError(f"{file} is larger than {LARGEST:,} bytes, as no such file is. {hint}")
     written = file.read_bytes()
     try:
         text = written.decode("utf-8")
@@ -74,9 +144,7 @@ def read_yaml(file: Path, missing: str, expected: str) -> tuple[dict[str, Any], 
         line = written.count(b"\n", 0, error.start) + 1
         raise PrefixMemoryError(f"{file}, line {line}: not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
     try:
-        root = yaml.compose(text, Loader=Loader)
-        lines = dict(_lines(file, root, ""))
-        content = yaml.load(text, Loader=Loader)
+        root, content = _load(text)
     except ReaderError as error:  # a control character
         line = text.count("\n", 0, error.position) + 1
         raise PrefixMemoryError(f"{file}, line {line}: not valid YAML ({error.reason}).") from error
@@ -84,11 +152,9 @@ def read_yaml(file: Path, missing: str, expected: str) -> tuple[dict[str, Any], 
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise PrefixMemoryError(f"{file}{where}: not valid YAML ({getattr(error, 'problem', error)}).") from error
-    except RecursionError as error:
-        raise PrefixMemoryError(f"{file}: an alias (*name) refers to what it stands in. Write it out.") from error
     if not isinstance(content, dict):
         raise PrefixMemoryError(f"{file}: {expected}; this is none.")
-    return content, lines
+    return content, _lines(file, root, "")
 
 
 def shipped(folder: str) -> dict[str, Traversable]:
@@ -120,15 +186,15 @@ def find_yaml(name: str, folder: str, what: str, beside: Path | None = None) -> 
     return Path(str(known[name]))
 
 
-def _lines(file: Path, node: yaml.Node | None, prefix: str) -> list[tuple[str, int]]:
-    if not isinstance(node, yaml.MappingNode):
-        return []
-    found: list[tuple[str, int]] = []
-    for key, value in node.value:
+def _lines(file: Path, node: yaml.Node | None, prefix: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if not isinstance(key, yaml.ScalarNode):
+            continue
         path, line = f"{prefix}{key.value}", key.start_mark.line + 1
-        if path in dict(found):
+        if path in found:
             raise PrefixMemoryError(f"{file}, line {line}: {path} is given twice. Delete one.")
-        found += [(path, line), *_lines(file, value, f"{path}.")]
+        found |= {path: line, **_lines(file, value, f"{path}.")}
     return found
 
 
@@ -139,9 +205,10 @@ def read_value(text: str) -> Any:
         PrefixMemoryError: not valid YAML.
     """
     try:
-        return yaml.load(text, Loader=Loader)
+        return _load(text)[1]
     except yaml.YAMLError as error:
-        raise PrefixMemoryError(f"{text!r} is no value that YAML knows: put it in quotation marks.") from error
+        shown = text if len(text) <= 80 else f"{text[:80]}…"
+        raise PrefixMemoryError(f"{shown!r} is no value that YAML knows: put it in quotation marks.") from error
 
 
 def put(content: dict[str, Any], path: str, value: Any, source: Source) -> None:

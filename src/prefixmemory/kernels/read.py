@@ -58,7 +58,7 @@ def memory_output(
     else:
         constant = torch.bmm(mean.to(rows.dtype).unsqueeze(1), factors[0])
         output = _product(torch.baddbmm(constant, rows, factors[0], beta=-1), factors[1:])
-    by_token = output.unflatten(1, (tokens, repeat)).transpose(0, 1)
+    by_token: Tensor = output.unflatten(1, (tokens, repeat)).transpose(0, 1)
     return by_token.reshape(*query.shape[:-1], output.shape[-1])
 
 

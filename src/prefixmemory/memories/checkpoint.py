@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import read_object
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 
 #: Names of embeddings, as PEFT knows them, that are saved beside an adapter.
@@ -78,16 +79,13 @@ def check_config_file(folder: Path, any_method: bool = False) -> dict[str, Any]:
     copy = "Copy it from where the adapter was saved, or train it again."
     if not file.is_file():
         raise PrefixMemoryError(f"{file} is missing: {folder} holds no adapter. {copy}")
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise PrefixMemoryError(f"{file} is truncated or damaged ({error}). {copy}") from error
-    found = config.get("peft_type") if isinstance(config, dict) else None
+    config = read_object(file, copy)
+    found = config.get("peft_type")
     if found != PREFIX_MEMORY.value and not (any_method and found):
         raise PrefixMemoryError(
             f"{file} has peft_type={found!r}, not {PREFIX_MEMORY.value!r}. Give the folder of a memory."
         )
-    return cast(dict[str, Any], config)
+    return config
 
 
 def check_weights_file(folder: Path, expected_sha256: str | None, hub_id: str | None = None) -> None:
@@ -145,7 +143,7 @@ def check_hub_weights(hub_id: str, subfolder: str | None, expected_sha256: str, 
 
 
 def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], also_known: Iterable[str]) -> None:
-    """Compare the tensors of a checkpoint with those of the adapter: names and shapes.
+    """Compare the tensors of a checkpoint with those of the adapter: names, shapes, and what they hold.
 
     Args:
         found: tensors of the checkpoint.
@@ -153,7 +151,7 @@ def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         also_known: further names that may be in the checkpoint (modules saved in full, embeddings).
 
     Raises:
-        PrefixMemoryError: missing, extra or misshapen tensors.
+        PrefixMemoryError: missing, extra or misshapen tensors, or some that hold no numbers to compute with.
     """
     advice = "Was it saved with another config or for another base model? Load it onto the model it was trained on."
     for kind, names in (
@@ -171,6 +169,39 @@ def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
                 f"The checkpoint's {name!r} has shape {list(found[name].shape)}, the model needs "
                 f"{list(tensor.shape)}. {advice}"
             )
+    check_numbers(found, expected)
+
+
+@torch.no_grad()
+def check_numbers(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse integers, truth values and complex numbers where the adapter has real ones, and NaN or infinities.
+
+    Values are looked at where this process holds them: not in parts of a tensor that is spread over processes, and not
+    on the meta device.
+
+    Args:
+        found: tensors of a checkpoint.
+        expected: those of the adapter, under the same names; what it does not have may be of any dtype.
+    """
+    for name, tensor in found.items():
+        if name in expected and tensor.is_floating_point() != expected[name].is_floating_point():
+            raise PrefixMemoryError(
+                f"The checkpoint's {name!r} is of {tensor.dtype}, and the model needs {expected[name].dtype}. Copy it "
+                "again from where the adapter was saved."
+            )
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise PrefixMemoryError(
+                f"The checkpoint's {name!r} holds NaN or infinities. Its training diverged: train it again with a "
+                "lower learning rate. Or it was damaged: copy it again from where the adapter was saved."
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    is_here = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
+    if not is_here:
+        return True
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # few operations know 8-bit floats
+    return all(math.isfinite(end) for end in torch.stack(values.aminmax()).tolist())  # allocates nothing
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -27,6 +26,7 @@ from prefixmemory.memories import checkpoint
 from prefixmemory.memories.feature_maps import FEATURE_MAPS
 from prefixmemory.memories.matrix import Normalize
 from prefixmemory.memories.mixing import MixingKind
+from prefixmemory.memories.patterns import check_patterns
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.memories.prefix import Placement, Similarity
 from prefixmemory.memories.registry import AUTO, MEMORY_FIELDS, MemoryKind, memory_kind
@@ -265,14 +265,7 @@ class PrefixMemoryConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list):
                 setattr(self, name, set(value))
-            elif isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise PrefixMemoryError(
-                        f"{name}={value!r} is not a valid regular expression ({error}). "
-                        f"Give a list of names, such as {name}=['self_attn'], or mend the expression."
-                    ) from error
+        check_patterns(self)
         self.layers_pattern = self.layers_pattern or None  # an empty one means none, as in PEFT
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise PrefixMemoryError(

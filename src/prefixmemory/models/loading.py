@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.files.names import exists
 from prefixmemory.models.quantization import (
     Quantization,
     check_quantization,
@@ -44,7 +45,7 @@ def full_name(model: str) -> str:
     if model == "smollm2":
         return smollm2()
     path = Path(model).expanduser() if model else Path()
-    return str(path.resolve()) if model and path.exists() else model
+    return str(path.resolve()) if model and exists(path) else model
 
 
 def fast_dtype() -> Dtype:

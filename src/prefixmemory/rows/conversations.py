@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import parse_json
 
 #: Who speaks in ShareGPT's files, and the role of chat templates.
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -29,7 +29,7 @@ def from_sharegpt(where: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
     messages = []
     for number, turn in enumerate(turns, start=1):
         if "from" in turn:
-            if turn["from"] not in _SHAREGPT:
+            if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT:
                 raise PrefixMemoryError(
                     f"{where}: 'from' is {turn['from']!r} in turn {number}; it must be one of {', '.join(_SHAREGPT)}. "
                     'For other roles, give "messages" with "role" and "content".'
@@ -68,7 +68,7 @@ def checked_conversation(where: str, fields: Mapping[str, Any]) -> dict[str, Any
         value = fields.get(name)
         if isinstance(value, str) and value.strip():
             try:
-                found[name] = value = json.loads(value)
+                found[name] = value = parse_json(value)
             except ValueError as error:
                 raise PrefixMemoryError(f"{where}: {name!r} is a text, and no JSON ({error}).") from error
         if value and not (isinstance(value, list) and all(isinstance(one, dict) for one in value)):

@@ -115,6 +115,13 @@ def _answer(text: str, prompt: list[int], whole: list[int], tokenizer: PreTraine
 
 def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Ids of each text, without anything that the tokenizer adds at the beginning or the end."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise PrefixMemoryError(
+            f"A text holds {error.object[error.start]!r}, which is no character: it was no UTF-8 where it came from. "
+            "Write it again."
+        ) from error
     return cast(Any, tokenizer)(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 

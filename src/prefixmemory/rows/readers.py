@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import parse_json
+from prefixmemory.files.names import exists
+from prefixmemory.files.pipes import read_pipe
 from prefixmemory.rows.rows import EXPECTED
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -20,12 +23,16 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 #: How files begin that people take for rows.
 _PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or a spreadsheet)", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
 
+#: In bytes; a long book has a tenth of it.
+LONGEST_ROW = 10_000_000
+_TOO_LONG = f"No row is as long as that. Is it one row a line? {EXPECTED}"
+
 Fields = Iterator[tuple[str, dict[str, Any]]]
 
 
 def hub_id(source: str | Path) -> str | None:
     """``source`` if it is the id of a Hub data set rather than a file."""
-    is_file = Path(source).exists() or Path(source).suffix in SUFFIXES
+    is_file = Path(source).suffix in SUFFIXES or exists(source)
     return None if is_file or not _HUB_ID.fullmatch(str(source)) else str(source)
 
 
@@ -39,8 +46,8 @@ def fields_of(source: str | Path, split: str, subset: str | None) -> Fields:
     if name is not None:
         return _from_hub(name, split, subset)
     file = Path(source).expanduser()
-    if not file.exists() or file.is_dir():
-        problem = "is a folder" if file.is_dir() else "does not exist"
+    if not exists(file) or file.is_dir():
+        problem = "is a folder" if exists(file) else "does not exist"
         raise PrefixMemoryError(
             f"The data file {file} {problem}. Give the path of a JSONL file (or {', '.join(SUFFIXES[1:])}), or the id "
             f"of a data set of the Hub. {EXPECTED}"
@@ -51,7 +58,7 @@ def fields_of(source: str | Path, split: str, subset: str | None) -> Fields:
 
 def _open(file: Path) -> BufferedReader | BytesIO:
     """The bytes of a file; of a pipe (``/dev/stdin``, ``<(command)``) all at once, since it cannot be read twice."""
-    return file.open("rb") if file.is_file() else BytesIO(file.read_bytes())
+    return file.open("rb") if file.is_file() else BytesIO(read_pipe(file))
 
 
 def _open_text(file: Path) -> BufferedReader | BytesIO:
@@ -79,17 +86,18 @@ def _from_json(file: Path) -> Fields:
     """JSON Lines, or one array of rows."""
     with _open_text(file) as stream:
         begins = stream.tell()
-        first = next((line for line in stream if line.strip()), b"").strip()
+        first = next((line for line in _lines_of(file, stream) if line.strip()), b"").strip()
         stream.seek(begins)
         if first.startswith(b"["):
             yield from _from_array(file, stream.read())
             return
-        for number, line in enumerate(stream, start=1):  # bytes: a cut-off last line may end within a character
+        # bytes: a cut-off last line may end within a character
+        for number, line in enumerate(_lines_of(file, stream), start=1):
             if not line.strip():
                 continue
             where = f"{file}, line {number}"
             try:
-                row = json.loads(line.decode())
+                row = parse_json(line.decode())
             except ValueError as error:  # no JSON, no UTF-8, a number of thousands of digits
                 if line.strip() == first:
                     stream.seek(begins)
@@ -100,9 +108,19 @@ def _from_json(file: Path) -> Fields:
             yield where, _object(where, row)
 
 
+def _lines_of(file: Path, stream: BufferedReader | BytesIO) -> Iterator[bytes]:
+    """The lines of a file; an array of rows may be one line."""
+    number = 0
+    while line := stream.readline(LONGEST_ROW):
+        number += 1
+        if len(line) == LONGEST_ROW and not line.lstrip().startswith(b"["):
+            raise PrefixMemoryError(f"{file}, line {number}: has more than {LONGEST_ROW // 1_000_000} MB. {_TOO_LONG}")
+        yield line
+
+
 def _from_array(file: Path, content: bytes) -> Fields:
     try:
-        rows = json.loads(content.decode())
+        rows = parse_json(content.decode())
     except ValueError as error:
         line = getattr(error, "lineno", None) or content[: getattr(error, "start", 0)].count(b"\n") + 1
         raise PrefixMemoryError(
@@ -129,7 +147,7 @@ def _refuse_no_rows(file: Path, first: bytes, content: bytes) -> None:
             f"as JSON, one row per line or an array of rows. {EXPECTED}"
         )
     try:
-        whole = json.loads(content)
+        whole = parse_json(content)
     except ValueError:
         return
     raise PrefixMemoryError(
@@ -144,7 +162,7 @@ def _json_problem(error: ValueError) -> str:
 
 
 def _from_csv(file: Path) -> Fields:
-    csv.field_size_limit(2**31 - 1)  # 128 KiB by default; a long document is no mistake
+    csv.field_size_limit(LONGEST_ROW)  # 128 KiB by default; a long document is no mistake
     # What is not UTF-8 becomes surrogates and is found in its row; a decoder that refuses it has read further ahead.
     with TextIOWrapper(_open_text(file), encoding="utf-8", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
@@ -183,9 +201,12 @@ def _from_parquet(file: Path) -> Fields:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", row
-    except (ArrowException, OSError) as error:
-        first_line = str(error).splitlines()[0].rstrip(".")
-        raise PrefixMemoryError(f"{file} cannot be read as Parquet ({first_line}). Was it cut off?") from error
+    except (ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise PrefixMemoryError(
+            f"{file} cannot be read as Parquet ({first_line}). Was it cut off, or does a column hold what Python has "
+            "no values for, such as dates beyond the year 9999?"
+        ) from error
 
 
 def _from_hub(name: str, split: str, subset: str | None) -> Fields:

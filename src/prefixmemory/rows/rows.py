@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
@@ -34,6 +35,8 @@ EXPECTED = (
     '"instruction" and "output"; for preferences with "prompt", "chosen" and "rejected", or with "prompt", '
     '"completion" and a "label" that is true or false.'
 )
+#: In characters; ten long books.
+LONGEST_TEXT = 10_000_000
 #: Fields that hold an answer, where a row may have several.
 ANSWERS = ("chosen", "rejected", "completion")
 _JUDGEMENTS = {True: True, False: False, "true": True, "false": False, "True": True, "False": False}
@@ -80,9 +83,12 @@ def check_row(where: str, fields: Mapping[str, Any]) -> Row:
     kind = kind_of(fields)
     if kind is None:
         wanted = {name for names in FORMATS.values() for name in names}
-        hints = (did_you_mean(name, wanted - fields.keys()) for name in fields if name not in wanted)
+        others = islice((name for name in fields if name not in wanted), 20)
+        hints = (did_you_mean(name, wanted - fields.keys()) for name in others)
         hint = next((hint for hint in hints if hint), "")
         raise PrefixMemoryError(f"{where}: has the fields {sorted(fields)}.{hint} {EXPECTED}")
+    if any(isinstance(value, str) and len(value) > LONGEST_TEXT for value in fields.values()):
+        raise PrefixMemoryError(f"{where}: has a text of more than {LONGEST_TEXT:,} characters. Split it.")
     row = Row(fields)
     row.where = where
     for name in FORMATS[kind]:

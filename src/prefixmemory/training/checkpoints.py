@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from prefixmemory.files.json_text import parse_json
 from prefixmemory.memories.checkpoint import weights_checksum
 
 logger = logging.getLogger(__name__)
@@ -24,18 +25,31 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     in an error about a missing file; one that lost its optimizer or random state is resumed from without a word, and
     training goes on differently. Checkpoints that are passed over are named in a warning.
     """
+    for step, checkpoint in sorted(_numbered(folder).items(), reverse=True):
+        fault = what_is_wrong(checkpoint, step)
+        if fault is None:
+            return checkpoint
+        logger.warning("%s was not written to its end (%s); looking for an earlier one.", checkpoint, fault)
+    return None
+
+
+def drop_incomplete(folder: Path) -> bool:
+    """Delete the checkpoints in ``folder`` that were not written to their end; whether others are left."""
+    checkpoints = _numbered(folder)
+    faulty = [step for step, checkpoint in checkpoints.items() if what_is_wrong(checkpoint, step) is not None]
+    for step in faulty:
+        shutil.rmtree(checkpoints[step], ignore_errors=True)
+    return len(faulty) < len(checkpoints)
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    """The checkpoints in ``folder`` by their step."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    numbered = {
+    return {
         int(path.name.removeprefix(prefix)): path
         for path in folder.glob(f"{prefix}*")
         if path.is_dir() and path.name.removeprefix(prefix).isdecimal()
     }
-    for number in sorted(numbered, reverse=True):
-        fault = what_is_wrong(numbered[number], number)
-        if fault is None:
-            return numbered[number]
-        logger.warning("%s was not written to its end (%s); looking for an earlier one.", numbered[number], fault)
-    return None
 
 
 def what_is_wrong(checkpoint: Path, step: int) -> str | None:
@@ -56,12 +70,14 @@ def what_is_wrong(checkpoint: Path, step: int) -> str | None:
         if not zipfile.is_zipfile(checkpoint / name):  # the index of what torch.save writes stands at its end
             return f"{name} is cut off"
     try:
-        config = json.loads((checkpoint / CONFIG_NAME).read_bytes())
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+        config = parse_json((checkpoint / CONFIG_NAME).read_bytes())
+        state = parse_json((checkpoint / TRAINER_STATE_NAME).read_bytes())
     except FileNotFoundError:
         return f"{TRAINER_STATE_NAME} is missing"
     except ValueError:
         return f"{CONFIG_NAME} or {TRAINER_STATE_NAME} is cut off"
+    if not isinstance(config, dict) or not isinstance(state, dict):
+        return f"{CONFIG_NAME} or {TRAINER_STATE_NAME} holds no object"
     if config.get("weights_sha256") not in (None, weights_checksum(checkpoint)):
         return f"{SAFETENSORS_WEIGHTS_NAME} is not the file that was saved"
     if state.get("global_step") != step:

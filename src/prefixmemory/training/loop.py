@@ -32,6 +32,7 @@ from prefixmemory.rows.rendering import Example
 from prefixmemory.training.checkpoints import last_complete_checkpoint
 from prefixmemory.training.interrupt import Interrupted, StopOnSignal
 from prefixmemory.training.sampler import LengthGroupedTrainer
+from prefixmemory.training.saving import SaveByTime
 from prefixmemory.training.settings import TrainingSettings
 
 #: transformers 5.23 renamed the argument.
@@ -59,7 +60,8 @@ def training_arguments(
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation,
-        "lr_scheduler_type": "cosine",
+        # transformers' "constant" has no warm-up
+        "lr_scheduler_type": "constant_with_warmup" if settings.scheduler == "constant" else settings.scheduler,
         "warmup_steps": settings.warmup,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
@@ -147,6 +149,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)  # progress is shown by the caller's callbacks, or not at all
     for callback in callbacks:
         trainer.add_callback(callback)
+    if settings.save_minutes is not None:
+        trainer.add_callback(SaveByTime(60.0 * settings.save_minutes))
     if settings.patience is not None and trainer.eval_dataset is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
     with StopOnSignal() as stop, contiguous_logits_input(cast(Any, trainer.model)):

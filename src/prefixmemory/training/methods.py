@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import prefixmemory.tuner.registration
 from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
+from prefixmemory.memories.patterns import check_patterns
 
 prefixmemory.tuner.registration.register()
 
@@ -57,6 +58,7 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
     """
     values = dict(section)
     name = values.pop("name", DEFAULT)
+    check_choice("method.name", name, methods())
     if name in _NOT_HERE:
         raise PrefixMemoryError(f"method.name={name!r} cannot be trained by a recipe: it needs {_NOT_HERE[name]}.")
     kind, known = _config_class(name), method_fields(name)
@@ -71,6 +73,7 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
         raise
     except (TypeError, ValueError) as error:
         raise PrefixMemoryError(f"method: {name} refuses these values: {error}") from error
+    check_patterns(config)
     if str(getattr(config, "init_lora_weights", "")).startswith(_CHANGES_BASE):
         raise PrefixMemoryError(
             f"method.init_lora_weights={values['init_lora_weights']!r} changes the base model's weights, so that the "

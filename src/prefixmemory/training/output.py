@@ -1,26 +1,41 @@
 """The folder of a run, which is either absent or complete, whatever happens on the way.
 
 ``OUTPUT.partial`` holds the run while it is going on (settings, checkpoints); it becomes ``OUTPUT`` when the adapter
-is saved. An earlier ``OUTPUT`` stays until then.
+is saved. An earlier ``OUTPUT`` stays until then. One process at a time has them; only what runs write is ever removed.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.json_text import read_object
+from prefixmemory.files.locks import Lock
 from prefixmemory.files.records import RECORD, write_json
-from prefixmemory.training.card import CARD
+from prefixmemory.training.card import CARD, is_ours
 
-#: What a finished run's folder holds; whatever else lies there is the user's.
-OWN = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RECORD, CARD, "runs", "checkpoints"}
+#: What runs write, by its path in their folder; whatever else lies there is the user's.
+_OWN = re.compile(
+    "|".join(
+        [
+            *map(re.escape, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RECORD, CARD)),
+            r"runs/(.*/)?events\.out\.tfevents[^/]*",  # TensorBoard's
+            r"checkpoints/(README\.md|checkpoint-\d+/.*)",  # the Trainer's, and TRL's
+            r"saving/.*",
+            r"\.[^/]*\.tmp",
+        ]
+    )
+)
+#: Fields by which a record is known for ours: others have files called run.json, too.
+_FIELDS = {"base_model", "method", "config", "settings", "rows_sha256"}
 
 
 @dataclass(frozen=True)
@@ -39,15 +54,23 @@ class Output:
         """Where the earlier run stands while a new one takes its place."""
         return self.folder.with_name(f"{self.folder.name}.replaced")
 
-    def check(self, overwrite: bool, resume: bool) -> None:
-        """Refuse to lose anything.
+    @cached_property
+    def _lock(self) -> Lock:
+        return Lock(self.folder.with_name(f".{self.folder.name}.lock"))
+
+    @contextmanager
+    def held(self, overwrite: bool, resume: bool) -> Iterator[None]:
+        """Keep other processes out of the folder while a run goes on in it; may be entered again within.
 
         Raises:
-            PrefixMemoryError: the folder holds something and ``overwrite`` is not given, an interrupted run lies there
-                and neither is given, or there is nothing to resume.
+            PrefixMemoryError: another process holds it, or :meth:`check` refuses it.
         """
-        if overwrite and resume:
-            raise PrefixMemoryError("--overwrite and --resume exclude each other: start afresh, or go on.")
+        self._check_place()
+        with self._lock.held(f"{self.folder} belongs to a run that is going on"):
+            self.check(overwrite, resume)
+            yield
+
+    def _check_place(self) -> None:
         if not self.folder.name:
             raise PrefixMemoryError(f"{self.folder} names no new folder. Give a folder that does not exist yet.")
         if self.folder.is_symlink() or self.folder.is_mount():
@@ -57,26 +80,24 @@ class Output:
         for path in (self.folder, *self.folder.parents):
             if path.exists() and not path.is_dir():
                 raise PrefixMemoryError(f"{path} is a file. Give a folder that does not exist yet.")
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            if not (self.folder / RECORD).is_file():
-                raise PrefixMemoryError(
-                    f"{self.folder} holds files that are no run of prefixmemory. Give a folder that does not exist yet."
-                )
-            foreign = sorted(path.name for path in self.folder.iterdir() if path.name not in OWN)
-            if foreign:
-                raise PrefixMemoryError(
-                    f"{self.folder} holds {foreign[0]!r}, which no run wrote and which would be deleted with the "
-                    "earlier run. Move it away, or give another folder."
-                )
-            if not (overwrite or resume):
-                raise PrefixMemoryError(
-                    f"{self.folder} already holds a finished run. Give another folder, or --overwrite to replace it "
-                    "once the new run is complete."
-                )
-        for path in (self.partial, self.replaced):
-            # the Trainer makes an empty folder for checkpoints before anything is written down
-            if not (path / RECORD).is_file() and any(not found.is_dir() for found in path.rglob("*")):
-                raise PrefixMemoryError(f"{path} holds files that are no run of prefixmemory. Give another folder.")
+
+    def check(self, overwrite: bool, resume: bool) -> None:
+        """Refuse to lose anything.
+
+        Raises:
+            PrefixMemoryError: the folder holds something and ``overwrite`` is not given, an interrupted run lies there
+                and neither is given, or there is nothing to resume.
+        """
+        if overwrite and resume:
+            raise PrefixMemoryError("--overwrite and --resume exclude each other: start afresh, or go on.")
+        self._check_place()
+        for path in (self.folder, self.partial, self.replaced):
+            _check_own(path)
+        if _files(self.folder) and not (overwrite or resume):
+            raise PrefixMemoryError(
+                f"{self.folder} already holds a finished run. Give another folder, or --overwrite to replace it once "
+                "the new run is complete."
+            )
         if resume and not (self.partial / RECORD).is_file():
             raise PrefixMemoryError(f"There is no interrupted run at {self.partial}. Leave --resume out to start one.")
         if (self.partial / RECORD).exists() and not (resume or overwrite):
@@ -92,8 +113,8 @@ class Output:
             PrefixMemoryError: resuming with other settings than the interrupted run's.
         """
         if not resume:
-            if overwrite and self.partial.exists():
-                shutil.rmtree(self.partial)
+            if overwrite:
+                remove_run(self.partial)
             try:
                 self.partial.mkdir(parents=True, exist_ok=True)
                 (self.partial / RECORD).open("x").close()  # of two runs that begin at once, one gets it
@@ -107,10 +128,9 @@ class Output:
                 ) from error
             write_json(self.partial / RECORD, plan)
             return
-        written = (self.partial / RECORD).read_bytes()
-        if not written:  # the machine died between making the file and writing it
+        if not (self.partial / RECORD).stat().st_size:  # the machine died between making the file and writing it
             raise PrefixMemoryError(f"The run at {self.partial} was stopped before it began. Use --overwrite.")
-        before = json.loads(written)
+        before = read_object(self.partial / RECORD, "Start afresh with --overwrite.")
         for field, value in plan.items():
             if before.get(field) != value:
                 raise PrefixMemoryError(
@@ -121,8 +141,7 @@ class Output:
     def finish(self) -> None:
         """Put the complete run in its place."""
         if self.folder.exists():
-            if self.replaced.exists():  # left by a process that was killed between the two renames below
-                shutil.rmtree(self.replaced)
+            remove_run(self.replaced)  # left by a process that was killed between the two renames below
             self.folder.replace(self.replaced)
         try:
             self.partial.replace(self.folder)
@@ -131,9 +150,61 @@ class Output:
                 self.replaced.replace(self.folder)
             raise
         # last, so that a run that was stopped on the way here can be resumed
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        shutil.rmtree(self.replaced, ignore_errors=True)
+        remove_run(self.folder, within="checkpoints/")
+        remove_run(self.replaced)
 
     def interrupted_message(self, command: str) -> str:
         """What to tell a user whose run was stopped, and who can give ``command`` again."""
         return f"Stopped. The checkpoint is kept in {self.partial}. To go on: {command} --resume"
+
+
+def remove_run(folder: Path, within: str = "") -> None:
+    """Delete what a run wrote into ``folder``, and folders that are empty then; what else lies there stays.
+
+    Args:
+        folder: of a run; need not exist.
+        within: begin of the paths in it that are meant, such as ``checkpoints/``.
+    """
+    for path in _files(folder):
+        if path.relative_to(folder).as_posix().startswith(within) and _is_own(folder, path):
+            path.unlink()
+    inner = sorted((path for path in (folder / within).rglob("*") if path.is_dir()), reverse=True)
+    for path in (*inner, folder / within):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse a folder that holds what no run wrote, or was edited since."""
+    found = _files(folder)
+    record = folder / RECORD
+    just_begun = folder.suffix == ".partial" and record.is_file() and not record.stat().st_size
+    if found and not just_begun and not _is_record(record):
+        raise PrefixMemoryError(
+            f"{folder} holds files that are no run of prefixmemory. Give a folder that does not exist yet."
+        )
+    for path in found:
+        if not _is_own(folder, path):
+            what = "was edited" if path.name == CARD else "no run wrote"
+            raise PrefixMemoryError(
+                f"{folder} holds {str(path.relative_to(folder))!r}, which {what} and which would be deleted with the "
+                "run that lies there. Move it away, or give another folder."
+            )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def _is_own(folder: Path, path: Path) -> bool:
+    """Whether a run wrote the file ``path`` in its ``folder``, and nobody edited it who is likely to."""
+    name = path.relative_to(folder).as_posix()
+    edited = name == CARD and not is_ours(path.read_text(encoding="utf-8", errors="replace"))
+    return _OWN.fullmatch(name) is not None and not path.is_symlink() and not edited
+
+
+def _is_record(file: Path) -> bool:
+    try:
+        return read_object(file, "").keys() >= _FIELDS
+    except (OSError, PrefixMemoryError):
+        return False

@@ -90,12 +90,13 @@ def plan_of(recipe: Recipe) -> Plan:
     name, file = location(base_model)
     try:
         config: Any = AutoConfig.from_pretrained(name, **file)
-    except (OSError, ValueError, KeyError) as error:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=recipe.attention)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise explain(base_model, error) from error
     job.check_context(config)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=recipe.attention)
         adapted = attach(model, job.config)
     trained = {n: p.numel() for n, p in adapted.named_parameters() if p.requires_grad}
     fixed = {n: p for n, p in adapted.named_parameters() if not p.requires_grad}

@@ -7,6 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +20,14 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.full_disk import is_disk_full
 from prefixmemory.files.records import RECORD, provenance, write_json
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.models.quantization import check_quantization
-from prefixmemory.progress import say_loading, show_progress
+from prefixmemory.progress import say, say_loading, show_progress
 from prefixmemory.training.card import write_model_card
+from prefixmemory.training.checkpoints import drop_incomplete
 from prefixmemory.training.job import TrainingJob, job_of, rows_of
 from prefixmemory.training.loop import (
     check_trackers,
@@ -35,7 +39,7 @@ from prefixmemory.training.loop import (
     training_arguments,
 )
 from prefixmemory.training.methods import attach
-from prefixmemory.training.output import Output
+from prefixmemory.training.output import Output, remove_run
 from prefixmemory.training.preferences import check_trl, preference_trainer
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.record import RunRecord, plan_of_run
@@ -78,16 +82,21 @@ def run_training(
         Interrupted: ctrl-C or SIGTERM; ``output.partial`` holds what is needed to resume.
         PrefixMemoryError: bad input; no file was written, changed or deleted.
     """
+    with output.held(overwrite, resume) if first_process() else nullcontext():
+        return _run(model, job, output, resume, overwrite, console)
+
+
+def _run(
+    model: PreTrainedModel, job: TrainingJob, output: Output, resume: bool, overwrite: bool, console: Console | None
+) -> RunRecord:
     writes, settings = first_process(), job.settings
-    if writes:
-        output.check(overwrite, resume)
     # what does not fit is refused before anything is written
     job.check_context(model.config)
     plan = plan_of_run(job, model)
     if resume:
         last_checkpoint(output.partial / "checkpoints")
     if console is not None and writes and job.cut_message:
-        console.print(job.cut_message, markup=False, highlight=False, soft_wrap=True)
+        say(console, job.cut_message)
     use_cache = getattr(model.config, "use_cache", None)
     arguments = training_arguments(settings, output.partial / "checkpoints", bool(job.validation), job.report_to)
     torch.manual_seed(settings.seed)
@@ -122,11 +131,26 @@ def run_training(
             write_json(output.partial / RECORD, record)
             write_model_card(output.partial, record)
             output.finish()
+    except Exception as error:
+        if writes and is_disk_full(error):
+            raise _disk_full(output) from error
+        raise
     finally:
         model.config.use_cache = use_cache  # the Trainer switches it off and leaves it so
         if isinstance(getattr(adapted, "base_model", None), BaseTuner):
             adapted.unload()
     return record
+
+
+def _disk_full(output: Output) -> PrefixMemoryError:
+    """What to say, once what was being written is gone."""
+    shutil.rmtree(output.partial / "saving", ignore_errors=True)
+    if drop_incomplete(output.partial / "checkpoints"):
+        then = f"The last complete checkpoint is kept in {output.partial}: free some space, and go on with --resume"
+    else:
+        remove_run(output.partial)
+        then = "There was no checkpoint yet: free some space, and start again"
+    return PrefixMemoryError(f"The disk of {output.folder} is full. Earlier runs are as they were. {then}.")
 
 
 def check_installed(recipe: Recipe) -> None:
@@ -141,9 +165,12 @@ def check_installed(recipe: Recipe) -> None:
 def run_recipe(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> RunRecord:
     """Load what a recipe names, and train; see :func:`run_training`."""
     output = Output(Path(recipe.output))
-    if first_process():  # what can be refused without the model is refused before it is loaded
-        output.check(overwrite, resume)
-    check_installed(recipe)
+    with output.held(overwrite, resume) if first_process() else nullcontext():
+        return _run_recipe(recipe, output, resume, overwrite, console)
+
+
+def _run_recipe(recipe: Recipe, output: Output, resume: bool, overwrite: bool, console: Console) -> RunRecord:
+    check_installed(recipe)  # what can be refused without the model is refused before it is loaded
     rows = rows_of(recipe)
     name = full_name(recipe.model)
     if first_process():

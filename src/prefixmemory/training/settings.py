@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from prefixmemory.errors import PrefixMemoryError, check_choice
 
 Objective = Literal["sft", "dpo", "kto", "simpo"]
+Scheduler = Literal["cosine", "linear", "constant"]
 Precision = Literal["none", "bf16", "fp16"]
 
 
@@ -18,12 +19,13 @@ class TrainingSettings:
     Args:
         objective: ``sft`` (likelihood of completions), ``dpo`` or ``simpo`` (preference pairs), or ``kto`` (answers
             marked good or bad); all but the first run in TRL.
-        learning_rate: peak of a cosine schedule. The default is that of the default memory, of rank 8 and with a limit
+        learning_rate: peak of the schedule. The default is that of the default memory, of rank 8 and with a limit
             (``docs/LOG.md``). The paper's form (``rank=None, normalize="none", answer_limit=None``) wants 3e-4 and a
             warm-up of 0.1; other methods have rates of their own, LoRA about 1e-3.
         epochs: passes over the data.
         batch_size: rows per step, on each device.
         gradient_accumulation: steps whose gradients make one optimizer step.
+        scheduler: how the learning rate falls after its rise: ``cosine``, ``linear``, or ``constant`` (not at all).
         warmup: fraction of all steps in which the learning rate rises.
         weight_decay: of AdamW.
         max_grad_norm: length to which gradients are clipped.
@@ -31,6 +33,7 @@ class TrainingSettings:
         mixed_precision: autocast of the forward pass; the memory itself stays in fp32.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         save_steps: optimizer steps between checkpoints, and between evaluations where there is validation data.
+        save_minutes: minutes after which there is a checkpoint whatever the steps; ``None``: by step only.
         keep_best: leave the adapter of the checkpoint with the lowest validation loss, not the last one.
         patience: stop after this many evaluations without a lower validation loss; implies ``keep_best``.
         beta: strength of the tie to the base model in ``dpo`` and ``kto``, by default 0.1; in ``simpo``, which knows
@@ -45,6 +48,7 @@ class TrainingSettings:
     epochs: int | float = 3
     batch_size: int = 8
     gradient_accumulation: int = 1
+    scheduler: Scheduler = "cosine"
     warmup: float = 0.3
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -52,6 +56,7 @@ class TrainingSettings:
     mixed_precision: Precision = "none"
     gradient_checkpointing: bool = False
     save_steps: int = 100
+    save_minutes: int | float | None = 2
     keep_best: bool = False
     patience: int | None = None
     beta: float | None = None
@@ -60,12 +65,15 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, get_args(Objective))
+        check_choice("scheduler", self.scheduler, get_args(Scheduler))
         check_choice("mixed_precision", self.mixed_precision, get_args(Precision))
         if self.simpo_gamma is not None and self.objective != "simpo":
             raise PrefixMemoryError(f"simpo_gamma={self.simpo_gamma} needs objective='simpo'. Leave it out.")
         above_zero = ["learning_rate", "epochs", "batch_size", "gradient_accumulation", "max_grad_norm", "max_length",
                       "save_steps"]  # fmt: skip
-        for name in above_zero + [name for name in ("patience", "beta") if getattr(self, name) is not None]:
+        for name in above_zero + [
+            name for name in ("patience", "beta", "save_minutes") if getattr(self, name) is not None
+        ]:
             if not 0 < getattr(self, name) < float("inf"):
                 raise PrefixMemoryError(f"{name}={getattr(self, name)} is out of range: give a number above 0.")
         if self.objective == "kto" and self.batch_size < 2:
