@@ -82,15 +82,22 @@ def main(arguments: list[str] | None = None) -> int:
     """0 if every environment asked for was run and passed."""
     commit = provenance()["commit"] or "no-commit"
     parser = argparse.ArgumentParser(prog="python -m experiments.processors", description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="pytest processes of an environment")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pytest processes of an environment, of two threads half as many",
+    )
     parser.add_argument("--only", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS), metavar="NAME",
                         help=f"these environments: {', '.join(ENVIRONMENTS)}")  # fmt: skip
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "processors" / commit, help="folder of the logs")
     parser.add_argument("tests", nargs="*", help="these tests, not the whole suite")
     asked = parser.parse_args(arguments)
     asked.output.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "--numprocesses", str(asked.jobs), *asked.tests]
     for name in asked.only:
+        processes = max(1, asked.jobs // ENVIRONMENTS[name][0])  # threads that wait for a core wait by turning round
+        command = [sys.executable, "-m", "pytest", "-q", "--numprocesses", str(processes), *asked.tests]
         if not (asked.output / f"{name}.log").exists():
             print(f"{name}: running", file=sys.stderr, flush=True)
             run(name, asked.output, command)
