@@ -40,7 +40,9 @@ def check_same_config(present: PrefixMemoryConfig, new: PrefixMemoryConfig, adap
             ours, theirs = sorted(set(ours or ())), sorted(set(theirs or ()))
         if ours != theirs:
             raise PrefixMemoryError(f"{cannot}: {name} is {theirs!r} there and {ours!r} here. {instead}")
-    if present.awaits_weights:  # PeftModel.from_pretrained, which checked the base model, perhaps against no fingerprint
+    if (
+        present.awaits_weights
+    ):  # PeftModel.from_pretrained, which checked the base model, perhaps against no fingerprint
         return
     here, there = present.base_model_fingerprint, new.base_model_fingerprint
     if here is not None and there is not None and not same_base_model(there, here):
