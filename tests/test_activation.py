@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, activation
@@ -202,6 +202,14 @@ def test_sequences_that_several_are_made_of_keep_their_place():
         found = logits(model, ids[:, 13:].repeat_interleave(2, dim=0), past_key_values=cache, use_cache=True)
     expected = logits(model, ids)[:, 13:].repeat_interleave(2, dim=0)
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_a_cache_that_was_emptied_begins_anew():
+    model, cache = invoked(), StaticCache(config=tiny.CONFIGS["llama_gqa"], max_cache_len=32)
+    for ids in (text(0), text(9, seed=4)):
+        found = logits(model, ids, past_key_values=cache, use_cache=True)
+        torch.testing.assert_close(found, logits(model, ids), atol=TOLERANCE, rtol=0)
+        cache.reset()
 
 
 def test_padding_on_either_side_changes_nothing():

@@ -191,6 +191,8 @@ class Listener:
     ) -> ActiveTokens | None:
         """The tokens from ``invocation`` on; writes down where rows begin."""
         past, before = _past(batch), (getattr(batch.get("past_key_values"), OF_CACHE, None) or {}).get(invocation)
+        if isinstance(past, int) and past == 0:
+            before = None  # a cache that was emptied
         if before is not None and not torch.compiler.is_compiling() and before.latest <= past:
             this.places[invocation] = before  # all rows speak already
             return None
@@ -282,9 +284,10 @@ def _carry_into_checkpoints(model: nn.Module) -> None:
 
 
 def _past(batch: Mapping[str, Any]) -> Any:
-    """Number of tokens that the cache of a call holds; a tensor where a static cache counts in one."""
+    """Number of tokens that the cache of a call holds; while compiling, a tensor where a static cache counts in one."""
     cache = batch.get("past_key_values")
-    return 0 if cache is None else cache.get_seq_length()
+    length = 0 if cache is None else cache.get_seq_length()
+    return length if torch.compiler.is_compiling() else int(length)
 
 
 def _tokens(module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, tuple[int, int], torch.device]:

@@ -215,22 +215,15 @@ class PrefixMemoryModel(BaseTuner):
         if (rows := row_adapters()) is not None:
             self._check_rows(rows, args, kwargs)
             rows.beams = self._rows_per_prompt(kwargs)
+        model, layers = cast(Any, self.model), memory_layers(self.model)
+        given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        prompt = next((value for value in given if value is not None), None)
         with ExitStack() as stack:
             if active is not None:
                 stack.enter_context(activation(active))
-            prompt = next(
-                (value for value in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if value is not None),
-                None,
-            )
-            layers = memory_layers(self.model)
-            if (
-                layers
-                and isinstance(prompt, Tensor)
-                and not prompt.is_floating_point()
-                and not self.model.config.is_encoder_decoder
-            ):
+            elif layers and not model.config.is_encoder_decoder and isinstance(prompt, Tensor) and prompt.ndim == 2:
                 stack.enter_context(generating(layers[0].listener, prompt))
-            return cast(Any, self.model).generate(*args, **kwargs)
+            return model.generate(*args, **kwargs)
 
     def _check_rows(self, rows: RowAdapters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a batch that has another number of rows than there are names."""
