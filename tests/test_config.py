@@ -223,11 +223,13 @@ FULL: dict[str, Any] = dict(
     layers_to_transform=[0, 2], layers_pattern="layers", modules_to_save=["lm_head"],
     base_model_fingerprint=[0.5, -0.25], base_model_name_or_path="somewhere", revision="main", inference_mode=True,
     mixing="layer", mix=0.25, active_from="question", invocation_tokens=[3, 5], strict_invocation=True,
+    rank_pattern={"layers.0.self_attn": 2},
+    scale_pattern={"layers.0.self_attn": 2.0}, trainable_token_indices=[3, 4],
 )  # fmt: skip
 #: Those that exclude some of them, or each other.
 KERNEL: dict[str, Any] = dict(prefix_length=3, normalizer=True, reparameterize=4)
 INSIDE: dict[str, Any] = dict(placement="inside", prefix_length=3, similarity="softmax")
-LIMITED: dict[str, Any] = dict(answer_limit=0.37)
+LIMITED: dict[str, Any] = dict(answer_limit=0.37, answer_limit_pattern={"layers.0.self_attn": None})
 OWN_MEMORY = {"memory", "memory_options"}  # need a registered one: test_own_memory.py
 WRITTEN_BY_US = {
     "weights_sha256",

@@ -24,9 +24,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     ("field", "value", "instead"),
     [
         ("layer_replication", [[0, 2], [1, 2]], "Build the model with its layers repeated"),
-        ("rank_pattern", {"layers.0": 4}, "one adapter for each rank"),
-        ("alpha_pattern", {"layers.0": 4}, "one adapter for each scale"),
-        ("trainable_token_indices", [1, 2], r"modules_to_save=\['embed_tokens'\]"),
+        ("alpha_pattern", {"layers.0": 4}, "Give scale_pattern"),
         ("ensure_weight_tying", True, "Leave tied modules out"),
     ],
 )

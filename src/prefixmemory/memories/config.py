@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import peft
 from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 
 import prefixmemory.memories.matrix  # the built-in memories register themselves
 import prefixmemory.memories.prefix  # noqa: F401
@@ -35,14 +37,12 @@ from prefixmemory.memories.registry import AUTO, MEMORY_FIELDS, MemoryKind, memo
 NOT_HERE = {
     "layer_replication": "a memory hangs in layers that are there. Build the model with its layers repeated, then add "
     "the memory",
-    "rank_pattern": "all layers of an adapter have the same rank. Add one adapter for each rank, with its "
-    "layers_to_transform, and activate them together",
-    "alpha_pattern": "all layers of an adapter have the same scale. Add one adapter for each scale, with its "
-    "layers_to_transform, and activate them together",
-    "trainable_token_indices": "a memory changes no embeddings. Train them in full with "
-    "modules_to_save=['embed_tokens']",
+    "alpha_pattern": "a memory has no alpha. Give scale_pattern, the factor itself for each layer",
     "ensure_weight_tying": "modules_to_save makes copies, which are not tied. Leave tied modules out of it",
 }
+
+#: Fields that may have another value in some attention modules.
+PATTERNS = ("rank", "scale", "answer_limit")
 
 Query = Literal["content", "rotary"]
 Auto = Literal["auto"]
@@ -114,7 +114,11 @@ class PrefixMemoryConfig(PeftConfig):
         exclude_modules: names of attention modules to leave alone.
         layers_to_transform: layer index or indices to adapt; others are left alone.
         layers_pattern: name of the list that holds the layers, when it is not found by itself.
+        rank_pattern, scale_pattern, answer_limit_pattern: another ``rank``, ``scale`` or ``answer_limit`` for some
+            attention modules, by the end of their names or a regular expression for it, as PEFT's ``rank_pattern``:
+            ``{"layers.0.self_attn": 16}``. The first that fits counts; one that fits none is refused.
         modules_to_save: further modules to train and save in full, as in PEFT.
+        trainable_token_indices: ids of tokens whose input embeddings learn too, as in PEFT.
         base_model_fingerprint: written by ``get_peft_model``: a sample of the base model's input embeddings, by
             which loading refuses another base model. Set it to ``None`` to load onto another model on purpose.
         resized_vocabulary: written when saving: number of rows of the embeddings, where PEFT saved them since they had
@@ -148,7 +152,11 @@ class PrefixMemoryConfig(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int | None] | None = None
+    scale_pattern: dict[str, float] | None = None
+    answer_limit_pattern: dict[str, float | None] | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     base_model_fingerprint: list[float | None] | None = field(default=None, repr=False)
     weights_sha256: str | None = field(default=None, repr=False)
     resized_vocabulary: int | None = field(default=None, repr=False)
@@ -266,6 +274,12 @@ class PrefixMemoryConfig(PeftConfig):
             if isinstance(value, list):
                 setattr(self, name, set(value))
         check_patterns(self)
+        for name in (f"{name}_pattern" for name in PATTERNS):
+            if not isinstance(getattr(self, name) or {}, dict):
+                raise PrefixMemoryError(
+                    f"{name}={getattr(self, name)!r} is no mapping: give values by names of modules, such as "
+                    f"{name}={{'layers.0.self_attn': ...}}."
+                )
         self.layers_pattern = self.layers_pattern or None  # an empty one means none, as in PEFT
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise PrefixMemoryError(
@@ -291,6 +305,29 @@ class PrefixMemoryConfig(PeftConfig):
             raise PrefixMemoryError(
                 f"answer_limit={self.answer_limit!r} needs mixing='none': where λ mixes, λ sets the memory's share."
             )
+
+    def of_module(self, name: str) -> PrefixMemoryConfig:
+        """The config of one attention module: this one, but for what a pattern says of its name.
+
+        Raises:
+            PrefixMemoryError: a pattern gives a value that the field refuses.
+        """
+        chosen: dict[str, Any] = {}
+        for field_name in PATTERNS:
+            pattern = getattr(self, f"{field_name}_pattern") or {}
+            key = get_pattern_key(list(pattern), name)
+            if key in pattern:
+                chosen[field_name] = pattern[key]
+        return replace(self, **chosen) if chosen else self
+
+    def unused_pattern(self, names: Iterable[str]) -> str | None:
+        """The first of the patterns that fits none of the modules ``names``."""
+        found = list(names)
+        for field_name in PATTERNS:
+            for key in getattr(self, f"{field_name}_pattern") or ():
+                if not any(get_pattern_key([key], name) == key for name in found):
+                    return f"{field_name}_pattern={{{key!r}: ...}}"
+        return None
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json``, with the checksum of the weights file that lies beside it.

@@ -126,7 +126,8 @@ class PrefixMemoryModel(BaseTuner):
         share = head_share(self.model, current_key, site) if layer is None else layer.share
         place = self._place(site, adapter_name, layer)
         try:  # before anything is attached: the memory may be refused, and takes the half-made adapter with it
-            memory = peft_config.kind.build(peft_config, place)
+            own = peft_config.of_module(current_key)
+            memory = own.kind.build(own, place)
             if not peft_config.kind.says("is_builtin"):
                 others = (parameter for other in memory_layers(self.model) for parameter in other.parameters())
                 check_start(peft_config.kind, memory, place, others)
@@ -142,7 +143,7 @@ class PrefixMemoryModel(BaseTuner):
         if layer is None:
             layer = PrefixMemoryLayer(site, share)
             layer.in_encoder = encodes
-        layer.update_layer(adapter_name, memory, peft_config, place)
+        layer.update_layer(adapter_name, memory, own, place)
 
     def _place(self, site: AttentionSite, adapter_name: str, layer: PrefixMemoryLayer | None) -> MemorySite:
         """What the class of a memory is told of ``site``."""

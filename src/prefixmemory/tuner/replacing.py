@@ -23,7 +23,10 @@ from prefixmemory.tuner.layer import memory_layers
 from prefixmemory.tuner.model import PrefixMemoryModel
 
 #: What would change the answers of the same weights.
-FIELDS = ("modules_to_save", "mixing", "mix", *weighted_adapter.FIELDS, "rank", "scale")
+FIELDS = (
+    "rank_pattern", "scale_pattern", "answer_limit_pattern", "trainable_token_indices",
+    "modules_to_save", "mixing", "mix", *weighted_adapter.FIELDS, "rank", "scale",
+)  # fmt: skip
 
 
 def check_same_config(present: PrefixMemoryConfig, new: PrefixMemoryConfig, adapter_name: str) -> None:

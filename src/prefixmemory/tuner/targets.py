@@ -21,7 +21,7 @@ class NoAttentionMatchedError(PrefixMemoryError, NoMatchingPeftModuleError):
 
 
 def check_targets(config: PrefixMemoryConfig, sites: dict[str, AttentionSite], model: nn.Module) -> None:
-    """Refuse targets that match no module, or one that is no softmax attention.
+    """Refuse targets that match no module, or one that is no softmax attention, and patterns that fit no target.
 
     Raises:
         PrefixMemoryError: names what matched, and the attention modules that there are.
@@ -53,6 +53,12 @@ def check_targets(config: PrefixMemoryConfig, sites: dict[str, AttentionSite], m
             f"target_modules={_shown(config.target_modules)}{''.join(f', {n}' for n in narrowed)} matches no attention "
             f"module of {type(model).__name__}.{did_you_mean(wanted, available)} Its {len(sites)} attention modules "
             f"are called {available}, from {next(iter(sites))!r} on; leave target_modules out for all of them."
+        )
+
+    if (unused := config.unused_pattern(matched)) is not None:
+        raise PrefixMemoryError(
+            f"{unused} fits no attention module that gets a memory; the first is called {matched[0]!r}. Give the end "
+            "of such a name, or a regular expression for it."
         )
 
 

@@ -45,6 +45,17 @@ def check(adapters: list[str], configs: list[PrefixMemoryConfig], layers: list[l
                 f"Adapter {name!r} cannot be summed: with mixing={config.mixing!r} its output replaces a part of the "
                 "head's own output. Sum memories with mixing='none'."
             )
+        for name_of_field in ("rank_pattern", "scale_pattern", "answer_limit_pattern"):
+            if getattr(config, name_of_field):
+                raise PrefixMemoryError(
+                    f"Adapter {name!r} cannot be summed: it has a {name_of_field}, and a sum has one value for all "
+                    "layers. Activate several with base_model.set_adapter([...]) instead."
+                )
+        if config.trainable_token_indices:
+            raise PrefixMemoryError(
+                f"Adapter {name!r} cannot be summed: it has trainable_token_indices, embeddings that have no sum. "
+                "Train it without them."
+            )
         if config.modules_to_save:
             raise PrefixMemoryError(
                 f"Adapter {name!r} cannot be summed: it has modules_to_save={config.modules_to_save!r}, full "
