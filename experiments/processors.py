@@ -10,6 +10,7 @@ and an environment whose log is finished is not run again: delete a log to repea
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     asked.output.mkdir(parents=True, exist_ok=True)
     for name in asked.only:
-        processes = max(1, asked.jobs // ENVIRONMENTS[name][0])  # threads that wait for a core wait by turning round
+        processes = math.ceil(asked.jobs / ENVIRONMENTS[name][0])  # threads that wait for a core turn round on another
         command = [sys.executable, "-m", "pytest", "-q", "--numprocesses", str(processes), *asked.tests]
         if not (asked.output / f"{name}.log").exists():
             print(f"{name}: running", file=sys.stderr, flush=True)

@@ -590,6 +590,9 @@ def test_a_name_that_is_no_name_of_a_file_is_refused_where_it_is_read(tmp_path, 
     with pytest.raises(PrefixMemoryError) as refused:
         load_suite(suite)
     said = str(refused.value)
+    if "\0" in name:  # no text of a YAML file, whatever it is for
+        assert said.startswith(f"{suite}, line") and "a NUL character" in said and said.count("\n") == 0
+        return
     assert "cannot be the name of a file" in said and said.count("\n") == 0 and len(said) < 500
     assert said.startswith(f"{suite}, line" if what == "suite" else "name, which the suite changes")
     assert sorted(tmp_path.rglob("*")) == before

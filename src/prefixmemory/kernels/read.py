@@ -45,21 +45,22 @@ def memory_output(
     """
     groups, size = factors[0].shape[:2]
     features = feature_map(query.unflatten(-2, (groups, -1)))
-    tokens, repeat = query.shape[:-2].numel(), query.shape[-2] // groups
+    by_token = features.flatten(end_dim=-4)  # [tokens, groups, repeat, features]
+    tokens, _, repeat, _ = by_token.shape
     if tokens == 1:  # as in decoding, where each operation costs more than its arithmetic
-        rows = features.reshape(groups, repeat, size)
+        rows = by_token[0]
         if mean is not None:
             rows = rows - mean.to(rows.dtype).unsqueeze(1)
         return _product(rows, factors).reshape(*query.shape[:-1], -1)
-    by_group = features.reshape(tokens, groups, repeat, size).transpose(0, 1)
+    by_group = by_token.transpose(0, 1)
     rows = by_group[:, :, 0] if repeat == 1 else by_group.reshape(groups, -1, size)  # one is a view
     if mean is None:
         output = _product(rows, factors)
     else:
         constant = torch.bmm(mean.to(rows.dtype).unsqueeze(1), factors[0])
         output = _product(torch.baddbmm(constant, rows, factors[0], beta=-1), factors[1:])
-    by_token: Tensor = output.unflatten(1, (tokens, repeat)).transpose(0, 1)
-    return by_token.reshape(*query.shape[:-1], output.shape[-1])
+    answer: Tensor = output.unflatten(1, (tokens, repeat)).transpose(0, 1)
+    return answer.reshape(*query.shape[:-1], output.shape[-1])
 
 
 def _product(rows: Tensor, factors: Sequence[Tensor]) -> Tensor:
