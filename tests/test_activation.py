@@ -193,6 +193,23 @@ def test_generate_reads_on_from_the_prompts_invocation(how):
     assert not torch.equal(found, everywhere), "the place changes nothing: the test could not fail"
 
 
+def test_a_prompt_may_be_given_without_what_its_cache_holds():
+    model, ids = strong(invoked(answer_limit=4.0)), text(9)
+    with torch.no_grad(), model.disable_adapter():
+        cache = model(input_ids=ids[:, :6], use_cache=True).past_key_values
+    made = [
+        model.generate(
+            input_ids=given, attention_mask=torch.ones_like(ids), past_key_values=copy.deepcopy(cache),
+            max_new_tokens=6, do_sample=False,
+        )[0, -6:]
+        for given in (ids, ids[:, 6:])
+    ]  # fmt: skip
+    assert torch.equal(*made)
+    with model.disable_adapter():
+        base = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, -6:]
+    assert not torch.equal(made[0], base)
+
+
 def test_sequences_that_several_are_made_of_keep_their_place():
     """Rows of the cache are repeated, as sampling several answers to one prompt does."""
     model, ids = invoked(), torch.cat([text(9), text(3, seed=4)])

@@ -203,7 +203,9 @@ class Listener:
                 "Say from where with active=, a mask [rows, tokens] or the number of each row's first active token."
             )
         prompt = thread.prompt[1] if thread.prompt is not None and thread.prompt[0] is self else None
-        if prompt is not None and before is None and isinstance(past, int):
+        if not isinstance(past, int) or (prompt is not None and past + shape[1] > prompt.shape[1]):
+            prompt = None  # it was given as what follows the cache alone
+        if prompt is not None and before is None:
             mask, this.places[invocation] = of_prompt(prompt, shape, past, invocation)
         elif ids is not None and isinstance(past, int) and past == 0:
             mask, first = speaking(ids, invocation, text_numbers(ids, batch))
