@@ -14,6 +14,8 @@ FIELDS = ("target_modules", "exclude_modules", "layers_pattern")
 #: Fields whose keys are.
 KEYED = ("rank_pattern", "alpha_pattern", "scale_pattern", "answer_limit_pattern")
 LONGEST = 2000
+#: How deep Python follows them into each other depends on what else the process has imported.
+MOST_GROUPS = 100
 #: Each quantifier without an end multiplies the steps by the length of a name.
 MOST_UNBOUNDED = 6
 
@@ -39,6 +41,8 @@ def check_patterns(config: object) -> None:
 def _problem(pattern: str) -> str | None:
     if len(pattern) > LONGEST:
         return f"is longer than {LONGEST:,} characters"
+    if (groups := pattern.count("(")) > MOST_GROUPS:
+        return f"has {groups} groups; {MOST_GROUPS} may be"
     try:
         re.compile(pattern)
         unbounded = _unbounded(parser.parse(pattern), inside=False)
@@ -59,7 +63,8 @@ def _unbounded(part: Any, inside: bool) -> int:
     """How many quantifiers without an end ``part`` has; ``inside``: it is repeated itself."""
     if isinstance(part, parser.SubPattern):
         return sum(_unbounded(one, inside) for one in part)
-    if isinstance(part, tuple) and part and part[0] in (ops.MAX_REPEAT, ops.MIN_REPEAT, ops.POSSESSIVE_REPEAT):
+    is_step = isinstance(part, tuple) and part and isinstance(part[0], type(ops.MAX_REPEAT))  # not a group's number
+    if is_step and part[0] in (ops.MAX_REPEAT, ops.MIN_REPEAT, ops.POSSESSIVE_REPEAT):
         least, most, repeated = part[1]
         if inside and most != least:
             raise _NestedError
