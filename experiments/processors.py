@@ -10,7 +10,6 @@ and an environment whose log is finished is not run again: delete a log to repea
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import subprocess
@@ -41,7 +40,9 @@ def variables(name: str, inherited: Mapping[str, str]) -> dict[str, str]:
     """The environment of the process that runs the suite as ``name``."""
     threads, chosen = ENVIRONMENTS[name]
     kept = {key: value for key, value in inherited.items() if key not in CHOICES}
-    return {**kept, **chosen, "OMP_NUM_THREADS": str(threads), "PREFIXMEMORY_TEST_THREADS": str(threads)}
+    # threads that turn round while they wait would take the cores from the other processes
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if threads > 1 else {}
+    return {**kept, **chosen, **waiting, "OMP_NUM_THREADS": str(threads), "PREFIXMEMORY_TEST_THREADS": str(threads)}
 
 
 def run(name: str, folder: Path, command: list[str]) -> bool:
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=int,
         default=1,
         metavar="N",
-        help="pytest processes of an environment, of two threads half as many",
+        help="pytest processes of an environment",
     )
     parser.add_argument("--only", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS), metavar="NAME",
                         help=f"these environments: {', '.join(ENVIRONMENTS)}")  # fmt: skip
@@ -97,8 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     asked.output.mkdir(parents=True, exist_ok=True)
     for name in asked.only:
-        processes = math.ceil(asked.jobs / ENVIRONMENTS[name][0])  # threads that wait for a core turn round on another
-        command = [sys.executable, "-m", "pytest", "-q", "--numprocesses", str(processes), *asked.tests]
+        command = [sys.executable, "-m", "pytest", "-q", "--numprocesses", str(asked.jobs), *asked.tests]
         if not (asked.output / f"{name}.log").exists():
             print(f"{name}: running", file=sys.stderr, flush=True)
             run(name, asked.output, command)
