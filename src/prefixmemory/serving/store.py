@@ -1,0 +1,188 @@
+"""Saved memories under the hash of their contents, copied, so that what a request was given cannot change under it.
+
+A server is told of adapters by name and path, but weights may be replaced under both at any moment. Whoever first asks
+for what lies at a path has it copied, checked, and numbered by its contents; from there on everything goes by that
+number: slots, caches of keys and values, requests in flight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from prefixmemory.errors import PrefixMemoryError, check_number
+from prefixmemory.files.json_text import read_object
+from prefixmemory.memories.peft_type import PREFIX_MEMORY
+from prefixmemory.serving.served import read_config
+
+#: Numbers are positive 32-bit integers, and those below are left to other adapters, which are counted from 1 on.
+_FIRST, _LAST = 1 << 20, (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class Held:
+    """One memory of the store.
+
+    Attributes:
+        content: hash of its weights and config.
+        number: made of it; no other memory of the store has it.
+        folder: the copy.
+        invocation: the tokens from whose last occurrence on it speaks; ``None``: from the first token on.
+        strict: whether a prompt without them is refused.
+    """
+
+    content: str
+    number: int
+    folder: Path
+    invocation: tuple[int, ...] | None
+    strict: bool
+
+    def first_active(self, prompt: list[int]) -> int:
+        """The number of the first token of a sequence that begins with ``prompt`` on which the memory speaks; one that
+        is never reached, if the invocation is missing.
+
+        Raises:
+            PrefixMemoryError: it is missing, and the memory is strict.
+        """
+        if self.invocation is None:
+            return 0
+        place = last_occurrence(prompt, self.invocation)
+        if place is not None:
+            return place
+        if self.strict:
+            raise PrefixMemoryError(
+                f"The invocation tokens {list(self.invocation)} are missing in the prompt, and the memory has "
+                "strict_invocation set. Write the prompt with the chat template that it was trained with."
+            )
+        return NEVER
+
+
+#: Number of a token that no sequence reaches.
+NEVER = 1 << 62
+
+
+def last_occurrence(tokens: list[int], wanted: tuple[int, ...]) -> int | None:
+    """Where ``wanted`` begins for the last time."""
+    for place in range(len(tokens) - len(wanted), -1, -1):
+        if tokens[place] == wanted[0] and tuple(tokens[place : place + len(wanted)]) == wanted:
+            return place
+    return None
+
+
+def is_memory(folder: Path) -> bool:
+    """Whether ``folder`` holds a memory, rather than another adapter or nothing."""
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        return False
+    try:
+        return bool(read_object(file, "").get("peft_type") == PREFIX_MEMORY.value)
+    except PrefixMemoryError:
+        return False  # whoever loads it says what is wrong
+
+
+class Store:
+    """Copies of memories, in a folder of the process that is gone when it ends.
+
+    Args:
+        copied: whether to copy; where processes on other machines load the files, they stay where they are.
+        allowed: folders within which adapters must lie; ``None``: anywhere.
+    """
+
+    def __init__(self, copied: bool = True, allowed: list[Path] | None = None) -> None:
+        self._copies = tempfile.TemporaryDirectory(prefix="prefixmemory-serving-") if copied else None
+        self._allowed = None if allowed is None else [folder.resolve() for folder in allowed]
+        self._known: dict[tuple[Any, ...], Held] = {}
+        self.by_number: dict[int, Held] = {}
+
+    def check_allowed(self, folder: Path) -> None:
+        """Refuse an adapter that lies elsewhere than allowed.
+
+        Raises:
+            PrefixMemoryError: names the folders that are.
+        """
+        if self._allowed is not None and not any(folder.resolve().is_relative_to(root) for root in self._allowed):
+            raise PrefixMemoryError(
+                f"{folder} lies outside of the folders that adapters are served from: "
+                f"{', '.join(map(str, self._allowed))}. Copy it there."
+            )
+
+    def hold(self, folder: Path, scale: float | None = None) -> Held:
+        """The memory that lies in ``folder`` now.
+
+        Args:
+            folder: a saved memory.
+            scale: instead of the one in its config.
+
+        Raises:
+            PrefixMemoryError: it is damaged, cannot be served, or lies outside of the allowed folders.
+        """
+        self.check_allowed(folder)
+        if scale is not None:
+            check_number("memory_scale", scale)
+        key = (folder, scale, *(_stamp(folder / name) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)))
+        if key not in self._known:
+            self._known[key] = self._take(folder, scale)
+        return self._known[key]
+
+    def _take(self, folder: Path, scale: float | None) -> Held:
+        if self._copies is None:
+            if scale is not None:
+                raise PrefixMemoryError("memory_scale needs a server on one machine: it is kept with a copy.")
+            return self._held(folder)
+        with tempfile.TemporaryDirectory(dir=self._copies.name) as made:
+            copy = Path(made)
+            for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+                if not (folder / name).is_file():
+                    raise PrefixMemoryError(f"{folder / name} is missing. Copy it from where the adapter was saved.")
+                shutil.copyfile(folder / name, copy / name)
+            if scale is not None:
+                config = read_object(copy / CONFIG_NAME, "Copy it again.")
+                (copy / CONFIG_NAME).write_text(json.dumps(config | {"scale": scale, "scale_pattern": None}))
+            try:
+                held = self._held(copy)
+            except PrefixMemoryError as error:
+                raise PrefixMemoryError(str(error).replace(made, str(folder))) from error
+            if held.number in self.by_number and self.by_number[held.number].content == held.content:
+                return self.by_number[held.number]
+            place = Path(self._copies.name) / held.content
+            shutil.copytree(copy, place)
+        kept = Held(held.content, held.number, place, held.invocation, held.strict)
+        self.by_number[kept.number] = kept
+        return kept
+
+    def _held(self, folder: Path) -> Held:
+        config = read_config(folder)
+        digest = hashlib.sha256()
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            with (folder / name).open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        content = digest.hexdigest()
+        number = _FIRST + int(content[:15], 16) % (_LAST - _FIRST)
+        while number in self.by_number and self.by_number[number].content != content:
+            number = _FIRST + (number + 1 - _FIRST) % (_LAST - _FIRST)
+        tokens = config.invocation_tokens
+        if config.active_from != "start" and tokens is None:
+            raise PrefixMemoryError(
+                f"{folder} has active_from={config.active_from!r} without invocation_tokens: it was never trained."
+            )
+        held = Held(content, number, folder, tuple(tokens) if tokens else None, config.strict_invocation)
+        if self._copies is None:
+            self.by_number[number] = held
+        return held
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written or replaced."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

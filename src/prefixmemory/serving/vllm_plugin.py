@@ -1,0 +1,257 @@
+"""vLLM's entry point: ``prefixmemory`` in the group ``vllm.general_plugins``, called in every process of a server.
+
+Nothing of vLLM is edited: its manager of LoRA models is replaced by one that holds memories too, and seven of its
+functions are wrapped. They are no public interface, so each is looked for by name and signature first, and a version
+that has others is refused in one sentence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from prefixmemory.errors import PrefixMemoryError
+
+#: The versions that it was tested with.
+TESTED = ("0.32",)
+_MARK = "_by_prefixmemory"
+
+#: What is replaced or wrapped: module, dotted name, and parameters that it must have.
+NEEDED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._manager_cls", ()),
+    ("vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("lora_request",)),
+    ("vllm.lora.model_manager", "LRUCacheLoRAModelManager._create_lora_modules", ()),
+    ("vllm.lora.model_manager", "LRUCacheLoRAModelManager._create_merged_loras_inplace", ("lora_model",)),
+    ("vllm.lora.model_manager", "LRUCacheLoRAModelManager._get_lora_layer_weights", ("lora_model", "module_name")),
+    ("vllm.lora.model_manager", "LRUCacheLoRAModelManager.register_module", ("module_name", "module")),
+    ("vllm.lora.layers", "BaseLayerWithLoRA.create_lora_weights", ("max_loras", "lora_config", "model_config")),
+    ("vllm.lora.utils", "_all_lora_classes", ()),
+    ("vllm.lora.utils", "get_adapter_absolute_path", ("lora_path",)),
+    ("vllm.lora.utils", "replace_submodule", ("model", "module_name", "new_module")),
+    ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin._set_active_loras",
+     ("prompt_lora_mapping", "token_lora_mapping", "lora_requests", "mapping_type")),
+    ("vllm.v1.worker.gpu_input_batch", "InputBatch.make_lora_inputs", ("num_scheduled_tokens", "num_sampled_tokens")),
+    ("vllm.v1.worker.gpu.lora_utils", "LoraState.make_lora_inputs", ("req_ids", "idx_mapping", "num_scheduled_tokens")),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.add_requests", ("scheduler_output",)),
+    ("vllm.v1.core.kv_cache_utils", "generate_block_hash_extra_keys",
+     ("request", "start_token_idx", "end_token_idx", "start_mm_idx")),
+    ("vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("request",)),
+    ("vllm.v1.engine.core", "EngineCore.add_lora", ("lora_request",)),
+    ("vllm.v1.engine.core", "EngineCore.remove_lora", ("lora_id",)),
+    ("vllm.v1.engine.core", "EngineCore.pin_lora", ("lora_id",)),
+    ("vllm.v1.engine.core", "EngineCore.list_loras", ()),
+    ("vllm.config.lora", "LoRAConfig.compute_hash", ()),
+)  # fmt: skip
+
+
+def register() -> None:
+    """Teach vLLM memories; a second call does nothing.
+
+    Raises:
+        PrefixMemoryError: this version of vLLM is not one that it can be taught to.
+    """
+    import vllm
+
+    if getattr(vllm, _MARK, False):
+        return
+    check_vllm(vllm.__version__)
+    vllm.__dict__[_MARK] = True
+
+    from vllm.lora import utils, worker_manager
+
+    from prefixmemory.serving import vllm_layers, vllm_manager
+
+    vllm_layers.register_operations()
+    known: Any = utils._all_lora_classes
+    utils._all_lora_classes = type(known)([*known, vllm_layers.MemoryAttention])
+    worker_manager.LRUCacheWorkerLoRAManager._manager_cls = vllm_manager.MemoryModelManager
+    _wrap_worker()
+    _wrap_runners()
+    _wrap_engine()
+
+
+def check_vllm(version: str) -> None:
+    """Refuse a vLLM that lacks something of what is replaced or wrapped, or has it with other parameters.
+
+    Raises:
+        PrefixMemoryError: names the first such thing, and the versions that were tested.
+    """
+    for module, name, parameters in NEEDED:
+        try:
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            problem = f"has no {module}.{name}"
+        else:
+            lacking = set(parameters) - set(inspect.signature(found).parameters) if parameters else ()
+            problem = f"has {module}.{name} without the parameter {min(lacking)}" if lacking else ""
+        if problem:
+            raise PrefixMemoryError(
+                f"prefixmemory cannot serve memories with vLLM {version}, which {problem}. It was tested with "
+                f"{', '.join(TESTED)}: install one of these, or a newer prefixmemory; VLLM_PLUGINS='' serves without."
+            )
+
+
+def _wrapped(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(owner, name)
+    setattr(owner, name, wraps(original)(make(original)))
+
+
+def _wrap_worker() -> None:
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.utils import get_adapter_absolute_path
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    from prefixmemory._version import __version__
+    from prefixmemory.serving.store import is_memory
+
+    def load(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _load_adapter(self: Any, lora_request: Any) -> Any:
+            folder = Path(get_adapter_absolute_path(lora_request.lora_path))
+            if not is_memory(folder):
+                return original(self, lora_request)
+            return self._adapter_manager.load_memory(folder, lora_request.lora_int_id)
+
+        return _load_adapter
+
+    # what vLLM compiled without us is another graph
+    def compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self: f"{original(self)}-prefixmemory-{__version__}"
+
+    _wrapped(WorkerLoRAManager, "_load_adapter", load)
+    _wrapped(LoRAConfig, "compute_hash", compute_hash)
+
+
+def _wrap_runners() -> None:
+    """Both of vLLM's model runners say which adapter each token has; on which tokens it speaks is added."""
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    from prefixmemory.serving import vllm_requests
+    from prefixmemory.serving.vllm_manager import MemoryModelManager
+
+    def of_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+        def make_lora_inputs(self: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any) -> Any:
+            prompt, tokens, requests = original(self, num_scheduled_tokens, num_sampled_tokens)
+            known, firsts = self.__dict__.setdefault("_memory_from", {}), []
+            for row, request in enumerate(self.req_ids):
+                adapter = self.lora_id_to_lora_request.get(int(self.request_lora_mapping[row]))
+                invocation = None if adapter is None else vllm_requests.invocation_at(adapter.lora_path)
+                if invocation is None:
+                    firsts.append(0)
+                    continue
+                if request not in known:
+                    ids = self.token_ids_cpu[row, : self.num_prompt_tokens[row]].tolist()
+                    known[request] = vllm_requests.place_in(ids, invocation)
+                firsts.append(known[request])
+            for gone in known.keys() - set(self.req_ids):
+                del known[gone]
+            computed = self.num_computed_tokens_cpu[: len(firsts)]
+            return prompt, vllm_requests.silent_before(tokens, firsts, computed, num_scheduled_tokens), requests
+
+        return make_lora_inputs
+
+    def of_state(original: Callable[..., Any]) -> Callable[..., Any]:
+        def make_lora_inputs(self: Any, req_ids: Any, idx_mapping: Any, num_scheduled_tokens: Any) -> Any:
+            prompt, tokens, requests = original(self, req_ids, idx_mapping, num_scheduled_tokens)
+            known = self.__dict__.get("_memory_from", {})
+            firsts = [known.get(request, 0) for request in req_ids]
+            if not any(firsts):
+                return prompt, tokens, requests
+            computed = self._memory_states.num_computed_tokens_np[idx_mapping]
+            return prompt, vllm_requests.silent_before(tokens, firsts, computed, num_scheduled_tokens), requests
+
+        return make_lora_inputs
+
+    def add(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_requests(self: Any, scheduler_output: Any) -> None:
+            original(self, scheduler_output)
+            self.lora_state._memory_states = self.req_states
+            known = self.lora_state.__dict__.setdefault("_memory_from", {})
+            for gone in known.keys() - self.req_states.req_id_to_index.keys():
+                del known[gone]
+            for new in scheduler_output.scheduled_new_reqs:
+                adapter = new.lora_request
+                invocation = None if adapter is None else vllm_requests.invocation_at(adapter.lora_path)
+                if invocation is not None:
+                    known[new.req_id] = vllm_requests.place_in(new.prefill_token_ids[: new.prompt_len], invocation)
+
+        return add_requests
+
+    def activate(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _set_active_loras(
+            self: Any, prompt_lora_mapping: Any, token_lora_mapping: Any, lora_requests: Any, *rest: Any, **named: Any
+        ) -> None:
+            original(self, prompt_lora_mapping, token_lora_mapping, lora_requests, *rest, **named)
+            manager = self.lora_manager._adapter_manager
+            if isinstance(manager, MemoryModelManager):
+                manager.point(tuple(token_lora_mapping), getattr(token_lora_mapping, "where", None))
+
+        return _set_active_loras
+
+    _wrapped(InputBatch, "make_lora_inputs", of_batch)
+    _wrapped(LoraState, "make_lora_inputs", of_state)
+    _wrapped(GPUModelRunner, "add_requests", add)
+    _wrapped(LoRAModelRunnerMixin, "_set_active_loras", activate)
+
+
+def _wrap_engine() -> None:
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.core import EngineCore
+
+    from prefixmemory.serving import vllm_requests
+
+    def engine_of(core: Any) -> vllm_requests.Engine:
+        if "_memories" not in core.__dict__:
+            core._memories = vllm_requests.Engine(core.vllm_config.parallel_config.nnodes)
+            engines.append(core._memories)
+        return core._memories
+
+    engines: list[vllm_requests.Engine] = []
+
+    def held(request: Any) -> Any:
+        return next((found for engine in engines if (found := engine.held(request)) is not None), None)
+
+    def preprocess(original: Callable[..., Any]) -> Callable[..., Any]:
+        def preprocess_add_request(self: Any, request: Any) -> Any:
+            if request.lora_request is not None:
+                engine = engine_of(self)
+                request.lora_request = engine.exchanged(request.lora_request, vllm_requests.scale_of(request))
+                engine.check(request)
+            return original(self, request)
+
+        return preprocess_add_request
+
+    def add(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, lora_request: original(self, engine_of(self).exchanged(lora_request))
+
+    def by_number(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, lora_id: original(self, engine_of(self).numbers.get(lora_id, lora_id))
+
+    def listed(original: Callable[..., Any]) -> Callable[..., Any]:
+        def list_loras(self: Any) -> set[int]:
+            found, names = original(self), engine_of(self).numbers
+            back = {number: asked for asked, number in names.items()}
+            return {back.get(number, number) for number in found}
+
+        return list_loras
+
+    _wrapped(EngineCore, "preprocess_add_request", preprocess)
+    _wrapped(EngineCore, "add_lora", add)
+    _wrapped(EngineCore, "remove_lora", by_number)
+    _wrapped(EngineCore, "pin_lora", by_number)
+    _wrapped(EngineCore, "list_loras", listed)
+
+    original = kv_cache_utils.generate_block_hash_extra_keys
+    keyed = wraps(original)(vllm_requests.keys_of_blocks(original, held))
+    for name, module in list(sys.modules.items()):  # those that imported it by name too
+        if name.startswith("vllm.") and getattr(module, "generate_block_hash_extra_keys", None) is original:
+            module.generate_block_hash_extra_keys = keyed  # type: ignore[attr-defined]

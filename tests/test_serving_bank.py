@@ -1,0 +1,261 @@
+"""The slots that a server reads in one product answer as the memories that they were made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prefixmemory import PrefixMemoryError, register_feature_map
+from prefixmemory.serving.bank import LayerBank, Step
+from prefixmemory.serving.served import HeadSizes, ServedLayer, read_memory
+from tiny import CONFIGS, build, with_memory
+
+SIZES = HeadSizes(heads=4, kv_heads=2, head_dim=8, value_dim=8)
+LAYERS = CONFIGS["llama_gqa"].num_hidden_layers
+RANK = 8
+TOLERANCE = 1e-5  # of values of about 1, in float32
+
+#: Memories of every kind that is served.
+KINDS = {
+    "default": {"rank": 8, "answer_limit": 0.5, "normalize": "feature_mean"},
+    "rotary, two heads a memory": {"query": "rotary", "share_heads": True, "rank": 3},
+    "gelu, without a limit": {"feature_map": "gelu", "normalize": "feature_mean", "rank": 2, "scale": 0.7},
+    "full": {"feature_map": "silu", "normalize": "query_rms"},
+    "features of unit length": {"normalize": "feature_l2", "feature_map": "relu", "answer_limit": 0.2},
+    "softmax as a map": {"feature_map": "softmax", "answer_limit": 2.0},
+    "prefix": {"prefix_length": 5, "feature_map": "identity"},
+    "long prefix behind an MLP": {"prefix_length": 40, "reparameterize": 6, "query": "rotary"},
+    "patterns": {"answer_limit_pattern": {"layers.1.self_attn": 0.01}, "rank_pattern": {"layers.0.self_attn": 2}},
+}
+
+
+def memory(folder: Path, kind: str, seed: int = 2) -> tuple[PeftModel, dict[int, ServedLayer]]:
+    """A memory, and what a server makes of its files."""
+    config = dict(KINDS[kind])
+    if "prefix_length" in config:
+        config |= {name: value for name, value in (("rank", None), ("normalize", "none")) if name not in config}
+    model = with_memory(build(), **config)
+    model.save_pretrained(folder)
+    return model, read_memory(folder, SIZES, LAYERS, RANK)
+
+
+def of_layer(model: PeftModel, number: int, outputs: Tensor, rotated: Tensor, content: Tensor) -> Tensor:
+    """What the layer in transformers' model makes of the heads' outputs ``[tokens, heads, value_dim]``."""
+    layer = model.base_model.model.model.layers[number].self_attn.prefix_memory
+    (step,) = layer.plan(None).outside
+    return step.add_to(outputs[None], outputs[None], {"content": content[None], "rotary": rotated[None]}, None)[0]
+
+
+def batch(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads' outputs, rotated queries and queries before rotation, ``[tokens, heads, size]``."""
+    return torch.randn(3, tokens, SIZES.heads, SIZES.head_dim).unbind(0)
+
+
+def bank(*held: ServedLayer | None) -> LayerBank:
+    made = LayerBank(len(held), RANK, SIZES.heads, SIZES.head_dim, SIZES.value_dim, torch.float32, torch.device("cpu"))
+    for slot, layer in enumerate(held):
+        if layer is not None:
+            made.put(slot, layer)
+    return made
+
+
+def step(slots: list[int]) -> Step:
+    made = Step(64, SIZES.heads * SIZES.head_dim, torch.float32, torch.device("cpu"))
+    made.point(torch.tensor(slots))
+    return made
+
+
+@pytest.mark.parametrize("number", range(LAYERS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_memory_answers_as_the_layer_does(kind, number, tmp_path):
+    model, served = memory(tmp_path, kind)
+    outputs, rotated, content = batch(7)
+    found = outputs.flatten(1).clone()
+    bank(served[number]).add_(found, rotated.flatten(1), content.flatten(1), step([0] * 7))
+    expected = of_layer(model, number, outputs, rotated, content)
+    torch.testing.assert_close(found.view_as(expected), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    assert not torch.allclose(found.view_as(expected), outputs, atol=1e-3)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_batch_of_all_kinds_answers_each_token_with_its_own(captured, tmp_path):
+    made = [memory(tmp_path / str(slot), kind) for slot, kind in enumerate(KINDS)]
+    slots = [slot for _ in range(2) for slot in (-1, *range(len(made)))]
+    outputs, rotated, content = batch(len(slots))
+    expected = outputs.clone()
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            here = slice(token, token + 1)
+            expected[here] = of_layer(made[slot][0], 1, outputs[here], rotated[here], content[here])
+    found = outputs.flatten(1).clone()
+    bank(*[served[1] for _, served in made]).add_(
+        found, rotated.flatten(1), content.flatten(1), step(slots), captured=captured
+    )
+    torch.testing.assert_close(found.view_as(expected), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    silent = torch.tensor(slots) < 0
+    assert torch.equal(found.view_as(outputs)[silent], outputs[silent])
+
+
+def test_a_recorded_call_follows_what_the_slots_come_to_hold(tmp_path):
+    """As a CUDA graph is replayed: the host decides nothing, so that an empty step may be recorded."""
+    model, served = memory(tmp_path, "default")
+    slots, now = bank(None, None), step([-1] * 5)
+    outputs, rotated, content = batch(5)
+    found = outputs.flatten(1).clone()
+    slots.add_(found, rotated.flatten(1), content.flatten(1), now, captured=True)
+    assert torch.equal(found.view_as(outputs), outputs)
+    slots.put(1, served[0])
+    now.slots[:5] = 1
+    slots.add_(found, rotated.flatten(1), content.flatten(1), now, captured=True)
+    expected = of_layer(model, 0, outputs, rotated, content)
+    torch.testing.assert_close(found.view_as(expected), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_slot_that_is_filled_again_holds_nothing_of_what_it_held(tmp_path):
+    _, first = memory(tmp_path / "first", "softmax as a map")
+    model, second = memory(tmp_path / "second", "gelu, without a limit")
+    slots = bank(first[0], first[1])
+    slots.put(0, second[0])
+    outputs, rotated, content = batch(6)
+    found = outputs.flatten(1).clone()
+    slots.add_(found, rotated.flatten(1), content.flatten(1), step([0, 1] * 3))
+    expected = of_layer(model, 0, outputs, rotated, content)
+    torch.testing.assert_close(found.view_as(expected)[::2], expected[::2], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_an_emptied_slot_is_silent(tmp_path):
+    _, served = memory(tmp_path, "default")
+    slots = bank(served[0])
+    slots.clear(0)
+    for captured in (False, True):
+        outputs, rotated, content = batch(3)
+        found = outputs.flatten(1).clone()
+        slots.add_(found, rotated.flatten(1), content.flatten(1), step([0] * 3), captured=captured)
+        assert torch.equal(found.view_as(outputs), outputs)
+
+
+def test_each_process_has_its_heads(tmp_path):
+    model, served = memory(tmp_path, "rotary, two heads a memory")
+    outputs, rotated, content = batch(4)
+    expected = of_layer(model, 0, outputs, rotated, content)
+    for here in (slice(0, 2), slice(2, 4)):
+        half = LayerBank(1, RANK, 2, SIZES.head_dim, SIZES.value_dim, torch.float32, torch.device("cpu"))
+        half.put(0, served[0].of_heads(here))
+        found = outputs[:, here].flatten(1).clone()
+        half.add_(found, rotated[:, here].flatten(1), content[:, here].flatten(1), step([0] * 4))
+        torch.testing.assert_close(found.view(4, 2, -1), expected[:, here], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_head_that_says_nothing_is_no_division_by_zero(tmp_path):
+    for kind in ("gelu, without a limit", "default"):
+        _, served = memory(tmp_path / kind[:4], kind)
+        _, rotated, content = batch(2)
+        found = torch.zeros(2, SIZES.heads * SIZES.value_dim)
+        bank(served[0], served[1]).add_(found, rotated.flatten(1), content.flatten(1), step([0, 1]))
+        assert torch.isfinite(found).all()
+
+
+def test_a_map_that_is_registered_later_is_served(tmp_path, feature_map_names):
+    _, before = memory(tmp_path / "before", "default")
+    slots = bank(before[0], None)
+    register_feature_map("cosine")(torch.cos)
+    model = with_memory(build(), feature_map="cosine", rank=4)
+    model.save_pretrained(tmp_path / "after")
+    slots.put(1, read_memory(tmp_path / "after", SIZES, LAYERS, RANK)[0])
+    outputs, rotated, content = batch(4)
+    found = outputs.flatten(1).clone()
+    slots.add_(found, rotated.flatten(1), content.flatten(1), step([1, 0, 1, 0]))
+    expected = of_layer(model, 0, outputs, rotated, content)
+    torch.testing.assert_close(found.view_as(expected)[::2], expected[::2], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"placement": "inside", "prefix_length": 4}, "placement='inside'"),
+        ({"prefix_length": 4, "similarity": "softmax"}, "divided by a sum"),
+        ({"prefix_length": 4, "normalizer": True}, "divided by a sum"),
+        ({"mixing": "fixed", "mix": 0.3}, "mixing='fixed'"),
+        ({"feature_map": "mlp"}, "feature_map='mlp'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
+)
+def test_what_is_no_product_with_the_features_is_refused(config, reason, tmp_path):
+    with_memory(build(), **config).save_pretrained(tmp_path)
+    with pytest.raises(PrefixMemoryError, match=f"cannot be served: .*{reason}"):
+        read_memory(tmp_path, SIZES, LAYERS, RANK)
+
+
+def test_a_rank_that_does_not_fit_names_the_option(tmp_path):
+    with_memory(build(), rank=7).save_pretrained(tmp_path)
+    with pytest.raises(PrefixMemoryError, match="has rank 7, and the server has room for 4.*--max-lora-rank 8"):
+        read_memory(tmp_path, SIZES, LAYERS, 4)
+
+
+def test_a_full_memory_of_low_rank_is_factored_exactly(tmp_path):
+    model = with_memory(build())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".M"):
+                parameter.copy_(parameter[..., :3] @ torch.randn(SIZES.heads, 3, SIZES.value_dim))
+    model.save_pretrained(tmp_path)
+    served = read_memory(tmp_path, SIZES, LAYERS, 4)
+    assert served[0].manner.rank == 4
+    matrix = model.base_model.model.model.layers[0].self_attn.prefix_memory.memory("default").M
+    torch.testing.assert_close(served[0].A @ served[0].B, matrix, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layers", "problem"),
+    [
+        (HeadSizes(8, 2, 8, 8), LAYERS, "does not fit the served model's 8 heads"),
+        (HeadSizes(4, 2, 16, 16), LAYERS, "4 heads of 8 and 8 numbers does not fit"),
+        (SIZES, 1, "has 1 layers"),
+    ],
+)
+def test_a_memory_of_another_model_is_refused(sizes, layers, problem, tmp_path):
+    with_memory(build()).save_pretrained(tmp_path)
+    with pytest.raises(PrefixMemoryError, match=problem):
+        read_memory(tmp_path, sizes, layers, RANK)
+
+
+def spoil(folder: Path, change) -> None:
+    """Change the tensors of a saved memory, and take the checksum from its config."""
+    file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(config | {"weights_sha256": None}))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2)}), "no part of a memory"),
+        (lambda t: t.update({min(t): t[min(t)] * float("nan")}), "NaN"),
+        (lambda t: t.update({min(t).replace(".A", ".C"): t.pop(min(t))}), "are not those of its config"),
+    ],
+)
+def test_a_spoilt_file_is_refused(change, problem, tmp_path):
+    with_memory(build(), rank=2).save_pretrained(tmp_path)
+    spoil(tmp_path, change)
+    with pytest.raises(PrefixMemoryError, match=problem):
+        read_memory(tmp_path, SIZES, LAYERS, RANK)
+
+
+def test_a_changed_file_is_refused_by_its_checksum(tmp_path):
+    with_memory(build(), rank=2).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(PrefixMemoryError, match="SHA-256"):
+        read_memory(tmp_path, SIZES, LAYERS, RANK)
