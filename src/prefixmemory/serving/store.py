@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,34 +36,11 @@ class Held:
         content: hash of its weights and config.
         number: made of it; no other memory of the store has it.
         folder: the copy.
-        invocation: the tokens from whose last occurrence on it speaks; ``None``: from the first token on.
-        strict: whether a prompt without them is refused.
     """
 
     content: str
     number: int
     folder: Path
-    invocation: tuple[int, ...] | None
-    strict: bool
-
-    def first_active(self, prompt: list[int]) -> int:
-        """The number of the first token of a sequence that begins with ``prompt`` on which the memory speaks; one that
-        is never reached, if the invocation is missing.
-
-        Raises:
-            PrefixMemoryError: it is missing, and the memory is strict.
-        """
-        if self.invocation is None:
-            return 0
-        place = last_occurrence(prompt, self.invocation)
-        if place is not None:
-            return place
-        if self.strict:
-            raise PrefixMemoryError(
-                f"The invocation tokens {list(self.invocation)} are missing in the prompt, and the memory has "
-                "strict_invocation set. Write the prompt with the chat template that it was trained with."
-            )
-        return NEVER
 
 
 #: Number of a token that no sequence reaches.
@@ -92,11 +70,13 @@ class Store:
     """Copies of memories, in a folder of the process that is gone when it ends.
 
     Args:
+        check: refuses a folder that cannot be served, by raising.
         copied: whether to copy; where processes on other machines load the files, they stay where they are.
         allowed: folders within which adapters must lie; ``None``: anywhere.
     """
 
-    def __init__(self, copied: bool = True, allowed: list[Path] | None = None) -> None:
+    def __init__(self, check: Callable[[Path], None], copied: bool = True, allowed: list[Path] | None = None) -> None:
+        self._check = check
         self._copies = tempfile.TemporaryDirectory(prefix="prefixmemory-serving-") if copied else None
         self._allowed = None if allowed is None else [folder.resolve() for folder in allowed]
         self._known: dict[tuple[Any, ...], Held] = {}
@@ -154,11 +134,12 @@ class Store:
                 return self.by_number[held.number]
             place = Path(self._copies.name) / held.content
             shutil.copytree(copy, place)
-        kept = Held(held.content, held.number, place, held.invocation, held.strict)
+        kept = Held(held.content, held.number, place)
         self.by_number[kept.number] = kept
         return kept
 
     def _held(self, folder: Path) -> Held:
+        self._check(folder)
         config = read_config(folder)
         digest = hashlib.sha256()
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
@@ -168,12 +149,11 @@ class Store:
         number = _FIRST + int(content[:15], 16) % (_LAST - _FIRST)
         while number in self.by_number and self.by_number[number].content != content:
             number = _FIRST + (number + 1 - _FIRST) % (_LAST - _FIRST)
-        tokens = config.invocation_tokens
-        if config.active_from != "start" and tokens is None:
+        if config.active_from != "start" and config.invocation_tokens is None:
             raise PrefixMemoryError(
                 f"{folder} has active_from={config.active_from!r} without invocation_tokens: it was never trained."
             )
-        held = Held(content, number, folder, tuple(tokens) if tokens else None, config.strict_invocation)
+        held = Held(content, number, folder)
         if self._copies is None:
             self.by_number[number] = held
         return held

@@ -40,11 +40,11 @@ NEEDED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.add_requests", ("scheduler_output",)),
     ("vllm.v1.core.kv_cache_utils", "generate_block_hash_extra_keys",
      ("request", "start_token_idx", "end_token_idx", "start_mm_idx")),
-    ("vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("request",)),
-    ("vllm.v1.engine.core", "EngineCore.add_lora", ("lora_request",)),
-    ("vllm.v1.engine.core", "EngineCore.remove_lora", ("lora_id",)),
-    ("vllm.v1.engine.core", "EngineCore.pin_lora", ("lora_id",)),
-    ("vllm.v1.engine.core", "EngineCore.list_loras", ()),
+    ("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", ("request_id", "prompt", "lora_request")),
+    *((f"vllm.v1.engine.{module}", f"{owner}.{name}", parameters)
+      for module, owner in (("llm_engine", "LLMEngine"), ("async_llm", "AsyncLLM"))
+      for name, parameters in (("add_lora", ("lora_request",)), ("remove_lora", ("lora_id",)),
+                               ("pin_lora", ("lora_id",)), ("list_loras", ()))),
     ("vllm.config.lora", "LoRAConfig.compute_hash", ()),
 )  # fmt: skip
 
@@ -72,7 +72,8 @@ def register() -> None:
     worker_manager.LRUCacheWorkerLoRAManager._manager_cls = vllm_manager.MemoryModelManager
     _wrap_worker()
     _wrap_runners()
-    _wrap_engine()
+    _wrap_intake()
+    _wrap_cache()
 
 
 def check_vllm(version: str) -> None:
@@ -144,7 +145,7 @@ def _wrap_runners() -> None:
             known, firsts = self.__dict__.setdefault("_memory_from", {}), []
             for row, request in enumerate(self.req_ids):
                 adapter = self.lora_id_to_lora_request.get(int(self.request_lora_mapping[row]))
-                invocation = None if adapter is None else vllm_requests.invocation_at(adapter.lora_path)
+                invocation = vllm_requests.invocation_of(adapter)
                 if invocation is None:
                     firsts.append(0)
                     continue
@@ -180,7 +181,7 @@ def _wrap_runners() -> None:
                 del known[gone]
             for new in scheduler_output.scheduled_new_reqs:
                 adapter = new.lora_request
-                invocation = None if adapter is None else vllm_requests.invocation_at(adapter.lora_path)
+                invocation = vllm_requests.invocation_of(adapter)
                 if invocation is not None:
                     known[new.req_id] = vllm_requests.place_in(new.prefill_token_ids[: new.prompt_len], invocation)
 
@@ -203,55 +204,62 @@ def _wrap_runners() -> None:
     _wrapped(LoRAModelRunnerMixin, "_set_active_loras", activate)
 
 
-def _wrap_engine() -> None:
-    from vllm.v1.core import kv_cache_utils
-    from vllm.v1.engine.core import EngineCore
+def _wrap_intake() -> None:
+    """What takes requests in, before the engine has them: in the process that called, or that serves HTTP."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-    from prefixmemory.serving import vllm_requests
+    from prefixmemory.serving.vllm_requests import Intake
 
-    def engine_of(core: Any) -> vllm_requests.Engine:
-        if "_memories" not in core.__dict__:
-            core._memories = vllm_requests.Engine(core.vllm_config.parallel_config.nnodes)
-            engines.append(core._memories)
-        return core._memories
+    def intake_of(processor: Any) -> Intake:
+        if "_memories" not in processor.__dict__:
+            processor._memories = Intake(processor.vllm_config)
+        return processor.__dict__["_memories"]
 
-    engines: list[vllm_requests.Engine] = []
-
-    def held(request: Any) -> Any:
-        return next((found for engine in engines if (found := engine.held(request)) is not None), None)
-
-    def preprocess(original: Callable[..., Any]) -> Callable[..., Any]:
-        def preprocess_add_request(self: Any, request: Any) -> Any:
+    def process(original: Callable[..., Any]) -> Callable[..., Any]:
+        def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            request = original(self, *args, **kwargs)
             if request.lora_request is not None:
-                engine = engine_of(self)
-                request.lora_request = engine.exchanged(request.lora_request, vllm_requests.scale_of(request))
-                engine.check(request)
-            return original(self, request)
+                intake_of(self).take(request)
+            return request
 
-        return preprocess_add_request
+        return process_inputs
 
     def add(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, lora_request: original(self, engine_of(self).exchanged(lora_request))
+        return lambda self, lora_request: original(self, intake_of(self.input_processor).exchanged(lora_request))
 
     def by_number(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, lora_id: original(self, engine_of(self).numbers.get(lora_id, lora_id))
+        return lambda self, lora_id: original(self, intake_of(self.input_processor).numbers.get(lora_id, lora_id))
+
+    def asked(self: Any, found: set[int]) -> set[int]:
+        back = {number: name for name, number in intake_of(self.input_processor).numbers.items()}
+        return {back.get(number, number) for number in found}
 
     def listed(original: Callable[..., Any]) -> Callable[..., Any]:
-        def list_loras(self: Any) -> set[int]:
-            found, names = original(self), engine_of(self).numbers
-            back = {number: asked for asked, number in names.items()}
-            return {back.get(number, number) for number in found}
+        if inspect.iscoroutinefunction(original):
 
-        return list_loras
+            async def list_loras_async(self: Any) -> set[int]:
+                return asked(self, await original(self))
 
-    _wrapped(EngineCore, "preprocess_add_request", preprocess)
-    _wrapped(EngineCore, "add_lora", add)
-    _wrapped(EngineCore, "remove_lora", by_number)
-    _wrapped(EngineCore, "pin_lora", by_number)
-    _wrapped(EngineCore, "list_loras", listed)
+            return list_loras_async
+        return lambda self: asked(self, original(self))
+
+    _wrapped(InputProcessor, "process_inputs", process)
+    for owner in (LLMEngine, AsyncLLM):
+        _wrapped(owner, "add_lora", add)
+        _wrapped(owner, "remove_lora", by_number)
+        _wrapped(owner, "pin_lora", by_number)
+        _wrapped(owner, "list_loras", listed)
+
+
+def _wrap_cache() -> None:
+    from vllm.v1.core import kv_cache_utils
+
+    from prefixmemory.serving.vllm_requests import keys_of_blocks
 
     original = kv_cache_utils.generate_block_hash_extra_keys
-    keyed = wraps(original)(vllm_requests.keys_of_blocks(original, held))
+    keyed = wraps(original)(keys_of_blocks(original))
     for name, module in list(sys.modules.items()):  # those that imported it by name too
         if name.startswith("vllm.") and getattr(module, "generate_block_hash_extra_keys", None) is original:
             module.generate_block_hash_extra_keys = keyed  # type: ignore[attr-defined]

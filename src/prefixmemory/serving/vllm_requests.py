@@ -1,8 +1,9 @@
 """A request on its way: which memory it names, from which token on this speaks, and which cached blocks it may share.
 
-In the engine's process, the adapter that a request names is exchanged for the memory of the store that lies at its path
-(:mod:`prefixmemory.serving.store`), so that vLLM's own keys of cached blocks, which hold name and path, go by contents.
-Blocks wholly before the memory speaks are keyed as the base model's. In workers, tokens before it are left silent.
+Where vLLM takes requests in, the adapter that one names is exchanged for a copy of the memory that lies at its path, under
+the hash of its contents (:mod:`prefixmemory.serving.store`): what is wrong with it is said there, before the engine has
+the request. The engine keys cached blocks by that hash, and those wholly before the memory speaks as the base model's.
+Workers leave the tokens before it silent.
 """
 
 from __future__ import annotations
@@ -18,88 +19,103 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.serving.store import NEVER, Held, Store, is_memory, last_occurrence
-from prefixmemory.serving.served import read_config
+from prefixmemory.serving.served import HeadSizes, read_config, read_memory
+from prefixmemory.serving.store import NEVER, Store, is_memory, last_occurrence
 
 #: Folders within which adapters must lie, separated as in PATH.
 FOLDERS = "PREFIXMEMORY_ADAPTER_FOLDERS"
 #: In a request's ``vllm_xargs`` (over HTTP) or ``extra_args`` (``SamplingParams``): another scale than the config's.
 SCALE = "memory_scale"
-#: How the store's memories are named; the colon keeps names of users apart.
-NAME = "prefixmemory:{}"
+#: Between an adapter's name and the hash of its contents.
+OF_CONTENT = "@"
 
 
-class Engine:
-    """The memories of one engine."""
+class Intake:
+    """The memories that the requests to one engine name.
 
-    def __init__(self, nodes: int = 1) -> None:
+    Args:
+        config: vLLM's.
+    """
+
+    def __init__(self, config: Any) -> None:
         folders = os.environ.get(FOLDERS)
         allowed = None if folders is None else [Path(folder) for folder in folders.split(os.pathsep) if folder]
-        self.store = Store(copied=nodes == 1, allowed=allowed)
+        self._config = config
+        self._store = Store(self._check, copied=config.parallel_config.nnodes == 1, allowed=allowed)
         self.numbers: dict[int, int] = {}  # of the store's memories, by the caller's
 
-    def exchanged(self, asked: LoRARequest | None, scale: float | None = None) -> LoRARequest | None:
-        """The request for what lies at the path that ``asked`` names; what is no memory stays as it is.
+    def _check(self, folder: Path) -> None:
+        """Refuse what a worker could not load."""
+        model, text = self._config.model_config, self._config.model_config.hf_text_config
+        sizes = HeadSizes(
+            text.num_attention_heads, model.get_total_num_kv_heads(), model.get_head_size(), model.get_head_size()
+        )
+        read_memory(folder, sizes, text.num_hidden_layers, self._config.lora_config.max_lora_rank)
+
+    def exchanged(self, asked: LoRARequest, scale: float | None = None) -> LoRARequest | None:
+        """The request for what lies at the path that ``asked`` names; what is no memory stays as it is. ``None``: the
+        base model, at a scale of 0.
 
         Raises:
             PrefixMemoryError: it is damaged, cannot be served, or lies outside of the allowed folders.
         """
-        if asked is None or asked.lora_name.startswith(NAME.format("")):
-            return asked
         folder = Path(get_adapter_absolute_path(asked.lora_path))
-        self.store.check_allowed(folder)
+        self._store.check_allowed(folder)
         if not is_memory(folder):
             if scale is not None:
                 raise PrefixMemoryError(f"{SCALE}={scale!r} is for memories, and {asked.lora_name!r} is none.")
             return asked
+        held = self._store.hold(folder, scale)
         if scale == 0:
             return None
-        held = self.store.hold(folder, scale)
         if scale is None:
             self.numbers[asked.lora_int_id] = held.number
-        return LoRARequest(NAME.format(held.content), held.number, str(held.folder), asked.base_model_name)
+        name = f"{asked.lora_name}{OF_CONTENT}{held.content}"
+        return LoRARequest(name, held.number, str(held.folder), asked.base_model_name)
 
-    def check(self, request: Any) -> None:
-        """Refuse a request whose memory could not be found to speak or be silent.
+    def take(self, request: Any) -> None:
+        """Exchange the adapter of a request to the engine.
 
         Raises:
-            PrefixMemoryError: its prompt has no token ids or goes on later, or lacks what a strict memory needs.
+            PrefixMemoryError: as :meth:`exchanged`; or its prompt has no token ids or is to go on later, or lacks what
+                a strict memory needs.
         """
-        held = self.held(request.lora_request)
-        if held is None or held.invocation is None:
+        if request.lora_request is None:
             return
-        if request.prompt_token_ids is None or getattr(request, "resumable", False):
+        extra = getattr(request.sampling_params, "extra_args", None) or {}
+        request.lora_request = self.exchanged(request.lora_request, extra.get(SCALE))
+        if request.lora_request is None or not (invocation := invocation_of(request.lora_request)):
+            return
+        if request.prompt_token_ids is None or request.resumable:
             raise PrefixMemoryError(
                 "A memory that speaks from an invocation on needs a prompt of tokens that is given as a whole."
             )
-        held.first_active(request.prompt_token_ids)
-
-    def held(self, request: LoRARequest | None) -> Held | None:
-        """The store's memory of an exchanged request."""
-        return None if request is None else self.store.by_number.get(request.lora_int_id)
-
-
-def scale_of(request: Any) -> float | None:
-    """The scale that a request asks for."""
-    extra = getattr(request.sampling_params, "extra_args", None) or {}
-    return extra.get(SCALE)
+        if place_in(request.prompt_token_ids, invocation) == NEVER and _is_strict(request.lora_request.lora_path):
+            raise PrefixMemoryError(
+                f"The invocation tokens {list(invocation)} are missing in the prompt, and the memory has "
+                "strict_invocation set. Write the prompt with the chat template that it was trained with."
+            )
 
 
-def keys_of_blocks(original: Callable[..., Any], held: Callable[[Any], Held | None]) -> Callable[..., Any]:
-    """vLLM's keys of a cached block, but for blocks before a request's memory speaks: those have the base model's."""
+def keys_of_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's keys of a cached block, but that a memory is known by its contents, and that blocks before it speaks have
+    the base model's."""
 
     def generate_block_hash_extra_keys(
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> tuple[tuple[Any, ...] | None, int]:
         keys, following = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        memory = held(request.lora_request)
-        if keys is None or memory is None or memory.invocation is None or request.prompt_token_ids is None:
+        adapter = request.lora_request
+        if keys is None or adapter is None or OF_CONTENT not in adapter.lora_name or not _is_memory(adapter.lora_path):
             return keys, following
-        if getattr(request, "_memory_from", None) is None:
-            request._memory_from = place_in(request.prompt_token_ids, memory.invocation)
-        if end_token_idx <= request._memory_from:
-            keys = tuple(key for key in keys if key[0] != "lora") or None
-        return keys, following
+        rest = tuple(key for key in keys if key[0] != "lora")
+        invocation = invocation_of(adapter)
+        if invocation is not None:
+            if getattr(request, "_memory_from", None) is None:
+                request._memory_from = place_in(request.prompt_token_ids, invocation)
+            if end_token_idx <= request._memory_from:
+                return rest or None, following
+        return (("lora", adapter.lora_name.rpartition(OF_CONTENT)[2], ""), *rest), following
 
     return generate_block_hash_extra_keys
 
@@ -110,13 +126,28 @@ def place_in(prompt: list[int], invocation: tuple[int, ...]) -> int:
     return NEVER if place is None else place
 
 
-@lru_cache(maxsize=4096)
-def invocation_at(path: str) -> tuple[int, ...] | None:
-    """The invocation of the memory in a folder of the store, which does not change; ``None``: it speaks everywhere."""
-    if not is_memory(Path(path)):
+def invocation_of(adapter: LoRARequest | None) -> tuple[int, ...] | None:
+    """The tokens from whose last occurrence on an exchanged adapter speaks; ``None``: it speaks everywhere."""
+    if adapter is None or not _is_memory(adapter.lora_path):
         return None
+    return _invocation_at(adapter.lora_path)
+
+
+# What lies in a copy does not change; a path may be asked for once a token.
+@lru_cache(maxsize=4096)
+def _is_memory(path: str) -> bool:
+    return is_memory(Path(path))
+
+
+@lru_cache(maxsize=4096)
+def _invocation_at(path: str) -> tuple[int, ...] | None:
     tokens = read_config(Path(path)).invocation_tokens
     return tuple(tokens) if tokens else None
+
+
+@lru_cache(maxsize=4096)
+def _is_strict(path: str) -> bool:
+    return read_config(Path(path)).strict_invocation
 
 
 class Silent(tuple[int, ...]):

@@ -1,0 +1,81 @@
+"""Engines of vLLM, and questions to them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from served_models import BASE, Answer, expected
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
+
+#: Of log-probabilities in float32: vLLM's attention sums in another order.
+TOLERANCE = 1e-4
+#: Adapters are numbered as they are first asked for.
+_numbers: dict[Path, int] = {}
+
+
+@contextmanager
+def engine(folder: Path, **more: Any) -> Iterator[LLM]:
+    """An engine for the base model, which is gone afterwards."""
+    settings: dict[str, Any] = dict(
+        dtype="float32", max_model_len=2560, max_num_seqs=16, max_num_batched_tokens=2560, enforce_eager=True,
+        skip_tokenizer_init=True, enable_lora=True, max_loras=6, max_lora_rank=8, block_size=32, seed=0,
+        disable_log_stats=True,
+    )  # fmt: skip
+    llm = LLM(str(folder / BASE), **settings | more)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def request(folder: Path, adapter: str) -> LoRARequest | None:
+    """For an adapter by its name."""
+    if adapter == BASE:
+        return None
+    number = _numbers.setdefault(folder / adapter, len(_numbers) + 1)
+    return LoRARequest(adapter, number, str(folder / adapter))
+
+
+def ask(
+    llm: LLM, folder: Path, questions: Iterable[tuple[str, Sequence[int]]], count: int, **sampling: Any
+) -> list[Any]:
+    """vLLM's outputs for adapters and prompts, all in one batch."""
+    questions = list(questions)
+    parameters = SamplingParams(temperature=0, max_tokens=count, logprobs=0, ignore_eos=True, detokenize=False,
+                                **sampling)  # fmt: skip
+    return llm.generate(
+        [TokensPrompt(prompt_token_ids=list(prompt)) for _, prompt in questions],
+        parameters,
+        lora_request=[request(folder, adapter) for adapter, _ in questions],
+        use_tqdm=False,
+    )
+
+
+def answer(output: Any) -> Answer:
+    """Of one request."""
+    (made,) = output.outputs
+    return Answer(list(made.token_ids), [next(iter(step.values())).logprob for step in made.logprobs])
+
+
+def difference(found: Answer, wanted: Answer) -> float:
+    """The largest of log-probabilities; infinite where the tokens differ."""
+    if found.tokens != wanted.tokens:
+        return float("inf")
+    return max(abs(one - other) for one, other in zip(found.logprobs, wanted.logprobs, strict=True))
+
+
+def check(llm: LLM, folder: Path, questions: Sequence[tuple[str, Sequence[int]]], count: int) -> None:
+    """Every answer is transformers'."""
+    for (adapter, prompt), output in zip(questions, ask(llm, folder, questions, count), strict=True):
+        wanted = expected(folder, adapter, prompt, count)
+        assert difference(answer(output), wanted) < TOLERANCE, (adapter, len(prompt), answer(output), wanted)

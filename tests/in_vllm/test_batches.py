@@ -1,0 +1,72 @@
+"""Memories, a LoRA and the base model in one batch answer as they do in transformers; one engine for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from asked import COUNT, EVERYBODY, questions
+from engines import TOLERANCE, answer, ask, check, difference, engine
+from served_models import BASE, INVOCATION, expected, prompt
+from vllm import LLM
+
+
+@pytest.fixture(scope="module")
+def llm(made: Path) -> Iterator[LLM]:
+    with engine(made) as llm:
+        yield llm
+
+
+def test_one_batch_of_base_memories_and_lora(llm, made):
+    check(llm, made, questions(), COUNT)
+
+
+def test_the_adapters_differ(made):
+    """Or the check would hold whoever answered."""
+    said = [tuple(expected(made, name, prompt(27, seed=1, invoked=9), COUNT).tokens) for name in EVERYBODY]
+    assert len(set(said)) == len(said)
+
+
+def test_the_same_again_in_another_order(llm, made):
+    check(llm, made, questions()[::-1], COUNT)
+
+
+def test_a_scale_for_one_request(llm, made):
+    """Beside the same memory at its own scale, and at none."""
+    text = prompt(33, seed=4, invoked=9)
+    silent, halved = (
+        answer(ask(llm, made, [("default", text)], COUNT, extra_args={"memory_scale": scale})[0]) for scale in (0, 0.5)
+    )
+    assert difference(silent, expected(made, BASE, text, COUNT)) < TOLERANCE
+    assert difference(halved, expected(made, "default", text, COUNT, scale=0.5)) < TOLERANCE
+    assert difference(halved, expected(made, "default", text, COUNT)) > 100 * TOLERANCE
+    check(llm, made, [("default", text)], COUNT)
+
+
+@pytest.mark.parametrize(("scale", "problem"), [("much", "out of range"), (float("nan"), "out of range")])
+def test_a_scale_that_is_no_number_is_refused_and_the_engine_goes_on(scale, problem, llm, made):
+    text = prompt(20, seed=5)
+    with pytest.raises(ValueError, match=problem):
+        ask(llm, made, [("default", text)], COUNT, extra_args={"memory_scale": scale})
+    with pytest.raises(ValueError, match="is for memories"):
+        ask(llm, made, [("lora", text)], COUNT, extra_args={"memory_scale": 0.5})
+    check(llm, made, [("default", text)], COUNT)
+
+
+def test_adapters_are_listed_pinned_and_removed_by_the_callers_numbers(llm, made):
+    from engines import request
+
+    core = llm.llm_engine
+    wanted = request(made, "shared")
+    core.add_lora(wanted)
+    assert wanted.lora_int_id in core.list_loras()
+    assert core.pin_lora(wanted.lora_int_id)
+    assert core.remove_lora(wanted.lora_int_id)
+    assert wanted.lora_int_id not in core.list_loras()
+    check(llm, made, [("shared", prompt(20, seed=6))], COUNT)
+
+
+def test_what_the_invocation_is_and_where_it_stands():
+    asked = prompt(20, seed=0, invoked=9)
+    assert tuple(asked[11:14]) == INVOCATION and tuple(prompt(40, seed=9)[31:34]) != INVOCATION

@@ -1,0 +1,69 @@
+"""The same under other settings of the engine, each with an engine of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from asked import COUNT, questions
+from engines import check, engine
+from served_models import BASE, MEMORIES
+
+
+def test_one_slot_that_memories_take_in_turn(made):
+    """Without LoRA: beside it, vLLM 0.32 gives the base model's requests the last slot's weights on a CPU."""
+    with engine(made, max_loras=1, max_cpu_loras=2) as llm:
+        check(llm, made, questions([BASE, *MEMORIES]), COUNT)
+
+
+def test_prompts_that_are_read_in_parts(made):
+    with engine(made, max_num_batched_tokens=16, enable_chunked_prefill=True) as llm:
+        check(llm, made, questions(), COUNT)
+
+
+def test_requests_that_are_preempted(made):
+    """Too few blocks for all: some are thrown out, and read again from the beginning."""
+    with engine(made, num_gpu_blocks_override=7, max_model_len=128, enable_prefix_caching=False,
+                disable_log_stats=False) as llm:  # fmt: skip
+        check(llm, made, questions(), 40)
+        counted = {metric.name: metric for metric in llm.get_metrics()}
+        assert counted["vllm:num_preemptions"].value > 0
+
+
+def test_a_compiled_model(made):
+    with engine(made, enforce_eager=False) as llm:
+        check(llm, made, questions(), COUNT)
+
+
+BASE_ALONE = """
+import json, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from engines import answer, ask, engine
+from served_models import BASE
+from asked import questions
+if __name__ == "__main__":
+    with engine(Path({folder!r}), **{settings!r}) as llm:
+        found = [answer(output) for output in ask(llm, Path({folder!r}), questions([BASE]), 8)]
+    print("FOUND", json.dumps([[each.tokens, each.logprobs] for each in found]))
+"""
+
+
+def in_another_process(made: Path, plugins: str | None, multiprocessing: str = "0", **settings: object) -> list:
+    """The base model's answers of an engine elsewhere."""
+    script = made / "base_alone.py"
+    script.write_text(BASE_ALONE.format(paths=[str(Path(__file__).parent), str(Path(__file__).parent.parent)],
+                                        folder=str(made), settings=settings))  # fmt: skip
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}
+    env |= {} if plugins is None else {"VLLM_PLUGINS": plugins}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=500)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[-1].removeprefix("FOUND "))
+
+
+def test_the_base_model_is_that_of_an_engine_without_us_bit_for_bit(made):
+    assert in_another_process(made, None) == in_another_process(made, "")
