@@ -197,7 +197,7 @@ def test_what_is_no_product_with_the_features_is_refused(config, reason, tmp_pat
 
 def test_a_rank_that_does_not_fit_names_the_option(tmp_path):
     with_memory(build(), rank=7).save_pretrained(tmp_path)
-    with pytest.raises(PrefixMemoryError, match="has rank 7, and the server has room for 4.*--max-lora-rank 8"):
+    with pytest.raises(PrefixMemoryError, match=r"has rank 7, and the server has room for 4.*--max-lora-rank 8"):
         read_memory(tmp_path, SIZES, LAYERS, 4)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli import compare, inspect, quickstart, recipes, train, use
+from prefixmemory_cli import compare, inspect, quickstart, recipes, serve, train, use
 
 
 def _version(wanted: bool | None) -> None:
@@ -41,6 +41,7 @@ app.command()(compare.compare)
 app.command()(use.generate)
 app.command()(use.chat)
 app.command()(inspect.inspect)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
 app.command()(use.push)
 app.add_typer(recipes.app, name="recipes")
 app.command(hidden=True)(quickstart.remeasure)

@@ -93,7 +93,7 @@ def test_the_tests_can_fail(made, monkeypatch):
     original = kv_cache_utils.generate_block_hash_extra_keys
 
     def as_base(request, *place):
-        keys, following = original(request, *place)
+        _, following = original(request, *place)
         return None, following
 
     monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", as_base)

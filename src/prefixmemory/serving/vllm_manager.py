@@ -52,11 +52,9 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
         self.blind: set[int] = set()  # layers whose queries are rotated where nothing shows them before
         self.parallel, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         self._pointed: Any = None
-        self.step: Step | None = None
-        if attentions:
-            width = max(module.num_heads * module.head_size for module in attentions.values())
-            dtype, device = next(self.model.parameters()).dtype, torch.device(current_platform.device_type)
-            self.step = Step(self.max_num_batched_tokens, width, dtype, device)
+        width = max((module.num_heads * module.head_size for module in attentions.values()), default=0)
+        dtype, device = next(self.model.parameters()).dtype, torch.device(current_platform.device_type)
+        self.step = Step(self.max_num_batched_tokens, width, dtype, device)
         for name, module in attentions.items():
             around = module
             if not isinstance(around, MemoryAttention):
@@ -111,8 +109,8 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
         present = fingerprint(_Embedding(embeddings[0]))
         if present is not None and not same_base_model(saved, present):
             raise PrefixMemoryError(
-                f"{folder} was trained on another base model: its fingerprint differs. Serve it with that model, or set "
-                "base_model_fingerprint to null in adapter_config.json to serve it with this one on purpose."
+                f"{folder} was trained on another base model: its fingerprint differs. Serve it with that model, or "
+                "set base_model_fingerprint to null in adapter_config.json to serve it with this one on purpose."
             )
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
@@ -126,8 +124,6 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
             adapters: the number of each token's adapter, 0: none.
             silent: bool, a token each: its memory does not speak there; ``None``: all speak.
         """
-        if self.step is None:
-            return
         now = (adapters, tuple(self.lora_index_to_id), None if silent is None else silent.tobytes())
         if now == self._pointed:
             return

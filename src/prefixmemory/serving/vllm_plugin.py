@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefixmemory.errors import PrefixMemoryError
 
@@ -31,6 +31,8 @@ NEEDED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.lora.model_manager", "LRUCacheLoRAModelManager.register_module", ("module_name", "module")),
     ("vllm.lora.layers", "BaseLayerWithLoRA.create_lora_weights", ("max_loras", "lora_config", "model_config")),
     ("vllm.lora.utils", "_all_lora_classes", ()),
+    ("vllm.exceptions", "VLLMValidationError", ()),
+    ("vllm.lora.resolver", "LoRAResolver.resolve_lora", ("base_model_name", "lora_name")),
     ("vllm.lora.utils", "get_adapter_absolute_path", ("lora_path",)),
     ("vllm.lora.utils", "replace_submodule", ("model", "module_name", "new_module")),
     ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin._set_active_loras",
@@ -64,12 +66,13 @@ def register() -> None:
 
     from vllm.lora import utils, worker_manager
 
-    from prefixmemory.serving import vllm_layers, vllm_manager
+    from prefixmemory.serving import vllm_layers, vllm_manager, vllm_resolver
 
     vllm_layers.register_operations()
     known: Any = utils._all_lora_classes
     utils._all_lora_classes = type(known)([*known, vllm_layers.MemoryAttention])
     worker_manager.LRUCacheWorkerLoRAManager._manager_cls = vllm_manager.MemoryModelManager
+    vllm_resolver.register_resolver()
     _wrap_worker()
     _wrap_runners()
     _wrap_intake()
@@ -210,18 +213,20 @@ def _wrap_intake() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from prefixmemory.serving.vllm_requests import Intake
+    from prefixmemory.serving.vllm_requests import Intake, RefusedRequest
 
     def intake_of(processor: Any) -> Intake:
         if "_memories" not in processor.__dict__:
             processor._memories = Intake(processor.vllm_config)
-        return processor.__dict__["_memories"]
+        return cast(Intake, processor.__dict__["_memories"])
 
     def process(original: Callable[..., Any]) -> Callable[..., Any]:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = original(self, *args, **kwargs)
-            if request.lora_request is not None:
+            try:
                 intake_of(self).take(request)
+            except PrefixMemoryError as error:
+                raise RefusedRequest(str(error)) from error
             return request
 
         return process_inputs

@@ -1,9 +1,9 @@
 """A request on its way: which memory it names, from which token on this speaks, and which cached blocks it may share.
 
-Where vLLM takes requests in, the adapter that one names is exchanged for a copy of the memory that lies at its path, under
-the hash of its contents (:mod:`prefixmemory.serving.store`): what is wrong with it is said there, before the engine has
-the request. The engine keys cached blocks by that hash, and those wholly before the memory speaks as the base model's.
-Workers leave the tokens before it silent.
+Where vLLM takes requests in, the adapter that one names is exchanged for a copy of the memory that lies at its path,
+under the hash of its contents (:mod:`prefixmemory.serving.store`): what is wrong with it is said there, before the
+engine has the request. The engine keys cached blocks by that hash, and those wholly before the memory speaks as the
+base model's. Workers leave the tokens before it silent.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.serving.served import HeadSizes, read_config, read_memory
+from prefixmemory.serving.server import FOLDERS
 from prefixmemory.serving.store import NEVER, Store, is_memory, last_occurrence
 
-#: Folders within which adapters must lie, separated as in PATH.
-FOLDERS = "PREFIXMEMORY_ADAPTER_FOLDERS"
 #: In a request's ``vllm_xargs`` (over HTTP) or ``extra_args`` (``SamplingParams``): another scale than the config's.
 SCALE = "memory_scale"
 #: Between an adapter's name and the hash of its contents.
 OF_CONTENT = "@"
+
+
+class RefusedRequest(VLLMValidationError, PrefixMemoryError):
+    """A request that cannot be served; over HTTP, the client's error."""
 
 
 class Intake:

@@ -1,0 +1,43 @@
+"""Adapters that a request names and nobody loaded: found in the server's folder, as ``FOLDER/NAME``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.files.names import check_name
+from prefixmemory.serving.server import FOLDERS
+from prefixmemory.serving.store import is_memory
+
+
+class MemoryResolver(LoRAResolver):
+    """vLLM's own resolver takes nothing but LoRA.
+
+    Args:
+        folder: holds a folder for each memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        """A request for the memory of that name; ``None``: there is none."""
+        try:
+            check_name("adapter", lora_name)
+        except PrefixMemoryError:
+            return None
+        folder = self.folder / lora_name
+        if not is_memory(folder):
+            return None
+        return LoRARequest(lora_name, 1, str(folder))  # vLLM numbers it
+
+
+def register_resolver() -> None:
+    """Let vLLM look for memories in the first of the folders that adapters are served from, if any is named."""
+    folders = [folder for folder in os.environ.get(FOLDERS, "").split(os.pathsep) if folder]
+    if folders:
+        LoRAResolverRegistry.register_resolver("prefixmemory", MemoryResolver(Path(folders[0])))

@@ -1,0 +1,51 @@
+"""``prefixmemory serve``: many memories behind one OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prefixmemory_cli.common import path, ready
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="Base model: a folder, a Hub id or smollm2; default: the first adapter's.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A memory or a LoRA, and the name to ask for it; may be repeated."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(parser=path, help="Load further adapters from it while the server runs.")
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Adapters that one batch may hold; default: all, 8 more with --folder.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Of any adapter; default: the largest of those given.")] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Make room for LoRAs that are loaded later.")] = False,
+) -> None:
+    """Serve a base model and many memories with vLLM, over HTTP.
+
+    A request names the adapter as its model. Further options go to vLLM as they are: --port, --dtype, --api-key ...
+
+    \b
+    Example: prefixmemory serve --adapter tickets=tickets-memory --port 8000
+    Example: prefixmemory serve my-model --adapter a=memory-a --adapter b=memory-b --folder adapters
+    """
+    from prefixmemory.errors import PrefixMemoryError
+    from prefixmemory.serving.server import launch
+
+    ready()
+    adapters: dict[str, str] = {}
+    for word in adapter or []:
+        name, equals, place = word.partition("=")
+        if not (name and equals and place):
+            raise PrefixMemoryError(f"--adapter {word!r} has no name: give NAME=PATH, such as tickets=tickets-memory.")
+        if name in adapters:
+            raise PrefixMemoryError(f"--adapter names {name!r} twice. Give each adapter a name of its own.")
+        adapters[name] = str(path(place))
+    launch(model, adapters, folder=folder, slots=slots, max_rank=max_rank, lora=lora, more=context.args).start()
