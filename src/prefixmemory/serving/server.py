@@ -21,11 +21,10 @@ from prefixmemory.files.names import check_name
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.serving.served import read_config
+from prefixmemory.serving.store import FOLDERS
 
 #: The sizes of slots that vLLM makes.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-#: Names, to the server, the folders within which adapters must lie, separated as in PATH.
-FOLDERS = "PREFIXMEMORY_ADAPTER_FOLDERS"
 #: Slots for adapters that are loaded later.
 SPARE = 8
 #: A name that is none of a module, and that vLLM wraps no LoRA around.

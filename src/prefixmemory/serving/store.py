@@ -24,6 +24,8 @@ from prefixmemory.files.json_text import read_object
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.serving.served import read_config
 
+#: Names, to a server, the folders within which adapters must lie, separated as in PATH.
+FOLDERS = "PREFIXMEMORY_ADAPTER_FOLDERS"
 #: Numbers are positive 32-bit integers, and those below are left to other adapters, which are counted from 1 on.
 _FIRST, _LAST = 1 << 20, (1 << 31) - 1
 

@@ -21,8 +21,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.serving.served import HeadSizes, read_config, read_memory
-from prefixmemory.serving.server import FOLDERS
-from prefixmemory.serving.store import NEVER, Store, is_memory, last_occurrence
+from prefixmemory.serving.store import FOLDERS, NEVER, Store, is_memory, last_occurrence
 
 #: In a request's ``vllm_xargs`` (over HTTP) or ``extra_args`` (``SamplingParams``): another scale than the config's.
 SCALE = "memory_scale"

@@ -10,8 +10,7 @@ from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.names import check_name
-from prefixmemory.serving.server import FOLDERS
-from prefixmemory.serving.store import is_memory
+from prefixmemory.serving.store import FOLDERS, is_memory
 
 
 class MemoryResolver(LoRAResolver):
