@@ -4,8 +4,8 @@
     .venvs/vllm/bin/python -m benchmarks.serving --output results/benchmarks/serving.json
 
 Engines are asked in turn: one without adapters, one in which the base model, one memory and eight memories take turns,
-and one with room for LoRA. What counts is CPU seconds (one thread), as a ratio to the base model in the first engine; the
-median of the rounds and their middle half. An answer that is not the same in every round stops the benchmark.
+and one with room for LoRA. What counts is CPU seconds (one thread), as a ratio to the base model in the first engine;
+the median of the rounds and their middle half. An answer that is not the same in every round stops the benchmark.
 """
 
 from __future__ import annotations
