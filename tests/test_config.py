@@ -310,6 +310,7 @@ def test_a_model_without_attention_is_refused():
         MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2)
     )
     message = refused(mamba, "MambaForCausalLM has no softmax self-attention that prefixmemory knows")
+    assert "(no class is called ...Attention)" in message
     assert "CONTRIBUTING.md" in message
     assert "nowhere to put a memory" in message
 

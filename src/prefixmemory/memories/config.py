@@ -225,7 +225,7 @@ class PrefixMemoryConfig(PeftConfig):
 
         choices = {"feature_map": FEATURE_MAPS, "normalize": get_args(Normalize), "placement": get_args(Placement)}
         for name, known in choices.items():
-            if getattr(self, name) not in (AUTO, MEMORY_FIELDS[name][0]):
+            if getattr(self, name) not in (AUTO, MEMORY_FIELDS[name]):
                 check_choice(name, getattr(self, name), known)
         if given("similarity") is not None:
             check_choice("similarity", self.similarity, get_args(Similarity))
