@@ -9,7 +9,7 @@ ARGS ?=
 # Oldest and newest of what pyproject.toml allows, between them what vLLM 0.32 needs (< 5.20), and the tests of the method itself.
 TRANSFORMERS := 5.16.1 5.19.0 5.23.0
 METHOD_TESTS := $(wildcard $(patsubst %,tests/test_%.py,fidelity exact_base invariance gradients adapters files config \
-	own_memory* inside feature_mean answer_limit context_methods light_core))
+	own_memory* inside feature_mean output_limit context_methods light_core))
 
 .PHONY: quickstart test test-processors test-transformers fuzz browser models lint format clean help
 

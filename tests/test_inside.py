@@ -198,7 +198,7 @@ def test_two_prefixes_inside_are_one_of_both(attention):
 def test_a_prefix_inside_and_a_memory_outside_work_together():
     """In a model of one layer the memory's answer adds to what attention gives with the prefix."""
     model = inside()
-    add(model, "free", 3, answer_limit=None)  # a limit would go by the outputs, which the prefix changes
+    add(model, "free", 3, output_limit=None)  # a limit would go by the outputs, which the prefix changes
     model.base_model.set_adapter(["default", "free"])
     seen: dict[str, Tensor] = {}
     projection = memory_layers(model)[0].site.output_projection

@@ -31,7 +31,7 @@ What a class may say of itself, beyond ``forward``:
   weighted sum, and ``add_weighted_adapter`` takes it.
 - ``is_divisible = True``: it has ``groups`` memories and one row of every parameter for each, and ``forward`` goes by
   the sizes of its parameters, so that tensor-parallel processes can divide it.
-- ``answer_limit``: the default of the config's field of that name.
+- ``output_limit``: the default of the config's field of that name.
 """
 
 from __future__ import annotations
