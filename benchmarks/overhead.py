@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "results" / "benchmarks" / "overhead.json"
 TOKENS, NEW = 512, 8
-PAPER = {"rank": None, "normalize": "none", "answer_limit": None}
+PAPER = {"rank": None, "normalize": "none", "output_limit": None}
 METHODS = {
     "hooks alone (scale 0)": {},
     "default memory": {},

@@ -34,7 +34,7 @@ from prefixmemory.training.run import quiet_libraries, run_training
 from prefixmemory.training.settings import TrainingSettings
 
 RESULTS = Path(__file__).parent.parent / "results" / "quickstart" / "records.jsonl"
-PLAIN = {"normalize": "none", "answer_limit": None}
+PLAIN = {"normalize": "none", "output_limit": None}
 MEMORIES = {  # fields of the memory, settings of the training
     "full": ({"rank": None, **PLAIN}, {"learning_rate": 3e-4, "warmup": 0.1}),
     "rank-8": (PLAIN, {"learning_rate": 2e-3, "warmup": 0.1}),

@@ -92,7 +92,7 @@ def check_activation() -> None:
     """A memory that speaks from its invocation on is one graph for all lengths and places."""
     torch._dynamo.reset()
     word = [5, 7]
-    config = {"rank": 8, "normalize": "feature_mean", "answer_limit": 0.5}
+    config = {"rank": 8, "normalize": "feature_mean", "output_limit": 0.5}
     model = with_memory(build("llama_gqa"), active_from="invocation", invocation_tokens=word, **config)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -176,7 +176,7 @@ def main(query: str, backend: str) -> None:
             check_whole(placement="inside", prefix_length=3, **fields)
         check_whole(prefix_length=3, similarity="softmax", mixing="head")
         check_whole(prefix_length=3)
-        config = dict(feature_map="mlp", rank=3, share_heads=True, normalize="query_rms", answer_limit=0.3)
+        config = dict(feature_map="mlp", rank=3, share_heads=True, normalize="query_rms", output_limit=0.3)
         # Without code generation, for speed: what could break graphs or recompile shows all the same.
         check(with_memory(build("qwen3"), query=query, **config), "aot_eager", f"qwen3, {query}, {config}")
     print("all ok")

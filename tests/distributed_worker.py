@@ -38,7 +38,7 @@ LOW_RANK = {"rank": 3, "feature_map": "mlp", "normalize": "none"}
 TENSOR_PARALLEL_FAMILIES = ("llama_gqa", "qwen3", "gemma2", "gpt_neox", "phi3")
 TENSOR_PARALLEL_CONFIGS = (
     {},
-    {"rank": None, "answer_limit": None, "normalize": "none"},
+    {"rank": None, "output_limit": None, "normalize": "none"},
     LOW_RANK,
     {"share_heads": True, **LOW_RANK, "normalize": "feature_mean"},
     {"query": "rotary", "normalize": "query_rms"},

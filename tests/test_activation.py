@@ -183,7 +183,7 @@ def test_a_sequence_read_in_parts_is_read_as_one(sizes):
 )
 def test_generate_reads_on_from_the_prompts_invocation(how):
     """As it does without a cache, where every step reads the whole sequence."""
-    model = strong(invoked(answer_limit=4.0))
+    model = strong(invoked(output_limit=4.0))
     ids = torch.cat([text(2, 6), text(9, seed=4)])[: 1 if "prompt_lookup_num_tokens" in how else 2]
     search = {name: value for name, value in how.items() if name.startswith("num_")}
     expected = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, use_cache=False, **search)
@@ -194,7 +194,7 @@ def test_generate_reads_on_from_the_prompts_invocation(how):
 
 
 def test_a_prompt_may_be_given_without_what_its_cache_holds():
-    model, ids = strong(invoked(answer_limit=4.0)), text(9)
+    model, ids = strong(invoked(output_limit=4.0)), text(9)
     with torch.no_grad(), model.disable_adapter():
         cache = model(input_ids=ids[:, :6], use_cache=True).past_key_values
     made = [
@@ -371,11 +371,11 @@ def test_active_is_a_mask_or_the_first_token_and_overrides_every_adapter():
 
 
 def test_a_mask_holds_for_a_prompt_and_all_that_is_generated():
-    fields = {**DEFAULT, "answer_limit": 4.0}
+    fields = {**DEFAULT, "output_limit": 4.0}
     model, ids = strong(tiny.with_memory(tiny.build(), **fields)), text(6)
     mask = naive(ids)
     found = model.generate(input_ids=ids, active=mask, max_new_tokens=8, do_sample=False)
-    expected = strong(invoked(answer_limit=4.0)).generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    expected = strong(invoked(output_limit=4.0)).generate(input_ids=ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(found, expected)
     assert not torch.equal(found, model.generate(input_ids=ids, max_new_tokens=8, do_sample=False))
 

@@ -40,7 +40,7 @@ def logits(model: nn.Module, ids: Tensor | None = None, **kwargs: Any) -> Tensor
 def config(**fields: Any) -> PrefixMemoryConfig:
     """Of a memory in the paper's form but for ``fields``, as that of ``tiny.with_memory``."""
     return PrefixMemoryConfig(
-        task_type="CAUSAL_LM", **{"rank": None, "answer_limit": None, "normalize": "none", **fields}
+        task_type="CAUSAL_LM", **{"rank": None, "output_limit": None, "normalize": "none", **fields}
     )
 
 
@@ -149,7 +149,7 @@ def test_only_the_active_adapter_trains():
         {"rank": 2},
         {"share_heads": True},
         {"normalize": "query_rms"},
-        {"answer_limit": 0.3, "query": "rotary"},
+        {"output_limit": 0.3, "query": "rotary"},
     ],
     ids=str,
 )
@@ -252,7 +252,7 @@ SUMMABLE: dict[str, dict[str, Any]] = {
     "mlp": {"feature_map": "mlp"},
     "rotary": {"query": "rotary"},
     "scaled": {"scale": 0.37},
-    "limited": {"answer_limit": 0.3, "scale": 0.37},
+    "limited": {"output_limit": 0.3, "scale": 0.37},
     "mean": {"normalize": "feature_mean"},
 }
 
@@ -380,8 +380,8 @@ def test_summing_does_not_change_which_parameters_train(tmp_path):
         ({}, {"query": "rotary"}, "query is 'content' and 'rotary'"),
         ({}, {"share_heads": True}, "share_heads is False and True"),
         ({}, {"layers_to_transform": [0]}, "they adapt different layers"),
-        ({}, {"answer_limit": 0.3}, "answer_limit is None and 0.3"),
-        ({"answer_limit": 0.7, "rank": 2}, {"answer_limit": 0.3, "rank": 2}, "answer_limit is 0.7 and 0.3"),
+        ({}, {"output_limit": 0.3}, "output_limit is None and 0.3"),
+        ({"output_limit": 0.7, "rank": 2}, {"output_limit": 0.3, "rank": 2}, "output_limit is 0.7 and 0.3"),
     ],
     ids=str,
 )
@@ -535,7 +535,7 @@ ROW_VARIANTS: list[dict[str, Any]] = [
     {"scale": 0.5},
     tiny.DEFAULT,
     {"layers_to_transform": [1]},
-    {"answer_limit": 0.3, "query": "rotary"},
+    {"output_limit": 0.3, "query": "rotary"},
 ]
 
 

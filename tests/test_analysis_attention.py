@@ -195,7 +195,7 @@ def test_no_share_at_scale_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"mixing": "fixed", "mix": 0.7}, {"rank": 2, "share_heads": True}, {"answer_limit": 0.3}], ids=str
+    "config", [{}, {"mixing": "fixed", "mix": 0.7}, {"rank": 2, "share_heads": True}, {"output_limit": 0.3}], ids=str
 )
 def test_ratio_of_a_memory_is_computed_from_its_parts(config: dict[str, object]) -> None:
     model, ids = tiny.with_memory(tiny.build(), **config), tiny.tokens(1, 10)
@@ -207,7 +207,7 @@ def test_ratio_of_a_memory_is_computed_from_its_parts(config: dict[str, object])
     outputs = call.output[0]
     answer = layer.memory("default")(kept[0][0].view(10, 4, 8))
     change = answer if not config.get("mixing") else 0.3 * (answer - outputs)
-    if "answer_limit" in config:
+    if "output_limit" in config:
         change = change / (1 + (change.norm(dim=-1) / (0.3 * outputs.norm(dim=-1)))[..., None] ** 2).sqrt()
     expected = (change.norm(dim=-1) / outputs.norm(dim=-1))[-4:].mean(dim=0)
     found = tradeoff(model, ids, [10], queries=4)

@@ -48,7 +48,7 @@ def test_effective_rank() -> None:
 def test_the_bias_of_a_memory_is_its_answer_behind_the_output_projection(
     family: str, limit: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids = tiny.with_memory(tiny.build(family), answer_limit=limit), tiny.tokens(2, 9)
+    model, ids = tiny.with_memory(tiny.build(family), output_limit=limit), tiny.tokens(2, 9)
     found = biases(model, ids)
     added: list[torch.Tensor] = []
 
@@ -258,7 +258,7 @@ def test_without_a_memory_there_is_no_readout(kind: str) -> None:
 
 @pytest.mark.parametrize("limit", [None, 0.3])
 def test_ablation_is_the_loss_without_the_heads_memory(limit: float | None) -> None:
-    model, ids = tiny.with_memory(tiny.build(), answer_limit=limit), tiny.tokens(2, 12)
+    model, ids = tiny.with_memory(tiny.build(), output_limit=limit), tiny.tokens(2, 12)
     found = ablate(model, lambda: text_loss(model, ids))
     assert found.loss == pytest.approx(float(model(ids, labels=ids).loss.detach()), abs=1e-6)
     bank = layer_of(model, 1).prefix_memory.memory("default").M

@@ -91,7 +91,7 @@ def test_a_fused_projection_of_an_unknown_class_is_refused_rather_than_read_wron
     model = tiny.build("gpt_neox")
     for layer in model.gpt_neox.layers:
         layer.attention.__class__ = UnknownAttention
-    with pytest.raises(PrefixMemoryError, match="UnknownAttention has no query projection that is known"):
+    with pytest.raises(PrefixMemoryError, match="UnknownAttention has no query projection that is known among "):
         get_peft_model(model, PrefixMemoryConfig())
 
 

@@ -307,7 +307,7 @@ def test_records_from_before_defaults_changed_are_found_again(tmp_path, adapter,
     They said normalize="none", as they must now: it was the default.
     """
     method = "prefixmemory" if adapter.get("rank", 8) else "full"
-    assert key_of(tmp_path, method, rate, **adapter, answer_limit=None, normalize="none") == name
+    assert key_of(tmp_path, method, rate, **adapter, output_limit=None, normalize="none") == name
 
 
 def key_of(folder: Path, method: str, rate: float, **adapter: Any) -> str:
@@ -327,7 +327,7 @@ def test_the_keys_of_memories_with_a_limit_are_new(tmp_path):
         return key_of(tmp_path, "prefixmemory", 2e-3, **adapter)
 
     assert named() == named(**tiny.DEFAULT) == named(rank=tiny.DEFAULT["rank"])
-    others = [{"answer_limit": 0.37}, {"rank": None}, {"answer_limit": None}, {"normalize": "none"}]
+    others = [{"output_limit": 0.37}, {"rank": None}, {"output_limit": None}, {"normalize": "none"}]
     assert len({named(), *(named(**other) for other in others)}) == 5
 
 

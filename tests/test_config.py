@@ -50,16 +50,16 @@ MAPS = "elu, gelu, relu, silu, identity, softmax, mlp"
         ({"rank": 2.0}, "rank=2.0 is out of range: give a positive integer, or None."),
         ({"rank": "8"}, "rank='8' is out of range: give a positive integer, or None."),
         *(
-            ({"answer_limit": value}, f"answer_limit={value!r} is out of range: give a number above 0, or None.")
+            ({"output_limit": value}, f"output_limit={value!r} is out of range: give a number above 0, or None.")
             for value in (0, 0.0, -1, float("nan"), float("inf"), "0.5")
         ),
         (
-            {"mixing": "layer", "answer_limit": 0.3},
-            "answer_limit=0.3 needs mixing='none': where λ mixes, λ sets the memory's share.",
+            {"mixing": "layer", "output_limit": 0.3},
+            "output_limit=0.3 needs mixing='none': where λ mixes, λ sets the memory's share.",
         ),
         (
-            {"prefix_length": 3, "placement": "inside", "answer_limit": 0.3},
-            "answer_limit=0.3 needs placement='outside': inside, the softmax itself sets the prefix's share.",
+            {"prefix_length": 3, "placement": "inside", "output_limit": 0.3},
+            "output_limit=0.3 needs placement='outside': inside, the softmax itself sets the prefix's share.",
         ),
         ({"mix": 0.3}, "mix=0.3 needs mixing: without it nothing is mixed."),
         ({"feature_dim": 0}, "feature_dim=0 is out of range: give a positive integer, or None."),
@@ -104,9 +104,9 @@ def test_a_wrong_field_is_refused_by_name_value_and_fix(fields, message):
         {"scale": 0.0},
         {"scale": -2},
         {"rank": 1},
-        {"answer_limit": 0.001},
-        {"answer_limit": 7},
-        {"answer_limit": None},
+        {"output_limit": 0.001},
+        {"output_limit": 7},
+        {"output_limit": None},
         {"feature_dim": 3, "feature_map": "mlp"},
         {"target_modules": r".*\.self_attn"},
         {"layers_to_transform": [0], "layers_pattern": "h"},
@@ -134,10 +134,10 @@ def test_the_defaults_are_the_documented_ones():
 @pytest.mark.parametrize("placement", ["inside", "outside"])
 def test_prefix_vectors_have_no_rank_limit_or_mean_in_the_config_and_its_file(placement, fields, tmp_path):
     config = PrefixMemoryConfig(placement=placement, prefix_length=3, **fields)
-    assert (config.rank, config.answer_limit, config.normalize) == (None, None, "none")
+    assert (config.rank, config.output_limit, config.normalize) == (None, None, "none")
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (written["rank"], written["answer_limit"], written["normalize"]) == (None, None, "none")
+    assert (written["rank"], written["output_limit"], written["normalize"]) == (None, None, "none")
     assert PrefixMemoryConfig.from_pretrained(tmp_path) == config
 
 
@@ -151,16 +151,16 @@ def test_prefix_vectors_refuse_a_rank_that_was_asked_for():
 def test_a_memory_that_mixes_has_no_limit_in_the_config_and_its_file(tmp_path):
     for mixing in ("fixed", "layer", "head"):
         config = PrefixMemoryConfig(mixing=mixing)
-        assert config.answer_limit is None and config.rank is not None
+        assert config.output_limit is None and config.rank is not None
         config.save_pretrained(tmp_path)
-        assert json.loads((tmp_path / "adapter_config.json").read_text())["answer_limit"] is None
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["output_limit"] is None
         assert PrefixMemoryConfig.from_pretrained(tmp_path) == config
 
 
 def test_the_papers_memory_stays_so_in_its_file(tmp_path):
-    PrefixMemoryConfig(rank=None, answer_limit=None, normalize="none").save_pretrained(tmp_path)
+    PrefixMemoryConfig(rank=None, output_limit=None, normalize="none").save_pretrained(tmp_path)
     loaded = PrefixMemoryConfig.from_pretrained(tmp_path)
-    assert (loaded.rank, loaded.answer_limit, loaded.normalize) == (None, None, "none")
+    assert (loaded.rank, loaded.output_limit, loaded.normalize) == (None, None, "none")
 
 
 # Feature maps
@@ -229,7 +229,7 @@ FULL: dict[str, Any] = dict(
 #: Those that exclude some of them, or each other.
 KERNEL: dict[str, Any] = dict(prefix_length=3, normalizer=True, reparameterize=4)
 INSIDE: dict[str, Any] = dict(placement="inside", prefix_length=3, similarity="softmax")
-LIMITED: dict[str, Any] = dict(answer_limit=0.37, answer_limit_pattern={"layers.0.self_attn": None})
+LIMITED: dict[str, Any] = dict(output_limit=0.37, output_limit_pattern={"layers.0.self_attn": None})
 OWN_MEMORY = {"memory", "memory_options"}  # need a registered one: test_own_memory.py
 WRITTEN_BY_US = {
     "weights_sha256",
@@ -310,6 +310,7 @@ def test_a_model_without_attention_is_refused():
         MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2)
     )
     message = refused(mamba, "MambaForCausalLM has no softmax self-attention that prefixmemory knows")
+    assert "(no class is called ...Attention)" in message
     assert "CONTRIBUTING.md" in message
     assert "nowhere to put a memory" in message
 

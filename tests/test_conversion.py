@@ -57,7 +57,7 @@ def test_a_memory_started_at_B_answers_as_the_unnormalised_kernel_form(family, f
     model.set_adapter("step4")
     close(logits(model), expected)
     assert (base - expected).abs().max() > 100 * TOLERANCE
-    assert model.peft_config["step4"].answer_limit is None
+    assert model.peft_config["step4"].output_limit is None
     for layer in memory_layers(model):
         assert layer.memory("step4").M.shape[0] == (2 if share_heads else 4)
     model.save_pretrained(tmp_path, selected_adapters=["step4"])

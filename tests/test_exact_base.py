@@ -18,7 +18,7 @@ VARIANTS = {
     "rank": {"rank": 2},
     "share_heads": {"share_heads": True},
     "mlp": {"feature_map": "mlp"},
-    "limited": {"answer_limit": 0.3},
+    "limited": {"output_limit": 0.3},
 }
 
 

@@ -247,7 +247,7 @@ def test_a_memory_adds_its_answer_to_its_head_alone_and_learns(name):
     model = build(case).requires_grad_(False)  # as PEFT does: torch multiplies by a weight that learns in another way
     with torch.no_grad():
         before = run(case, model)
-    adapted = get_peft_model(model, PrefixMemoryConfig(rank=None, answer_limit=None, normalize="none")).eval()
+    adapted = get_peft_model(model, PrefixMemoryConfig(rank=None, output_limit=None, normalize="none")).eval()
     with torch.no_grad():
         assert torch.equal(run(case, adapted), before)
     memories = {n: p for n, p in adapted.named_parameters() if ".prefix_memory_bank.default." in n}

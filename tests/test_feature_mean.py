@@ -214,7 +214,7 @@ def test_a_loaded_memory_keeps_its_mean_when_it_is_trained_on(tmp_path: Path):
 def two_trained(first: dict[str, Any], second: dict[str, Any], **alike: Any) -> PeftModel:
     """A model with the adapters ``default`` and ``other``, filled, whose means differ."""
     model = tiny.with_memory(tiny.build(), **MEAN, **alike, **first)
-    config = {"rank": None, "answer_limit": None, **MEAN, **alike, **second}
+    config = {"rank": None, "output_limit": None, **MEAN, **alike, **second}
     model.add_adapter("other", PrefixMemoryConfig(task_type="CAUSAL_LM", **config))
     tiny.randomize(model, "other", seed=3)
     assert not equal(means(model), means(model, "other"))

@@ -122,7 +122,7 @@ _current: Oracle | None = None
 def oracle_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
     oracle = _current
     oracle.layers_called.append(module.layer_idx)
-    heads, scale, limit = query.shape[1], oracle.config.scale, oracle.config.answer_limit
+    heads, scale, limit = query.shape[1], oracle.config.scale, oracle.config.output_limit
     memory, phi = oracle.memory(module.layer_idx, heads), oracle.phi(module.layer_idx, heads)
     asked = oracle.content_query if oracle.config.query == "content" and oracle.content_query is not None else query
     attended = {"allowed": attention_mask == 0, "scaling": scaling, "softcap": softcap}
@@ -270,9 +270,9 @@ def test_feature_map_and_normalisation_equal_the_oracle(feature_map, normalize):
         dict(feature_map="mlp", feature_dim=5),
         dict(feature_map="mlp", feature_dim=5, rank=2, share_heads=True),
         dict(scale=-0.6),
-        dict(answer_limit=0.3),
-        dict(answer_limit=2.0, rank=3, share_heads=True, scale=-0.6),
-        dict(answer_limit=0.3, feature_map="mlp", feature_dim=5, normalize="query_rms"),
+        dict(output_limit=0.3),
+        dict(output_limit=2.0, rank=3, share_heads=True, scale=-0.6),
+        dict(output_limit=0.3, feature_map="mlp", feature_dim=5, normalize="query_rms"),
         dict(rank=3, feature_map="mlp", feature_dim=5, share_heads=True, normalize="feature_mean"),
     ],
     ids=str,
@@ -335,7 +335,7 @@ def test_negative_control_another_memory_or_another_query_is_far_away(family):
         run_oracle(family, config, one_entry, ids, mask),
         run_oracle(family, config, parameters, ids, mask, query="rotary"),
         run_oracle(family, config, {n: p.roll(1, 0) for n, p in parameters.items()}, ids, mask),  # the next head's M
-        run_oracle(family, dataclasses.replace(config, answer_limit=2.0), parameters, ids, mask),  # a wide limit
+        run_oracle(family, dataclasses.replace(config, output_limit=2.0), parameters, ids, mask),  # a wide limit
     ):
         assert (ours.logits - theirs.logits).abs().max() > 1e3 * TOLERANCE
 

@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mlp": {"feature_map": "mlp", "feature_dim": 5},
     "rotary": {"query": "rotary", "normalize": "none", "scale": 0.5},
     "one_layer": {"layers_to_transform": [1]},
-    "limited": {"answer_limit": 0.3},
+    "limited": {"output_limit": 0.3},
 }
 
 

@@ -44,7 +44,7 @@ def memory_gradients(model: PeftModel) -> tuple[dict[str, torch.Tensor], int]:
         ("phi3", {}),
         ("gpt2", {}),
         ("gpt_neox", {}),
-        ("gpt2", {"answer_limit": 0.3}),
+        ("gpt2", {"output_limit": 0.3}),
     ],
     ids=str,
 )

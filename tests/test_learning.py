@@ -18,9 +18,9 @@ FAMILIES = ["llama_gqa", "qwen3", "phi3", "gpt2"]
 #: zero while M (or B) is zero, and follow in the second step.
 VARIANTS = {
     "default": (tiny.DEFAULT, {"B"}),
-    "paper": ({"rank": None, "answer_limit": None, "normalize": "none"}, {"M"}),
+    "paper": ({"rank": None, "output_limit": None, "normalize": "none"}, {"M"}),
     "full": ({"rank": None}, {"M"}),
-    "rotary": ({"rank": None, "query": "rotary", "answer_limit": None}, {"M"}),
+    "rotary": ({"rank": None, "query": "rotary", "output_limit": None}, {"M"}),
     "rank": ({"rank": 2}, {"B"}),
     "share_heads": ({"rank": None, "share_heads": True}, {"M"}),
     "mlp": ({"rank": None, "feature_map": "mlp"}, {"M"}),

@@ -42,7 +42,7 @@ GENERATORS = (*DECODERS, "t5", "bart")
 ARCHITECTURES = (*GENERATORS, "bert", "deberta-v2")
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "full": {"rank": None, "answer_limit": None, "normalize": "none"},
+    "full": {"rank": None, "output_limit": None, "normalize": "none"},
     "inside": {"placement": "inside", "prefix_length": 3},
 }
 #: Their attention function cannot be reached.
@@ -289,7 +289,7 @@ def test_merging_is_refused_and_nothing_is_merged(architecture, variant):
 
 @everywhere
 def test_the_weighted_sum_is_both_at_once_or_refused(architecture, variant):
-    model = adapted(architecture, variant, **({"answer_limit": None} if variant == "default" else {}))
+    model = adapted(architecture, variant, **({"output_limit": None} if variant == "default" else {}))
     model.add_adapter("other", model.peft_config["default"])
     tiny.randomize(model, "other", seed=5)
     means = zip(tiny.means(model).values(), tiny.means(model, "other").values(), strict=True)

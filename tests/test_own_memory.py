@@ -340,7 +340,7 @@ def test_what_layers_share_is_saved_once_and_learns_from_all_of_them(tmp_path):
     whole = memory_layers(model)[0].memory("default").M.grad
 
     apart = tiny.with_memory(tiny.build(), memory="offset", fill=False)  # the same as a memory for each layer
-    apart.add_adapter("free", PrefixMemoryConfig(task_type="CAUSAL_LM", rank=None, normalize="none", answer_limit=None))
+    apart.add_adapter("free", PrefixMemoryConfig(task_type="CAUSAL_LM", rank=None, normalize="none", output_limit=None))
     apart.base_model.set_adapter("free")
     parts = []
     for ours, theirs in zip(memory_layers(model), memory_layers(apart), strict=True):
@@ -407,7 +407,7 @@ class Both(nn.Module):
 
 def test_it_may_have_a_field_of_the_config_a_mean_and_a_limit(tmp_path):
     register_memory("centred")(Centred)
-    model = tiny.with_memory(tiny.build(), fill=False, memory="centred", rank="auto", answer_limit=0.5)
+    model = tiny.with_memory(tiny.build(), fill=False, memory="centred", rank="auto", output_limit=0.5)
     assert model.peft_config["default"].rank == 3 and memory_layers(model)[1].memory("default").A.shape == (4, 8, 3)
     model.train()
     model(input_ids=tiny.tokens(), labels=tiny.tokens()).loss.backward()
@@ -429,7 +429,7 @@ def test_it_may_have_a_field_of_the_config_a_mean_and_a_limit(tmp_path):
     loaded = PeftModel.from_pretrained(tiny.build(), tmp_path)
     assert torch.equal(memory_layers(loaded)[0].memory("default").mean, memory.mean)
     given = PrefixMemoryConfig(memory="centred", rank=5)
-    assert given.rank == 5 and given.answer_limit is None  # no limit but where it is asked for
+    assert given.rank == 5 and given.output_limit is None  # no limit but where it is asked for
 
 
 def test_it_may_read_both_queries():

@@ -50,22 +50,24 @@ def test_a_name_is_never_overwritten():
         (dict(memory="gated", memory_options={"bias": float("nan")}), "memory_options['bias']=nan is no number"),
         (dict(memory_options={"bias": 1.0}), "memory_options={'bias': 1.0} needs memory: they are arguments of a"),
         *(
-            ({**GATED, **field}, f"{name}={value!r} needs memory='matrix', not 'gated': a registered memory {why}")
-            for why, choices in {
-                "brings its own way to answer": dict(
-                    feature_map="gelu",
-                    feature_dim=4,
-                    normalize="query_rms",
-                    rank=2,
-                    share_heads=True,
-                    dropout=0.1,
-                ),
-                "answers queries outside the softmax and has no prefix vectors": dict(
-                    placement="inside", prefix_length=4, similarity="softmax", normalizer=True, reparameterize=8
-                ),
-            }.items()
-            for name, value in choices.items()
-            for field in [{name: value}]
+            (
+                {**GATED, name: value},
+                f"{name}={value!r} needs memory='matrix', not 'gated': a registered memory has a field only if its "
+                f"class names {name}= as an argument",
+            )
+            for name, value in dict(
+                feature_map="gelu",
+                feature_dim=4,
+                normalize="query_rms",
+                rank=2,
+                share_heads=True,
+                dropout=0.1,
+                placement="inside",
+                prefix_length=4,
+                similarity="softmax",
+                normalizer=True,
+                reparameterize=8,
+            ).items()
         ),
     ],
     ids=str,
@@ -113,6 +115,39 @@ class NotANumber(Offset):
         return super().forward(query) / 0
 
 
+class WithMean(Offset):
+    """Has what calibration needs; the classes below lack one thing each."""
+
+    def __init__(self, site: MemorySite) -> None:
+        super().__init__(site)
+        self.mean: Any = nn.Parameter(torch.zeros(site.heads, 3), requires_grad=False)
+
+    def features(self, query: Tensor) -> Tensor:
+        return query[..., :3]
+
+
+class MeanInBuffer(WithMean):
+    def __init__(self, site: MemorySite) -> None:
+        super().__init__(site)
+        del self.mean
+        self.register_buffer("mean", torch.zeros(site.heads, 3))
+
+
+class MeanOfNoGroup(WithMean):
+    def __init__(self, site: MemorySite) -> None:
+        super().__init__(site)
+        self.mean = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+
+class MeanOfNothing(WithMean):
+    features: Any = None
+
+
+class OtherFeatures(WithMean):
+    def features(self, query: Tensor) -> Tensor:
+        return query
+
+
 class Registering(Offset):
     """Keeps the first layer's module as a child of its own."""
 
@@ -138,6 +173,11 @@ class OneForAll(Offset):
         (Turned, "memory='mine' answered queries [2, 5, 4, 8] with [2, 4, 5, 8]: return a tensor [2, 5, 4, 8]."),
         (Summed, "memory='mine' answered queries [2, 5, 4, 8] with [2, 5, 8]: return a tensor [2, 5, 4, 8]."),
         (Nothing, "memory='mine' answered queries [2, 5, 4, 8] with NoneType: return a tensor [2, 5, 4, 8]."),
+        *((factory, "memory='mine' has a mean that") for factory in (MeanInBuffer, MeanOfNoGroup, MeanOfNothing)),
+        (
+            OtherFeatures,
+            "features() of memory='mine' turned queries [2, 5, 4, 1, 8] into [2, 5, 4, 1, 8]: return [2, 5",
+        ),
         (lambda site: torch.zeros(3), "memory='mine' made a Tensor: return an nn.Module."),
         (Registering, "memory='mine' made a module whose 'kept.0.b' belongs to another memory, so that it would be"),
         (OneForAll, "memory='mine' made a module whose 'b' belongs to another memory, so that it would be saved twice"),
@@ -158,6 +198,12 @@ def test_a_class_that_breaks_the_contract_is_refused_and_leaves_no_trace(factory
     with pytest.raises(PrefixMemoryError, match=re.escape(message)):
         model.add_adapter("second", PrefixMemoryConfig(task_type="CAUSAL_LM", memory="mine"))
     assert torch.equal(logits(model), before) and list(model.peft_config) == ["default"]
+
+
+def test_a_mean_that_can_be_taken_passes_the_check():
+    register_memory("mine")(WithMean)
+    model = tiny.with_memory(tiny.build(), memory="mine")
+    assert memory_layers(model)[0].memory("default").mean.shape == (4, 3)
 
 
 def test_the_check_of_the_start_draws_nothing_from_the_random_state():

@@ -46,8 +46,8 @@ def test_a_scale_for_some_layers_is_set_scale_there():
 
 
 def test_a_limit_for_some_layers():
-    adapted = model(answer_limit_pattern={"layers.0.self_attn": None})
-    assert [layer.configs["default"].answer_limit for layer in memory_layers(adapted)] == [None, 0.5]
+    adapted = model(output_limit_pattern={"layers.0.self_attn": None})
+    assert [layer.configs["default"].output_limit for layer in memory_layers(adapted)] == [None, 0.5]
     assert not torch.equal(logits(adapted), logits(model()))
 
 
@@ -56,7 +56,7 @@ def test_the_first_pattern_that_fits_counts():
     assert [layer.memory("default").rank for layer in memory_layers(adapted)] == [2, 4]
 
 
-@pytest.mark.parametrize("name", ["rank", "scale", "answer_limit"])
+@pytest.mark.parametrize("name", ["rank", "scale", "output_limit"])
 def test_a_pattern_that_fits_nothing_is_refused(name):
     with pytest.raises(PrefixMemoryError, match=rf"{name}_pattern=.*layers.7.self_attn.* fits no attention module"):
         model(**{f"{name}_pattern": {"layers.7.self_attn": 1 if name == "rank" else 1.0}})
@@ -74,7 +74,7 @@ def test_a_pattern_that_is_no_mapping_is_refused():
 
 
 @pytest.mark.usefixtures("untyped")
-@pytest.mark.parametrize(("name", "value"), [("rank", 0), ("scale", float("inf")), ("answer_limit", -1.0)])
+@pytest.mark.parametrize(("name", "value"), [("rank", 0), ("scale", float("inf")), ("output_limit", -1.0)])
 def test_a_value_that_the_field_refuses_is_refused_in_a_pattern(name, value):
     with pytest.raises(PrefixMemoryError, match=f"{name}="):
         model(**{f"{name}_pattern": {"layers.0.self_attn": value}})

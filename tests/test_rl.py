@@ -40,7 +40,7 @@ def test_grpo_learns_what_is_rewarded(base, tmp_path):
     model = load(base)
     model.lm_head.weight.data.mul_(30)  # so that what the memory adds can make the model sure of its next token
     # no limit: what a random model says by itself is nothing to hold on to
-    unlimited = PrefixMemoryConfig(task_type="CAUSAL_LM", answer_limit=None)
+    unlimited = PrefixMemoryConfig(task_type="CAUSAL_LM", output_limit=None)
     trainer = make_trainer("grpo", base, tmp_path, model=model, max_steps=30, learning_rate=0.1,
                            peft_config=unlimited, per_device_train_batch_size=16, num_generations=8)  # fmt: skip
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}

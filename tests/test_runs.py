@@ -301,7 +301,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Watc
 #: The loss of labels that the training rows do not have falls with what all labels share, then rises.
 OVERFITTING = (
     "--learning-rate", 0.03, "--epochs", 12, "--batch-size", 8, "--save-steps", 3, "--set", "training.warmup=0",
-    "--validation", "held.jsonl", "--set", "method.answer_limit=null", "--normalize", "none",
+    "--validation", "held.jsonl", "--set", "method.output_limit=null", "--normalize", "none",
 )  # fmt: skip
 
 

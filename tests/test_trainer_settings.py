@@ -62,7 +62,7 @@ def saved(checkpoint: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def early_stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, dict[str, Tensor]]:
     """A run whose loss on other rows falls, then rises, and the parameters before it."""
-    model = make_model(answer_limit=None)
+    model = make_model(output_limit=None)
     model.get_base_model().lm_head.weight.data.mul_(30)  # a base model that is sure of itself can be overfitted
     before = values(model)
     trainer = Trainer(

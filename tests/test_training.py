@@ -187,7 +187,7 @@ def test_the_loss_is_that_of_the_completions_alone(crop_logits):
 
 
 def test_training_lowers_the_loss_of_the_completions(tmp_path):
-    model = adapted(answer_limit=None)
+    model = adapted(output_limit=None)
     base = {name: p.detach().clone() for name, p in model.named_parameters() if "prefix_memory" not in name}
     before = completion_loss(model.eval(), EXAMPLES)
     settings = TrainingSettings(learning_rate=0.3, epochs=15.0, batch_size=4)

@@ -44,7 +44,7 @@ _GQA = dict(num_key_value_heads=2)
 IN_ADAPTER = re.compile(r"\.prefix_memory_(bank|mixing)\.ADAPTER\.")
 
 #: What makes the memory of ``with_memory`` the default one.
-DEFAULT = {name: getattr(PrefixMemoryConfig(), name) for name in ("rank", "answer_limit", "normalize")}
+DEFAULT = {name: getattr(PrefixMemoryConfig(), name) for name in ("rank", "output_limit", "normalize")}
 
 #: Config of each family by the name that the tests use.
 CONFIGS = {
@@ -78,7 +78,7 @@ def tokens(rows: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
 
 def with_memory(model: PreTrainedModel, fill: bool = True, **config: object) -> PeftModel:
     """``model`` with a memory, in the paper's form but for ``config``; ``fill``: random contents, as if trained."""
-    plain = {"rank": None, "answer_limit": None, "normalize": "none"}
+    plain = {"rank": None, "output_limit": None, "normalize": "none"}
     adapted = get_peft_model(model, PrefixMemoryConfig(task_type="CAUSAL_LM", **{**plain, **config}))
     if fill:
         randomize(adapted)

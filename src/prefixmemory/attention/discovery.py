@@ -87,10 +87,10 @@ def _inspect(module: nn.Module) -> AttentionSite | str:
     if row is None:
         if any(row.path in core._parameters for row in families.QUERY_PROJECTIONS):
             return f"{kind} cannot be read: its projections are parameters, so that no projection is called"
-        return f"{kind} has no query projection that is known"
+        return f"{kind} has no query projection that is known among {', '.join(module._modules) or 'its children'}"
     output_path = _output_path(module, row)
     if output_path is None:
-        return f"{kind} has no output projection that is known"
+        return f"{kind} has no output projection that is known among {', '.join(module._modules)}"
     return _measure(module, core, row, prefix, output_path)
 
 
@@ -172,7 +172,7 @@ def find_sites(model: nn.Module) -> dict[str, AttentionSite]:
     }
     if not sites:
         reasons = [_inspect(m) for _, m in model.named_modules() if families.ATTENTION.search(type(m).__name__)]
-        why = f" ({reasons[0]})" if reasons else ""
+        why = f" ({reasons[0] if reasons else 'no class is called ...Attention'})"
         raise PrefixMemoryError(
             f"{type(model).__name__} has no softmax self-attention that prefixmemory knows{why}, so there is nowhere "
             "to put a memory. Use a transformer with softmax attention, or add its family to the tables in "

@@ -77,9 +77,10 @@ def _adapter(method: Method) -> dict[str, Any]:
     """The adapter's fields, with those of a memory whose defaults have changed, whether they are given or not."""
     if method.kind != "adapter" or not isinstance(config := method.config(), PrefixMemoryConfig):
         return method.adapter
-    once = {"rank": None, "answer_limit": None, "normalize": "none"}  # the defaults of the first records
+    once = {"rank": None, "output_limit": None, "normalize": "none"}  # the defaults of the first records
     given = {name: value for name, value in method.adapter.items() if once.get(name, "") is not None}
-    return given | {name: getattr(config, name) for name, old in once.items() if getattr(config, name) != old}
+    called = {"output_limit": "answer_limit"}  # then; the key of an old record stays what it is
+    return given | {called.get(k, k): getattr(config, k) for k, old in once.items() if getattr(config, k) != old}
 
 
 def _chosen(settings: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ NOT_HERE = {
 }
 
 #: Fields that may have another value in some attention modules.
-PATTERNS = ("rank", "scale", "answer_limit")
+PATTERNS = ("rank", "scale", "output_limit")
 
 Query = Literal["content", "rotary"]
 Auto = Literal["auto"]
@@ -75,7 +75,7 @@ class PrefixMemoryConfig(PeftConfig):
             default is 8, a quarter of the parameters at a head dimension of 64. With the other defaults, a full M wants
             2e-3; it scored 4 points more on short inputs, and lost more behind long ones (``docs/defaults.md``).
             Prefix vectors have none, and registered memories only if they ask for it: elsewhere it is ``None``.
-        answer_limit: c, the length that no memory output a reaches, in lengths of the head's own output o. Short ones
+        output_limit: c, the length that no memory output a reaches, in lengths of the head's own output o. Short ones
             pass as they are, longer ones are shortened smoothly: a / √(1 + |a|² / (c·|o|)²). So no step of training
             drowns what the model says by itself (``docs/LOG.md``). ``scale`` multiplies what is left, and each of
             several active memories is limited on its own. ``None``: no limit, the paper's form. ``auto``: 0.5 for a
@@ -114,7 +114,7 @@ class PrefixMemoryConfig(PeftConfig):
         exclude_modules: names of attention modules to leave alone.
         layers_to_transform: layer index or indices to adapt; others are left alone.
         layers_pattern: name of the list that holds the layers, when it is not found by itself.
-        rank_pattern, scale_pattern, answer_limit_pattern: another ``rank``, ``scale`` or ``answer_limit`` for some
+        rank_pattern, scale_pattern, output_limit_pattern: another ``rank``, ``scale`` or ``output_limit`` for some
             attention modules, by the end of their names or a regular expression for it, as PEFT's ``rank_pattern``:
             ``{"layers.0.self_attn": 16}``. The first that fits counts; one that fits none is refused.
         modules_to_save: further modules to train and save in full, as in PEFT.
@@ -134,7 +134,7 @@ class PrefixMemoryConfig(PeftConfig):
     normalize: Normalize | Auto = AUTO
     query: Query | Auto = AUTO
     rank: int | Auto | None = AUTO
-    answer_limit: float | Auto | None = AUTO
+    output_limit: float | Auto | None = AUTO
     share_heads: bool | Auto = AUTO
     placement: Placement | Auto = AUTO
     prefix_length: int | Auto | None = AUTO
@@ -154,7 +154,7 @@ class PrefixMemoryConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int | None] | None = None
     scale_pattern: dict[str, float] | None = None
-    answer_limit_pattern: dict[str, float | None] | None = None
+    output_limit_pattern: dict[str, float | None] | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     base_model_fingerprint: list[float | None] | None = field(default=None, repr=False)
@@ -225,7 +225,7 @@ class PrefixMemoryConfig(PeftConfig):
 
         choices = {"feature_map": FEATURE_MAPS, "normalize": get_args(Normalize), "placement": get_args(Placement)}
         for name, known in choices.items():
-            if getattr(self, name) not in (AUTO, MEMORY_FIELDS[name][0]):
+            if getattr(self, name) not in (AUTO, MEMORY_FIELDS[name]):
                 check_choice(name, getattr(self, name), known)
         if given("similarity") is not None:
             check_choice("similarity", self.similarity, get_args(Similarity))
@@ -238,8 +238,8 @@ class PrefixMemoryConfig(PeftConfig):
             check_number("mix", self.mix, 1e-6, 1.0, "a share in (0, 1)")
         if self.dropout != AUTO:
             check_number("dropout", self.dropout, 0.0, 1.0, "a probability in [0, 1)")
-        if given("answer_limit") is not None:
-            check_number("answer_limit", self.answer_limit, 1e-6, 1e6, "a number above 0, or None")
+        if given("output_limit") is not None:
+            check_number("output_limit", self.output_limit, 1e-6, 1e6, "a number above 0, or None")
         for name in ("rank", "feature_dim", "prefix_length", "reparameterize"):
             check_positive_integer(name, given(name))
         for name in ("share_heads", "normalizer"):
@@ -299,11 +299,11 @@ class PrefixMemoryConfig(PeftConfig):
             self.mix = None
         elif self.mix in (AUTO, None):
             self.mix = 0.5
-        if self.answer_limit == AUTO:
-            self.answer_limit = kind.says("answer_limit") if self.mixing == "none" else None
-        elif self.answer_limit is not None and self.mixing != "none":
+        if self.output_limit == AUTO:
+            self.output_limit = kind.says("output_limit") if self.mixing == "none" else None
+        elif self.output_limit is not None and self.mixing != "none":
             raise PrefixMemoryError(
-                f"answer_limit={self.answer_limit!r} needs mixing='none': where λ mixes, λ sets the memory's share."
+                f"output_limit={self.output_limit!r} needs mixing='none': where λ mixes, λ sets the memory's share."
             )
 
     def of_module(self, name: str) -> PrefixMemoryConfig:

@@ -47,7 +47,7 @@ class MatrixMemory(nn.Module):
     """
 
     is_builtin = is_linear = is_divisible = True
-    answer_limit = 0.5
+    output_limit = 0.5
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from prefixmemory.errors import PrefixMemoryError
 #: Fields of PEFT's configs that are matched against the names of modules; a list of names is not, but for the last.
 FIELDS = ("target_modules", "exclude_modules", "layers_pattern")
 #: Fields whose keys are.
-KEYED = ("rank_pattern", "alpha_pattern", "scale_pattern", "answer_limit_pattern")
+KEYED = ("rank_pattern", "alpha_pattern", "scale_pattern", "output_limit_pattern")
 LONGEST = 2000
 #: How deep Python follows them into each other depends on what else the process has imported.
 MOST_GROUPS = 100

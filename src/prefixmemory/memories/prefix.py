@@ -96,8 +96,8 @@ class PrefixVectors(nn.Module):
                 refuse("mixing", outside, "inside, the softmax itself sets the prefix's share")
             if config.scale < 0:
                 refuse("scale", outside, "inside, the scale multiplies the prefix's weights in the softmax")
-            if config.answer_limit not in (None, AUTO):
-                refuse("answer_limit", outside, "inside, the softmax itself sets the prefix's share")
+            if config.output_limit not in (None, AUTO):
+                refuse("output_limit", outside, "inside, the softmax itself sets the prefix's share")
         if config.similarity == "softmax":
             by_features = "similarity='feature_map' outside the softmax"
             if config.normalizer is True:

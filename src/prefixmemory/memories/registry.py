@@ -31,7 +31,7 @@ What a class may say of itself, beyond ``forward``:
   weighted sum, and ``add_weighted_adapter`` takes it.
 - ``is_divisible = True``: it has ``groups`` memories and one row of every parameter for each, and ``forward`` goes by
   the sizes of its parameters, so that tensor-parallel processes can divide it.
-- ``answer_limit``: the default of the config's field of that name.
+- ``output_limit``: the default of the config's field of that name.
 """
 
 from __future__ import annotations
@@ -51,22 +51,19 @@ from prefixmemory.errors import PrefixMemoryError, did_you_mean
 #: A field of the config whose value follows from the others.
 AUTO: Final = "auto"
 
-_ITS_OWN = "a registered memory brings its own way to answer; give it what it needs in memory_options"
-_NO_KEYS = "a registered memory answers queries outside the softmax and has no prefix vectors"
-
-#: The fields of the config that a memory may read: what stands in the config of a memory that does not, and why.
-MEMORY_FIELDS: dict[str, tuple[object, str]] = {
-    "feature_map": (None, _ITS_OWN),
-    "feature_dim": (None, _ITS_OWN),
-    "normalize": ("none", _ITS_OWN),
-    "rank": (None, _ITS_OWN),
-    "share_heads": (False, _ITS_OWN),
-    "dropout": (0.0, _ITS_OWN),
-    "prefix_length": (None, _NO_KEYS),
-    "placement": ("outside", _NO_KEYS),
-    "similarity": (None, _NO_KEYS),
-    "normalizer": (False, _NO_KEYS),
-    "reparameterize": (None, _NO_KEYS),
+#: The fields of the config that a memory may read: what stands in the config of a memory that does not.
+MEMORY_FIELDS: dict[str, object] = {
+    "feature_map": None,
+    "feature_dim": None,
+    "normalize": "none",
+    "rank": None,
+    "share_heads": False,
+    "dropout": 0.0,
+    "prefix_length": None,
+    "placement": "outside",
+    "similarity": None,
+    "normalizer": False,
+    "reparameterize": None,
 }
 
 
@@ -130,11 +127,16 @@ class MemoryKind:
             PrefixMemoryError: a field was given that means nothing to this memory, or one is missing.
         """
         fields = self.fields
-        for name, (neutral, why) in MEMORY_FIELDS.items():
+        for name, neutral in MEMORY_FIELDS.items():
             value = getattr(config, name)
             if name not in fields:
                 if value not in (AUTO, neutral):
-                    raise PrefixMemoryError(f"{name}={value!r} needs {self.instead}: {self.lacks.get(name, why)}.")
+                    why = self.lacks.get(
+                        name,
+                        f"a registered memory has a field only if its class names {name}= as an "
+                        "argument; what else it needs goes into memory_options",
+                    )
+                    raise PrefixMemoryError(f"{name}={value!r} needs {self.instead}: {why}.")
                 setattr(config, name, neutral)
             elif value == AUTO:
                 if fields[name] is inspect.Parameter.empty:
@@ -277,12 +279,31 @@ def check_start(kind: MemoryKind, memory: nn.Module, site: MemorySite, others: I
     query = query.to(parameters[0].device) if parameters else query
     training = memory.training
     memory.eval()
+    if getattr(memory, "mean", None) is not None:
+        _check_mean(kind.name, memory, site, query)
     answer = ask(kind.name, memory, site, *[query] * len(queries_of(memory, "content")))
     memory.train(training)
     if not torch.all(answer == 0):
         raise PrefixMemoryError(
             f"memory={kind.name!r} does not start at zero, so a new adapter would change the base model. Let one "
             "factor of its output start at zero."
+        )
+
+
+def _check_mean(kind: str, memory: nn.Module, site: MemorySite, query: Float[Tensor, "*b h d"]) -> None:
+    """Refuse a mean that could not be set before the first step of training."""
+    mean, features = memory.mean, getattr(memory, "features", None)
+    if not (isinstance(mean, nn.Parameter) and mean.ndim == 2 and site.heads % len(mean) == 0 and callable(features)):
+        raise PrefixMemoryError(
+            f"memory={kind!r} has a mean that cannot be taken: make it nn.Parameter(torch.zeros(groups, features), "
+            "requires_grad=False), beside a method features(query); what is no mean of features needs another name."
+        )
+    queries = [query.to(mean.dtype).unflatten(-2, (len(mean), -1))] * len(queries_of(memory, "content"))
+    found, wanted = features(*queries).shape, (*queries[0].shape[:-1], mean.shape[1])
+    if found != wanted:
+        raise PrefixMemoryError(
+            f"features() of memory={kind!r} turned queries {list(queries[0].shape)} into {list(found)}: return "
+            f"{list(wanted)}, as its mean {list(mean.shape)} says."
         )
 
 

@@ -158,7 +158,7 @@ def _refuse_no_rows(file: Path, first: bytes, content: bytes) -> None:
 
 def _json_problem(error: ValueError) -> str:
     """What json says, without its own count of lines: there may be one JSON document a line."""
-    return f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _from_csv(file: Path) -> Fields:

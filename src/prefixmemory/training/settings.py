@@ -20,7 +20,7 @@ class TrainingSettings:
         objective: ``sft`` (likelihood of completions), ``dpo`` or ``simpo`` (preference pairs), or ``kto`` (answers
             marked good or bad); all but the first run in TRL.
         learning_rate: peak of the schedule. The default is that of the default memory, of rank 8 and with a limit
-            (``docs/LOG.md``). The paper's form (``rank=None, normalize="none", answer_limit=None``) wants 3e-4 and a
+            (``docs/LOG.md``). The paper's form (``rank=None, normalize="none", output_limit=None``) wants 3e-4 and a
             warm-up of 0.1; other methods have rates of their own, LoRA about 1e-3.
         epochs: passes over the data.
         batch_size: rows per step, on each device.

@@ -57,7 +57,7 @@ def kernel_from_prefix(model: PeftModel, adapter: str, new_adapter: str, feature
         query="rotary" if inside else old.query,
         reparameterize=None,
         feature_dim=old.feature_dim if feature_map == old.feature_map else None,
-        answer_limit=None if inside else old.answer_limit,
+        output_limit=None if inside else old.output_limit,
         weights_sha256=None,
     )
     for source, target in _added(model, adapter, new_adapter, config):

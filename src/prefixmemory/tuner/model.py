@@ -287,7 +287,7 @@ class PrefixMemoryModel(BaseTuner):
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Add the adapter with the memory Σ wₙ·scaleₙ·Mₙ. Weights may be negative.
 
-        Without an ``answer_limit`` its output is exactly the weighted sum of theirs, since the read is linear in M.
+        Without an ``output_limit`` its output is exactly the weighted sum of theirs, since the read is linear in M.
         With one, which must be the same for all, the output of the summed memory is limited as one: it is not the
         sum of the limited outputs (``set_adapter([...])`` gives that). A scale that all share stays a scale, after
         the limit; scales that differ are multiplied into the memories, before it.

@@ -15,7 +15,7 @@ FIELDS = (
     "memory",
     "memory_options",
     "query",
-    "answer_limit",
+    "output_limit",
     "active_from",
     "invocation_tokens",
     *(f for f in MEMORY_FIELDS if f not in ("rank", "dropout")),
@@ -45,7 +45,7 @@ def check(adapters: list[str], configs: list[PrefixMemoryConfig], layers: list[l
                 f"Adapter {name!r} cannot be summed: with mixing={config.mixing!r} its output replaces a part of the "
                 "head's own output. Sum memories with mixing='none'."
             )
-        for name_of_field in ("rank_pattern", "scale_pattern", "answer_limit_pattern"):
+        for name_of_field in ("rank_pattern", "scale_pattern", "output_limit_pattern"):
             if getattr(config, name_of_field):
                 raise PrefixMemoryError(
                     f"Adapter {name!r} cannot be summed: it has a {name_of_field}, and a sum has one value for all "

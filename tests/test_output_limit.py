@@ -1,4 +1,4 @@
-"""answer_limit: an answer never comes near drowning its head's own output, and short answers are as in the paper."""
+"""output_limit: an answer never comes near drowning its head's own output, and short answers are as in the paper."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_half_precision_gives_what_full_precision_gives(dtype):
 
 
 def test_short_answers_pass_nearly_as_they_are():
-    paper, limited = tiny.with_memory(tiny.build()), tiny.with_memory(tiny.build(), answer_limit=LIMIT)
+    paper, limited = tiny.with_memory(tiny.build()), tiny.with_memory(tiny.build(), output_limit=LIMIT)
     for model in (paper, limited):
         multiply(model, 1e-4)
     for free, held in zip(look(paper), look(limited), strict=True):
@@ -103,22 +103,22 @@ def test_short_answers_pass_nearly_as_they_are():
     assert all((length(b.added) < 0.5 * length(a.added)).any() for a, b in zip(look(paper), look(limited), strict=True))
 
 
-@pytest.mark.parametrize("config", [{"answer_limit": LIMIT}, tiny.DEFAULT, {"answer_limit": 2.0, "share_heads": True}])
+@pytest.mark.parametrize("config", [{"output_limit": LIMIT}, tiny.DEFAULT, {"output_limit": 2.0, "share_heads": True}])
 def test_no_answer_is_longer_than_the_limit_whatever_the_contents(config):
     model = tiny.with_memory(tiny.build(), **config)
     multiply(model, 1e6)
     for seen in look(model):
         share = length(seen.added) / length(seen.own)
-        assert (share < config["answer_limit"] * (1 + 1e-4)).all()
-        assert (share > 0.9 * config["answer_limit"]).all()  # that long, for such contents
+        assert (share < config["output_limit"] * (1 + 1e-4)).all()
+        assert (share > 0.9 * config["output_limit"]).all()  # that long, for such contents
 
-    unlimited = tiny.with_memory(tiny.build(), **{**config, "answer_limit": None})
+    unlimited = tiny.with_memory(tiny.build(), **{**config, "output_limit": None})
     multiply(unlimited, 1e6)
     assert all((length(seen.added) > 100 * length(seen.own)).all() for seen in look(unlimited))
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e6])
-@pytest.mark.parametrize("config", [{"answer_limit": LIMIT}, tiny.DEFAULT], ids=str)
+@pytest.mark.parametrize("config", [{"output_limit": LIMIT}, tiny.DEFAULT], ids=str)
 def test_heads_that_say_nothing_give_no_nan(config, size):
     """Their output is exactly zero, and gradients pass through it too: the base model's parameters take them here."""
     base = tiny.build()
@@ -144,7 +144,7 @@ def test_heads_that_say_nothing_give_no_nan(config, size):
 
 def test_the_first_gradient_is_that_of_the_paper():
     gradients = []
-    for config in ({"answer_limit": LIMIT}, {}):
+    for config in ({"output_limit": LIMIT}, {}):
         model = tiny.with_memory(tiny.build(), fill=False, **config)
         model(input_ids=tiny.tokens(), labels=tiny.tokens(), use_cache=False).loss.backward()
         gradients.append([p.grad for p in tiny.memory_parameters(model).values()])
@@ -175,12 +175,12 @@ def test_every_precision_trains_without_nan(base, autocast):
     ids=str,
 )
 def test_the_weighted_adapter_limits_the_answer_of_the_summed_memory(first, second):
-    model = tiny.with_memory(tiny.build(), answer_limit=LIMIT, **first)
+    model = tiny.with_memory(tiny.build(), output_limit=LIMIT, **first)
     second = {"rank": None, "normalize": "none", **second}
-    model.add_adapter("other", PrefixMemoryConfig(task_type="CAUSAL_LM", answer_limit=LIMIT, **second))
+    model.add_adapter("other", PrefixMemoryConfig(task_type="CAUSAL_LM", output_limit=LIMIT, **second))
     tiny.randomize(model, "other", seed=3)
     model.add_weighted_adapter(["default", "other"], [0.7, -1.3], "mix")
-    assert model.peft_config["mix"].answer_limit == LIMIT
+    assert model.peft_config["mix"].output_limit == LIMIT
     memories = [
         scale * model.base_model.model.model.layers[0].self_attn.prefix_memory.memory(name).matrix()
         for name, scale in (("default", 0.7 * first.get("scale", 1.0)), ("other", -1.3 * second.get("scale", 1.0)))
