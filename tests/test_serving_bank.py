@@ -23,15 +23,15 @@ TOLERANCE = 1e-5  # of values of about 1, in float32
 
 #: Memories of every kind that is served.
 KINDS = {
-    "default": {"rank": 8, "answer_limit": 0.5, "normalize": "feature_mean"},
+    "default": {"rank": 8, "output_limit": 0.5, "normalize": "feature_mean"},
     "rotary, two heads a memory": {"query": "rotary", "share_heads": True, "rank": 3},
     "gelu, without a limit": {"feature_map": "gelu", "normalize": "feature_mean", "rank": 2, "scale": 0.7},
     "full": {"feature_map": "silu", "normalize": "query_rms"},
-    "features of unit length": {"normalize": "feature_l2", "feature_map": "relu", "answer_limit": 0.2},
-    "softmax as a map": {"feature_map": "softmax", "answer_limit": 2.0},
+    "features of unit length": {"normalize": "feature_l2", "feature_map": "relu", "output_limit": 0.2},
+    "softmax as a map": {"feature_map": "softmax", "output_limit": 2.0},
     "prefix": {"prefix_length": 5, "feature_map": "identity"},
     "long prefix behind an MLP": {"prefix_length": 40, "reparameterize": 6, "query": "rotary"},
-    "patterns": {"answer_limit_pattern": {"layers.1.self_attn": 0.01}, "rank_pattern": {"layers.0.self_attn": 2}},
+    "patterns": {"output_limit_pattern": {"layers.1.self_attn": 0.01}, "rank_pattern": {"layers.0.self_attn": 2}},
 }
 
 

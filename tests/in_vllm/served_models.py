@@ -23,9 +23,9 @@ BASE = "base"
 #: One memory of each kind that matters to a server: feature map, query, rank, limit, sharing, activation.
 MEMORIES: dict[str, dict[str, Any]] = {
     "default": {},
-    "rotary": {"query": "rotary", "feature_map": "gelu", "rank": 3, "answer_limit": None, "scale": 0.5},
+    "rotary": {"query": "rotary", "feature_map": "gelu", "rank": 3, "output_limit": None, "scale": 0.5},
     "shared": {"share_heads": True, "feature_map": "silu", "normalize": "feature_l2", "rank": 5},
-    "activated": {"active_from": "invocation", "invocation_tokens": list(INVOCATION), "answer_limit": 0.8},
+    "activated": {"active_from": "invocation", "invocation_tokens": list(INVOCATION), "output_limit": 0.8},
 }
 
 

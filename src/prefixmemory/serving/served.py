@@ -181,7 +181,7 @@ def _layer(
             feature_map=cast(str, config.feature_map),
             normalize=cast(Normalize, config.normalize),
             rotary=config.query == "rotary",
-            limit=cast(float | None, config.answer_limit),
+            limit=cast(float | None, config.output_limit),
             scale=config.scale,
             rank=A.shape[2],
         ),
