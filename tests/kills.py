@@ -3,7 +3,7 @@
     python tests/kills.py                    # or: make kills
     python tests/kills.py --moments 3 --seed 1
 
-Moments are drawn from the time that an undisturbed run takes. Every step's loss, before and after, and the final
+A moment is a step, and a part of the time that one takes: however busy the machine, it is one of the run. Every step's loss, before and after, and the final
 memory must be those of the undisturbed run to the last bit. The record goes to results/kills/.
 """
 
@@ -93,10 +93,9 @@ def same(place: Path, name: str, other: str = "undisturbed") -> bool:
 
 @dataclass
 class Kill:
-    """One run that was killed: by what, when, after which step, how its process ended, and whether it mattered."""
+    """One run that was killed: by what, after which step, how its process ended, and whether it mattered."""
 
     signal: str
-    seconds: float
     step: int
     exit_code: int
     resumed: bool
@@ -104,14 +103,16 @@ class Kill:
 
 
 def killed(place: Path, seconds: float, moments: int, seed: int) -> Iterator[Kill]:
-    """Runs that are killed at moments of ``seconds`` seconds, and finished."""
+    """Runs that are killed, and finished; one that is left alone takes ``seconds`` seconds."""
     draw = random.Random(seed)
     for number in range(moments):
         name, by = f"{seed}-{number}", (signal.SIGKILL, signal.SIGTERM)[number % 2]
+        step, part = draw.randrange(STEPS - 5), draw.random()
         process = processes.start(train, place, name)
         _begun(place / f"{name}.partial")
-        moment = draw.uniform(0, seconds)
-        process.join(moment)
+        while len(losses(place, name)) < step and process.is_alive():
+            time.sleep(0.002)
+        time.sleep(part * seconds / STEPS)
         if by == signal.SIGKILL:
             process.kill()
         else:
@@ -122,7 +123,7 @@ def killed(place: Path, seconds: float, moments: int, seed: int) -> Iterator[Kil
         if left:
             again = processes.start(train, place, name, "--resume")
             again.join()
-        yield Kill(by.name, round(moment, 2), reached, process.exitcode or 0, left, same(place, name))
+        yield Kill(by.name, reached, process.exitcode or 0, left, same(place, name))
 
 
 def _begun(partial: Path) -> float:

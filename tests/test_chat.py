@@ -113,7 +113,7 @@ def test_base_switches_the_adapter_off_and_on(adapter):
     ]  # fmt: skip
 
 
-def test_scale_sets_the_dose():
+def test_scale_is_set():
     oracle = Oracle("memory")
     whole, base = oracle("adapter", asked("hello")), oracle("base", asked("hello"))
     set_scale(oracle.models["adapter"], 3.0)
@@ -121,8 +121,8 @@ def test_scale_sets_the_dose():
     assert len({whole, base, triple}) == 3
     said = talk("memory", "/scale 0", "hello", "/reset", "/scale 3", "hello", "/reset", "/scale 1", "hello")
     assert said == [
-        "The memory's dose is 0.", base, "Forgotten.", "The memory's dose is 3.", triple, "Forgotten.",
-        "The memory's dose is 1.", whole,
+        "The memory's scale is 0.", base, "Forgotten.", "The memory's scale is 3.", triple, "Forgotten.",
+        "The memory's scale is 1.", whole,
     ]  # fmt: skip
 
 
@@ -137,8 +137,8 @@ def test_a_wrong_command_is_one_line_and_the_chat_goes_on():
     assert said[6:] == [Oracle("memory")("adapter", asked("hello"))]  # and nothing of it was remembered
 
 
-def test_an_adapter_that_is_no_memory_has_no_dose():
-    assert talk("lora", "/scale 0.5") == ["error: /scale sets the dose of a memory, and lora is none."]
+def test_an_adapter_that_is_no_memory_has_no_scale():
+    assert talk("lora", "/scale 0.5") == ["error: /scale needs a memory, and lora is not one."]
 
 
 @pytest.mark.parametrize("last", ["/quit", "/exit", "  /quit  "])

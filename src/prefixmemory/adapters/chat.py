@@ -17,7 +17,7 @@ from prefixmemory.rows.rendering import chat_prompt, has_chat_template, render_p
 from prefixmemory.scoring.generation import GREEDY, Sampling, end_tokens, room_for_answer
 from prefixmemory.tuner.layer import set_scale
 
-HELP = "/base switches the adapter off and on, /scale X sets a memory's dose, /reset forgets, /quit ends."
+HELP = "/base switches the adapter off and on, /scale X sets the memory's scale, /reset forgets, /quit ends."
 
 
 class Chat:
@@ -48,13 +48,13 @@ class Chat:
             return "Forgotten."
         if word == "/scale":
             if not self.adapter.is_memory:
-                raise PrefixMemoryError(f"/scale sets the dose of a memory, and {self.adapter.name} is none.")
+                raise PrefixMemoryError(f"/scale needs a memory, and {self.adapter.name} is not one.")
             try:
                 scale = float(rest)
             except ValueError:
                 raise PrefixMemoryError(f"/scale {rest}: give a number, such as /scale 0.5.") from None
             set_scale(self.adapter.model, scale)
-            return f"The memory's dose is {scale:g}."
+            return f"The memory's scale is {scale:g}."
         raise PrefixMemoryError(f"{word} is no command. {HELP}")
 
     @torch.inference_mode()
