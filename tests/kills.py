@@ -3,8 +3,9 @@
     python tests/kills.py                    # or: make kills
     python tests/kills.py --moments 3 --seed 1
 
-A moment is a step, and a part of the time that one takes: however busy the machine, it is one of the run. Every step's loss, before and after, and the final
-memory must be those of the undisturbed run to the last bit. The record goes to results/kills/.
+A moment is a step, and a part of the time that one takes: however busy the machine, it is one of the run. Every step's
+loss, before and after, and the final memory must be those of the undisturbed run to the last bit. The record goes to
+results/kills/.
 """
 
 from __future__ import annotations
