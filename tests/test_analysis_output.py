@@ -1,4 +1,4 @@
-"""Instruments that look at what attention answers: the spectrum, the read-out, ablations."""
+"""Instruments that look at what attention answers: the spectrum, the readout, ablations."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_spectra_need_an_adapter_and_two_tokens() -> None:
         spectrum(tiny.with_memory(tiny.build()), tiny.tokens(1, 1))
 
 
-# The read-out
+# The readout
 
 
 @pytest.mark.parametrize("family", FAMILIES)

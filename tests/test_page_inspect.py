@@ -90,7 +90,7 @@ def same_numbers(shown: dict[tuple[int, int], str], expected: dict[tuple[int, in
 def test_every_figure_is_there_and_nothing_is_asked_of_the_network(chromium: Browser, folder: Path) -> None:
     with opened(chromium, folder / "index.html") as view:
         assert [text.split(" of ")[0] for text in view.images()] == [
-            "Trade-off", "Spectrum", "Attention shift", "Read-out", "Long input",
+            "Trade-off", "Spectrum", "Attention shift", "Readout", "Long input",
         ]  # fmt: skip
         assert view.faults() == []
         assert view.page.evaluate("document.documentElement.scrollWidth <= innerWidth")

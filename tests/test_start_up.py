@@ -134,28 +134,24 @@ def interrupted_after(module: str, words: list[str], folder: Path) -> tuple[int,
     return process.returncode, said
 
 
-@pytest.mark.parametrize("module", ["typer", "torch._C", "peft", "prefixmemory.training.run"])
-def test_ctrl_c_at_any_moment_of_start_up_is_one_line(tmp_path, module):
-    words = ["train", "--model", "x", "--data", "x.jsonl", "--output", "y"]
-    assert interrupted_after(module, words, tmp_path) == (130, "Stopped.\n")
+#: Every command, and the module after whose import it is interrupted: ten moments from the first to the last.
+MOMENTS = {
+    "train --model x --data x.jsonl --output y": "typer",
+    "recipes cp lora x.yaml": "prefixmemory_cli.app",
+    "evaluate --adapter x --data x.jsonl": "numpy",
+    "generate --adapter x --prompt x": "torch._C",
+    "chat --adapter x": "torch.distributed",
+    "push --adapter x --to a/b": "transformers",
+    "inspect x --output y": "accelerate",
+    "quickstart": "peft",
+    "compare x.yaml": "prefixmemory.tuner.model",
+    "recipes validate x.yaml": "prefixmemory.training.run",
+}
 
 
-COMMANDS = (
-    "evaluate --adapter x --data x.jsonl",
-    "generate --adapter x --prompt x",
-    "chat --adapter x",
-    "inspect x --output y",
-    "compare x.yaml",
-    "push --adapter x --to a/b",
-    "quickstart",
-    "recipes cp lora x.yaml",
-    "recipes validate x.yaml",
-)
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_ctrl_c_during_the_start_of_any_command_is_one_line(tmp_path, line):
-    assert interrupted_after("torch._C", line.split(), tmp_path) == (130, "Stopped.\n")
+@pytest.mark.parametrize(("line", "module"), MOMENTS.items(), ids=MOMENTS.values())
+def test_ctrl_c_at_any_moment_of_a_commands_start_is_one_line(tmp_path, line, module):
+    assert interrupted_after(module, line.split(), tmp_path) == (130, "Stopped.\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
 from types import FrameType
 from typing import NoReturn
 
@@ -64,6 +63,8 @@ def _explain_usage(error: Exception) -> NoReturn:
 
 def _explain(error: Exception) -> NoReturn:
     """What went wrong, in one line, whoever raised it; what nobody foresaw has a place, for a report."""
+    import traceback
+
     from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.files.full_disk import is_disk_full
 

@@ -39,8 +39,8 @@ LENGTH = "input length (tokens)"
 IN_FRONT = "unrelated text in front (tokens)"
 LAYER = "layer (index)"
 VALUE = {
-    "share": "α, share of attention on the prefix (1)",
-    "ratio": "‖added‖ / ‖attention output‖ (1)",
+    "share": "α, share of attention on the prefix",
+    "ratio": "‖added‖ / ‖attention output‖",
 }
 #: Bands around more lines than these hide each other.
 BANDS = 3
@@ -212,7 +212,7 @@ def spectrum_figure(found: Mapping[str, Spectrum]) -> Any:
     decay.set_xscale("log")
     decay.set_yscale("log")
     spread = _spread(found)
-    _finish(decay, f"mean over layers{spread}", "index of the eigenvalue", "eigenvalue / sum of eigenvalues (1)")
+    _finish(decay, f"mean over layers{spread}", "index of the eigenvalue", "eigenvalue / sum of eigenvalues")
     rank.set_ylim(bottom=0)
     _layer_axis(rank)
     tokens = sorted({data.tokens for data in found.values()})
@@ -229,7 +229,7 @@ def shift_figure(found: Mapping[str, Shift]) -> Any:
     for label, data in found.items():
         _line(axes[0], range(len(data.layers)), data.distance, order.index(label), label, len(found) <= BANDS)
     spread = _spread(found)
-    name = "Jensen-Shannon distance (1)"
+    name = "Jensen-Shannon distance"
     _finish(axes[0], f"over the input's keys, mean over heads{spread}", LAYER, name)
     for label, data in beside.items():
         values = data.with_prefix or []
@@ -247,7 +247,7 @@ def readout_figure(found: Mapping[str, Heads]) -> Any:
     figure, axes = _panels(2, rows=len(found))
     for index, (label, data) in enumerate(found.items()):
         left, right = axes[2 * index : 2 * index + 2]
-        _map(figure, left, data.norms, f"{label}: norm of the memory", "‖M‖ (1)", "cividis", centred=False)
+        _map(figure, left, data.norms, f"{label}: Frobenius norm of M", "‖M‖", "cividis", centred=False)
         name = "rise of the loss (nats a token)"
         _map(figure, right, data.ablation.change, f"{label}: without the head's memory", name, "PuOr_r", centred=True)
     return figure

@@ -1,4 +1,4 @@
-"""The read-out: which tokens a head's memory speaks for, and which heads matter."""
+"""The readout: which tokens a head's memory speaks for, and which heads matter."""
 
 from __future__ import annotations
 

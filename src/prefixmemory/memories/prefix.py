@@ -139,5 +139,5 @@ class PrefixVectors(nn.Module):
         return torch.einsum("gpf,gpv->gfv", features, values), features.sum(dim=1)
 
     def matrix(self) -> Float[Tensor, "g f v"]:
-        """B of the kernel form, for the read-out."""
+        """B of the kernel form, for the readout."""
         return self.kernel()[0]

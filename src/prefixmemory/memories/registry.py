@@ -25,7 +25,7 @@ What a class may say of itself, beyond ``forward``:
 - ``queries``: a tuple of ``"content"`` and ``"rotary"``, if ``forward`` wants other queries than the config's one.
 - ``inside = True``: it stands inside the softmax, has ``vectors()`` (keys and values) and is not called. It must read
   the field ``placement``, which is then ``"inside"``.
-- ``matrix()``: ``[groups, features, value_dim]``, by which the read-out shows the tokens that it speaks for.
+- ``matrix()``: ``[groups, features, value_dim]``, by which the readout shows the tokens that it speaks for.
 - ``uses_softmax = True``: its output comes from a softmax, so that it has no such matrix.
 - ``is_linear = True``: its output is linear in its parameters; then ``set_to_sum(memories, weights)`` makes it their
   weighted sum, and ``add_weighted_adapter`` takes it.
@@ -329,7 +329,7 @@ def is_inside(memory: nn.Module) -> bool:
 
 
 def matrix_of(kind: str, memory: nn.Module, site: MemorySite) -> Float[Tensor, "g f v"]:
-    """What a memory's ``matrix()`` returns, for the read-out.
+    """What a memory's ``matrix()`` returns, for the readout.
 
     Raises:
         PrefixMemoryError: it has none, or it has another shape.
