@@ -56,14 +56,13 @@ def compare(
     store = Store(folder, loaded, checksums(loaded, data))
     console = Console(stderr=True)
     if not report:
-        with store.held():
-            try:
-                run_suite(ENGINES[engine], suite, store, data, workers, retry_failed, console)
-            except KeyboardInterrupt:  # typer would exit without a word
-                say(console, f"Stopped. The records in {folder} are kept; the same command goes on.")
-                raise SystemExit(130) from None
-            if not keep_adapters:
-                forget_work(store)
+        try:
+            run_suite(ENGINES[engine], suite, store, data, workers, retry_failed, console)
+        except KeyboardInterrupt:  # typer would exit without a word
+            say(console, f"Stopped. The records in {folder} are kept; the same command goes on.")
+            raise SystemExit(130) from None
+        if not keep_adapters:
+            forget_work(store)
     _, records = state(store)
     if not records:
         raise PrefixMemoryError(f"{folder} holds no records of {suite}. Run it first, without --report.")

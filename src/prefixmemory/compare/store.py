@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -11,7 +11,6 @@ from filelock import FileLock, Timeout
 from prefixmemory.compare.records import RECORDS, Record, Run, read_records, write_record
 from prefixmemory.compare.runs import key
 from prefixmemory.compare.suite import Loaded
-from prefixmemory.files.locks import Lock
 
 
 class Store:
@@ -80,14 +79,6 @@ class Store:
         if self._read[0] != (state := (now.st_mtime_ns, now.st_size)):
             self._read = state, {record.key: record for record in read_records(self.file)}
         return self._read[1]
-
-    def held(self) -> AbstractContextManager[None]:
-        """Keep other commands out of the folder while this one and its workers run.
-
-        Raises:
-            PrefixMemoryError: another process holds it; the message names it.
-        """
-        return Lock(self.folder / ".lock").held(f"{self.folder} belongs to a comparison that is going on")
 
     @contextmanager
     def claim(self, run: Run) -> Iterator[bool]:

@@ -96,7 +96,7 @@ def line(run: Run, record: Record, seconds: float) -> str:
 
 
 def forget_work(store: Store) -> None:
-    """Delete the adapters of a suite that is done, but for those that a worker whose command was killed is using."""
+    """Delete the adapters of a suite that is done, but for those that another suite in the same folder is using."""
     for run in planned(store.loaded, state(store)[1]):
         with store.claim(run) as mine:
             if mine:
