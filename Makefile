@@ -29,7 +29,6 @@ test-transformers: $(TRANSFORMERS:%=.venvs/transformers-%/.ready) ## test the me
 		.venvs/transformers-$$version/bin/python -m pytest -p no:cacheprovider $(METHOD_TESTS) $(ARGS) || exit 1; done
 test-vllm: .venvs/vllm/.ready ## test serving with vLLM on the CPU, in an environment of its own (about 10 minutes)
 	PREFIXMEMORY_SHAPES=0 OMP_NUM_THREADS=1 .venvs/vllm/bin/python -m pytest -W ignore -p no:cacheprovider tests/in_vllm $(ARGS)
-
 test-extras: test-ray test-zero3 ## test on CPUs what needs Ray (two workers) or DeepSpeed (ZeRO-3 over gloo)
 test-ray: .venvs/ray/.ready
 	.venvs/ray/bin/python -m pytest -p no:cacheprovider tests/test_compare.py -k ray $(ARGS)
