@@ -136,13 +136,22 @@ EFFECTS: dict[str, Callable[[str], bool]] = {
     "tickets-inspected": lambda out: any(Path("tickets-inspected").glob("*.html")),
     "tickets-tradeoff": lambda out: Path("tickets-tradeoff/tradeoff.png").stat().st_size > 10_000,
     "tickets-long": lambda out: Path("tickets-long/long-input.png").stat().st_size > 10_000,
+    "--port 8000": lambda out: "--lora-modules {'name': 'tickets'" in out and out.endswith("--port 8000\n"),
+    "--folder .": lambda out: "'name': 'same'" in out and "--max-loras 10" in out,
     "recipes ls": lambda out: "classification" in out,
     "recipes cp": lambda out: Path("my-tickets.yaml").is_file(),
     "recipes validate": lambda out: "24 rows to train on" in out,
 }
 
 
-@pytest.mark.usefixtures("_no_network")
+@pytest.fixture
+def _vllm_only_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``serve`` says what it would start; that it works there, tests/in_vllm shows."""
+    monkeypatch.setattr("prefixmemory.serving.server.find_spec", lambda name: name)
+    monkeypatch.setattr("os.execve", lambda file, words, env: print(" ".join(words).replace('"', "'")))
+
+
+@pytest.mark.usefixtures("_no_network", "_vllm_only_prints")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of lm-evaluation-harness's imports
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_has_an_example_that_runs(place, command):
@@ -353,3 +362,28 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(place):
         assert phrase in call(*words, *wrong, "--dry-run").refusal
         assert phrase in call(*words, *wrong).refusal
     assert not list(place.glob("new*"))
+
+
+@pytest.mark.usefixtures("_vllm_only_prints")
+@pytest.mark.parametrize("words", [("other",), ("--model", "other")], ids=" ".join)
+def test_the_server_takes_its_base_model_from_either_place(place, words):
+    said = call("serve", *words, "--adapter", "tickets=tickets-memory", "--dtype", "float32").success
+    assert "--served-model-name other" in said and said.strip().endswith("--dtype float32")
+
+
+@pytest.mark.usefixtures("_vllm_only_prints")
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("other", "--model", "more"), "Two base models are named"),
+        (("--adapter", "tickets-memory"), "has no name: give NAME=PATH"),
+        (("--adapter", "a=tickets-memory", "--adapter", "a=tickets-memory"), "names 'a' twice"),
+        (("--adapter", "a=nowhere"), "nowhere"),
+        (("--adapter", "../a=tickets-memory"), "cannot be the name of a file"),
+        (("--adapter", "a=tickets-memory", "--folder", "nowhere"), "is no folder"),
+        (("--slots", "4"), "No base model is named"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_one_line(place, words, problem):
+    assert problem in call("serve", *words).refusal

@@ -7,17 +7,14 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli.common import path, ready
+from prefixmemory_cli.common import BaseOption, path, ready
 
 
 def serve(
     context: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(help="Base model: a folder, a Hub id or smollm2; default: the first adapter's.")
-    ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="A memory or a LoRA, and the name to ask for it; may be repeated."),
+        typer.Option(metavar="<NAME=PATH>", help="A memory or a LoRA, and the name to ask for it; may be repeated."),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option(parser=path, help="Load further adapters from it while the server runs.")
@@ -27,19 +24,26 @@ def serve(
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="Of any adapter; default: the largest of those given.")] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Make room for LoRAs that are loaded later.")] = False,
+    model: BaseOption = None,
 ) -> None:
     """Serve a base model and many memories with vLLM, over HTTP.
 
-    A request names the adapter as its model. Further options go to vLLM as they are: --port, --dtype, --api-key ...
+    A request names the adapter as its model. The base model may also be given as the first word. Options that are not
+    listed here go to vLLM as they are.
 
     \b
     Example: prefixmemory serve --adapter tickets=tickets-memory --port 8000
-    Example: prefixmemory serve my-model --adapter a=memory-a --adapter b=memory-b --folder adapters
+    Example: prefixmemory serve --adapter tickets=tickets-memory --adapter same=tickets-memory --folder .
     """
     from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.serving.server import launch
 
     ready()
+    more = list(context.args)
+    if more and not more[0].startswith("-"):
+        if model is not None:
+            raise PrefixMemoryError(f"Two base models are named, {more[0]!r} and --model {model!r}. Give one.")
+        model = more.pop(0)
     adapters: dict[str, str] = {}
     for word in adapter or []:
         name, equals, place = word.partition("=")
@@ -48,4 +52,4 @@ def serve(
         if name in adapters:
             raise PrefixMemoryError(f"--adapter names {name!r} twice. Give each adapter a name of its own.")
         adapters[name] = str(path(place))
-    launch(model, adapters, folder=folder, slots=slots, max_rank=max_rank, lora=lora, more=context.args).start()
+    launch(model, adapters, folder=folder, slots=slots, max_rank=max_rank, lora=lora, more=more).start()
