@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prefixmemory_cli.common import BaseOption, path, ready
+from prefixmemory_cli.common import BaseOption, path
 
 
 def serve(
@@ -38,7 +38,6 @@ def serve(
     from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.serving.server import launch
 
-    ready()
     more = list(context.args)
     if more and not more[0].startswith("-"):
         if model is not None:
