@@ -45,18 +45,6 @@ class Held:
     folder: Path
 
 
-#: Number of a token that no sequence reaches.
-NEVER = 1 << 62
-
-
-def last_occurrence(tokens: list[int], wanted: tuple[int, ...]) -> int | None:
-    """Where ``wanted`` begins for the last time."""
-    for place in range(len(tokens) - len(wanted), -1, -1):
-        if tokens[place] == wanted[0] and tuple(tokens[place : place + len(wanted)]) == wanted:
-            return place
-    return None
-
-
 def is_memory(folder: Path) -> bool:
     """Whether ``folder`` holds a memory, rather than another adapter or nothing."""
     file = folder / CONFIG_NAME

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.serving.served import HeadSizes, read_config, read_memory
-from prefixmemory.serving.store import FOLDERS, NEVER, Store, is_memory, last_occurrence
+from prefixmemory.serving.store import FOLDERS, Store, is_memory
+from prefixmemory.tuner.active_tokens import NEVER, speaking
 
 #: In a request's ``vllm_xargs`` (over HTTP) or ``extra_args`` (``SamplingParams``): another scale than the config's.
 SCALE = "memory_scale"
@@ -124,9 +126,8 @@ def keys_of_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def place_in(prompt: list[int], invocation: tuple[int, ...]) -> int:
-    """From which token on a memory speaks."""
-    place = last_occurrence(prompt, invocation)
-    return NEVER if place is None else place
+    """The number of the first token on which a memory speaks, as in training; ``NEVER``: it stays silent."""
+    return int(speaking(torch.tensor([prompt]), invocation)[1])
 
 
 def invocation_of(adapter: LoRARequest | None) -> tuple[int, ...] | None:
