@@ -1,8 +1,8 @@
 """vLLM's entry point: ``prefixmemory`` in the group ``vllm.general_plugins``, called in every process of a server.
 
 Nothing of vLLM is edited: its manager of LoRA models is replaced by one that holds memories too, and some of its
-functions are wrapped (``NEEDED``). They are no public interface, so each is looked for by name and signature first, and a version
-that has others is refused in one sentence.
+functions are wrapped (``NEEDED``). They are no public interface, so each is looked for by name and signature first, and
+a version that has others is refused in one sentence.
 """
 
 from __future__ import annotations
