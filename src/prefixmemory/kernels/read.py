@@ -44,14 +44,15 @@ def memory_output(
         mean: μ of each memory, a constant; ``None``: zero.
     """
     groups, size = factors[0].shape[:2]
-    features = feature_map(query.unflatten(-2, (groups, -1)))
-    by_token = features.flatten(end_dim=-4)  # [tokens, groups, repeat, features]
-    tokens, _, repeat, _ = by_token.shape
-    if tokens == 1:  # as in decoding, where each operation costs more than its arithmetic
-        rows = by_token[0]
+    heads = query.shape[-2]
+    if query.numel() == heads * query.shape[-1]:  # one token, as in decoding: operations cost more than their arithmetic
+        rows = feature_map(query.reshape(groups, heads // groups, -1))
         if mean is not None:
             rows = rows - mean.to(rows.dtype).unsqueeze(1)
         return _product(rows, factors).reshape(*query.shape[:-1], -1)
+    features = feature_map(query.unflatten(-2, (groups, -1)))
+    by_token = features.flatten(end_dim=-4)  # [tokens, groups, repeat, features]
+    tokens, _, repeat, _ = by_token.shape
     by_group = by_token.transpose(0, 1)
     rows = by_group[:, :, 0] if repeat == 1 else by_group.reshape(groups, -1, size)  # one is a view
     if mean is None:
@@ -133,10 +134,9 @@ class _AddLimited(torch.autograd.Function):
 
 def _squares(outputs: Tensor, answer: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
     """L/c², |a|² and (L + |a|²)/c², ``[*b, h, 1]``, in float32 at least: squares of float16 would overflow."""
-    own, length = (
-        torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        for x in (outputs, answer)
-    )
+    wide = torch.float64 if torch.float64 in (outputs.dtype, answer.dtype) else torch.float32
+    own = torch.linalg.vector_norm(outputs, dim=-1, keepdim=True, dtype=wide)
+    length = torch.linalg.vector_norm(answer, dim=-1, keepdim=True, dtype=wide)
     own, length = own * own + outputs.shape[-1] * TINY / limit**2, length * length
     return own, length, torch.add(own, length, alpha=1 / limit**2)
 
