@@ -4,10 +4,12 @@
     python benchmarks/overhead.py --against OTHER/src   # and the same of another checkout, in turn with this one
 
 A model of SmolLM2-135M's shape with random weights, one thread, CPU seconds (``time.process_time``), 512 tokens. Every
-method has a model of its own in one process, and a round measures each of them and the bare model once, in turn; a
+method has a model of its own in one process, and a round measures each of them and the bare model once, in turn; single
+tokens are decoded in ``BLOCKS`` short blocks a round, in turn too, since a machine's speed drifts within seconds. A
 ratio is taken within a round, and the table shows the median of the rounds and the middle half of them. The floor of a
 training step is the bare model with one trainable bias in its second layer, so that gradients pass through it.
-Before anything is timed, the default memory is compared with ``reference.py``; a wrong path is not timed.
+``--compiled`` decodes with ``torch.compile`` and a static cache besides. Before anything is timed, the default memory
+is compared with ``reference.py``; a wrong path is not timed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "results" / "benchmarks" / "overhead.json"
-TOKENS, NEW = 512, 8
+TOKENS, BLOCKS, NEW = 512, 12, 2
+COMPILED = ("bare", "default memory", "the paper's form", "LoRA q, v r=8")
 PAPER = {"rank": None, "normalize": "none", "output_limit": None}
 METHODS = {
     "hooks alone (scale 0)": {},
@@ -42,7 +45,7 @@ PER_ROW = "two adapters, one per row"
 class Bench:
     """The models of one checkout, and one measurement of each."""
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, compiled: bool) -> None:
         import torch
         from peft import LoraConfig, get_peft_model
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,6 +79,8 @@ class Bench:
                 self.check(model)
             self.models[name] = model.eval()
         self.models["bare"] = self._with_trainable_bias(copy.deepcopy(base).requires_grad_(False))
+        with torch.no_grad():
+            self.compiled = {name: self.started_compiled(self.models[name]) for name in COMPILED if compiled}
 
     def _with_trainable_bias(self, model: Any) -> Any:
         norm = model.model.layers[1].input_layernorm
@@ -137,49 +142,66 @@ class Bench:
         with self.torch.no_grad():
             return self.seconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1, **kwargs))
 
-    def decode(self, model: Any, **kwargs: Any) -> float:
-        """Of one token, the mean of ``NEW``."""
-        ids = self.ids.expand(2, -1) if kwargs.pop("two_rows", False) else self.ids
-        with self.torch.no_grad():
-            cache = model(input_ids=ids[:, :64], use_cache=True, logits_to_keep=1, **kwargs).past_key_values
+    def started(self, model: Any, rows: int, **kwargs: Any) -> Callable[[], Any]:
+        """A call that decodes one token behind 64 others, which are in the cache."""
+        ids = self.ids.expand(rows, -1)
+        cache = model(input_ids=ids[:, :64], use_cache=True, logits_to_keep=1, **kwargs).past_key_values
+        return lambda: model(input_ids=ids[:, :1], past_key_values=cache, **kwargs)
 
-            def steps() -> None:
-                for _ in range(NEW):
-                    model(input_ids=ids[:, :1], past_key_values=cache, **kwargs)
+    def started_compiled(self, model: Any) -> Callable[[], Any]:
+        """The same of the compiled model with a static cache, which has decoded two tokens."""
+        from transformers import StaticCache
 
-            return self.seconds(steps) / NEW
+        cache = StaticCache(config=model.config, max_cache_len=TOKENS)
+        model(input_ids=self.ids[:, :64], past_key_values=cache, logits_to_keep=1)
+        compiled = self.torch.compile(model)
+
+        def step() -> Any:
+            return compiled(input_ids=self.ids[:, :1], past_key_values=cache)
+
+        for _ in range(2):
+            step()
+        return step
+
+    def decode(self, steps: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        """Of one token, for each way to decode one."""
+        taken = dict.fromkeys(steps, 0.0)
+        for _ in range(BLOCKS):
+            for name, step in steps.items():
+                taken[name] += self.seconds(lambda step=step: [step() for _ in range(NEW)])  # type: ignore[misc]
+        return {name: seconds / (BLOCKS * NEW) for name, seconds in taken.items()}
 
     def round(self) -> dict[str, dict[str, float]]:
         """CPU seconds of every method and case, once."""
-        found: dict[str, dict[str, float]] = {}
+        found: dict[str, dict[str, float]] = {name: {} for name in [*self.models, PER_ROW]}
         for name, model in self.models.items():
-            found[name] = {
-                "training step": self.train(model),
-                "prefill": self.prefill(model),
-                "decode": self.decode(model),
-            }
-        for case, kwargs in (
-            ("bare", {}), ("default memory", {}), (PER_ROW, {"adapter_names": ["default", "other"]}),
-        ):  # fmt: skip
-            model = self.models["bare" if case == "bare" else "default memory"]
-            row = found.setdefault(case, {})
-            row["prefill, two rows"] = self.prefill(model, two_rows=True, **kwargs)
-            row["decode, two rows"] = self.decode(model, two_rows=True, **kwargs)
+            found[name] = {"training step": self.train(model), "prefill": self.prefill(model)}
+        two = {"bare": ("bare", {}), "default memory": ("default memory", {}),
+               PER_ROW: ("default memory", {"adapter_names": ["default", "other"]})}  # fmt: skip
+        for case, (name, kwargs) in two.items():
+            found.setdefault(case, {})["prefill, two rows"] = self.prefill(self.models[name], two_rows=True, **kwargs)
+        with self.torch.no_grad():
+            one_row = {name: self.started(model, 1) for name, model in self.models.items()}
+            two_rows = {case: self.started(self.models[name], 2, **kwargs) for case, (name, kwargs) in two.items()}
+            cases = {"decode": one_row, "decode, two rows": two_rows, "decode, compiled": self.compiled}
+            for case, steps in cases.items():
+                for name, seconds in self.decode(steps).items():
+                    found[name][case] = seconds
         return found
 
 
-def serve(dtype: str) -> None:
+def serve(dtype: str, compiled: bool) -> None:
     """Measure a round for every line on standard input."""
-    bench = Bench(dtype)
+    bench = Bench(dtype, compiled)
     bench.round()  # warm-up
     print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:
         print(json.dumps(bench.round()), flush=True)
 
 
-def start(source: Path, dtype: str) -> subprocess.Popen[str]:
+def start(source: Path, dtype: str, compiled: bool) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--serve", "--dtype", dtype]
+    command = [sys.executable, __file__, "--serve", "--dtype", dtype, *(["--compiled"] if compiled else [])]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -209,13 +231,18 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="src folder of another checkout")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compiled", action="store_true", help="decode with compiled models too (of this checkout)")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.dtype)
+        return serve(options.dtype, options.compiled)
     sources = {"this checkout": ROOT / "src"} | ({"the other one": options.against} if options.against else {})
-    children = {name: start(source, options.dtype) for name, source in sources.items()}
+    # only this checkout is compiled
+    children = {
+        name: start(source, options.dtype, options.compiled and source.parent == ROOT)
+        for name, source in sources.items()
+    }
     rounds: dict[str, list[Any]] = {name: [] for name in children}
     for child in children.values():
         assert child.stdout is not None

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from asked import COUNT, questions
-from engines import check, engine
-from served_models import BASE, MEMORIES
+from asked import COUNT, EVERYBODY, questions
+from engines import TOLERANCE, check, difference, engine
+from served_models import BASE, MEMORIES, Answer, expected
 
 
 def test_one_slot_that_memories_take_in_turn(made):
@@ -38,32 +38,40 @@ def test_a_compiled_model(made):
         check(llm, made, questions(), COUNT)
 
 
-BASE_ALONE = """
+ELSEWHERE = """
 import json, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from engines import answer, ask, engine
-from served_models import BASE
 from asked import questions
 if __name__ == "__main__":
     with engine(Path({folder!r}), **{settings!r}) as llm:
-        found = [answer(output) for output in ask(llm, Path({folder!r}), questions([BASE]), 8)]
+        found = [answer(output) for output in ask(llm, Path({folder!r}), questions({names!r}), {count!r})]
     print("FOUND", json.dumps([[each.tokens, each.logprobs] for each in found]))
 """
 
 
-def in_another_process(made: Path, plugins: str | None, multiprocessing: str = "0", **settings: object) -> list:
-    """The base model's answers of an engine elsewhere."""
-    script = made / "base_alone.py"
-    script.write_text(BASE_ALONE.format(paths=[str(Path(__file__).parent), str(Path(__file__).parent.parent)],
-                                        folder=str(made), settings=settings))  # fmt: skip
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}
-    env |= {} if plugins is None else {"VLLM_PLUGINS": plugins}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=500)
+def in_another_process(made: Path, names: list[str], environment: dict[str, str], **settings: object) -> list[Answer]:
+    """What an engine elsewhere answers."""
+    script = made / "elsewhere.py"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    script.write_text(ELSEWHERE.format(paths=paths, folder=str(made), settings=settings, names=names, count=COUNT))
+    done = subprocess.run(
+        [sys.executable, str(script)], env={**os.environ, **environment}, capture_output=True, text=True, timeout=500
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert lines, done.stderr[-3000:]
-    return json.loads(lines[-1].removeprefix("FOUND "))
+    return [Answer(*each) for each in json.loads(lines[-1].removeprefix("FOUND "))]
 
 
 def test_the_base_model_is_that_of_an_engine_without_us_bit_for_bit(made):
-    assert in_another_process(made, None) == in_another_process(made, "")
+    without_us = {"VLLM_PLUGINS": ""}
+    assert in_another_process(made, [BASE], {}) == in_another_process(made, [BASE], without_us)
+
+
+def test_two_tensor_parallel_processes(made):
+    """Each holds half of the heads, and of their memories; the engine and both workers are processes of their own."""
+    several = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    found = in_another_process(made, EVERYBODY, several, tensor_parallel_size=2)
+    for (adapter, text), said in zip(questions(), found, strict=True):
+        assert difference(said, expected(made, adapter, text, COUNT)) < TOLERANCE, adapter
