@@ -119,10 +119,8 @@ class AttentionSite:
 
     def intact(self) -> bool:
         """Whether the hooked modules are still where they were found (nothing wrapped them since)."""
-        for children, name, child in self.__dict__["_links"]:  # before every call of the module: no generator
-            if children.get(name) is not child:
-                return False
-        return True
+        links: tuple[Any, ...] = self.__dict__["_links"]
+        return all([children.get(name) is child for children, name, child in links])
 
     def attach(self, layer: nn.Module) -> None:
         """Hang a memory layer into the module, where the query tap finds it too."""
