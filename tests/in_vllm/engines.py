@@ -52,12 +52,8 @@ def ask(
 ) -> list[Any]:  # fmt: skip
     """vLLM's outputs for adapters and prompts, all in one batch; ``each``: sampling parameters of each request."""
     questions = list(questions)
-    parameters = [
-        SamplingParams(
-            temperature=0, max_tokens=count, logprobs=0, ignore_eos=True, detokenize=False, **sampling, **more
-        )  # fmt: skip
-        for more in each or [{}] * len(questions)
-    ]
+    common: dict[str, Any] = dict(temperature=0, max_tokens=count, logprobs=0, ignore_eos=True, detokenize=False)
+    parameters = [SamplingParams(**common, **sampling, **more) for more in each or [{}] * len(questions)]
     return llm.generate(
         [TokensPrompt(prompt_token_ids=list(prompt)) for _, prompt in questions],
         parameters,
