@@ -153,9 +153,7 @@ def elsewhere(folder: Path, adapters: list[str], settings: dict[str, Any], varia
 
 def compared(found: list[list[Answer]], wanted: list[list[Answer]]) -> dict[str, Any]:
     """How many answers have the same tokens, and the largest difference of their log-probabilities."""
-    pairs = [
-        pair for these, those in zip(found, wanted, strict=True) for pair in zip(these, those, strict=True)
-    ]
+    pairs = [pair for these, those in zip(found, wanted, strict=True) for pair in zip(these, those, strict=True)]
     same = [(one, other) for one, other in pairs if list(one[0]) == list(other[0])]
     apart = [abs(x - y) for one, other in same for x, y in zip(one[1], other[1], strict=True)]
     return {"answers": len(pairs), "equal": len(same), "largest_difference": max(apart, default=None)}
