@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ class Store:
         self, check: Callable[[Path], None], within: Path | None = None, allowed: list[Path] | None = None
     ) -> None:
         self._check = check
-        self._copies = tempfile.TemporaryDirectory(prefix="prefixmemory-serving-", dir=within)
+        self._copies = Path(tempfile.mkdtemp(prefix="prefixmemory-serving-", dir=within))
+        weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
         self._allowed = None if allowed is None else [folder.resolve() for folder in allowed]
         self._known: dict[tuple[Any, ...], Held] = {}
         self.by_number: dict[int, Held] = {}
@@ -100,7 +102,7 @@ class Store:
         return self._known[key]
 
     def _take(self, folder: Path) -> Held:
-        with tempfile.TemporaryDirectory(dir=self._copies.name) as made:
+        with tempfile.TemporaryDirectory(dir=self._copies) as made:
             copy = Path(made)
             for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 if not (folder / name).is_file():
@@ -120,7 +122,7 @@ class Store:
             while number in self.by_number and self.by_number[number].content != content:
                 number = _FIRST + (number + 1 - _FIRST) % (_LAST - _FIRST)
             if number not in self.by_number:
-                place = Path(self._copies.name) / content
+                place = self._copies / content
                 shutil.copytree(copy, place)
                 self.by_number[number] = Held(content, number, place)
         return self.by_number[number]

@@ -10,6 +10,7 @@ from typing import cast
 
 from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers.utils.import_utils import is_serve_available
 
 from prefixmemory.adapters.hub import adapter_folder
 from prefixmemory.errors import PrefixMemoryError
@@ -29,8 +30,8 @@ def serve_one(name: str, adapter: str, model: str | None = None, more: Sequence[
         more: options of ``transformers serve``.
 
     Raises:
-        PrefixMemoryError: there is no such adapter, it names no base model, or it waits for its invocation and
-            continuous batching is asked for.
+        PrefixMemoryError: there is no such adapter, it names no base model, it waits for its invocation and continuous
+            batching is asked for, or what the server needs is not installed.
     """
     check_name("adapter", name)
     folder = adapter_folder(adapter)
@@ -40,6 +41,8 @@ def serve_one(name: str, adapter: str, model: str | None = None, more: Sequence[
         raise PrefixMemoryError("No base model is named. Give it first: prefixmemory serve MODEL --adapter NAME=PATH")
     if "--continuous-batching" in more and config.get("active_from", "start") != "start":
         raise PrefixMemoryError(PACKED)
+    if not is_serve_available():
+        raise PrefixMemoryError("transformers serve needs more packages: pip install 'transformers[serving]'")
     from transformers.cli.transformers import app
 
     base = Path(served_model(model))
