@@ -382,6 +382,9 @@ def test_the_server_takes_its_base_model_from_either_place(place, words):
         (("--adapter", "../a=tickets-memory"), "cannot be the name of a file"),
         (("--adapter", "a=tickets-memory", "--folder", "nowhere"), "is no folder"),
         (("--slots", "4"), "No base model is named"),
+        (("--without-vllm",), "serves one memory"),
+        (("--without-vllm", "--adapter", "a=tickets-memory", "--slots", "4"), "none of --folder, --slots"),
+        (("--without-vllm", "--adapter", "a=nowhere"), "nowhere"),
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import tiny
-from prefixmemory import PrefixMemoryError
+from prefixmemory import PrefixMemoryError, activation
 from prefixmemory.attention.prepending import Prefix, prepend_prefix
 from test_fidelity import family_model
 
@@ -51,6 +51,45 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(family, variant, attent
 def test_an_adapter_for_each_row_is_refused_rather_than_ignored():
     with pytest.raises(PrefixMemoryError, match="packs all requests into one row"):
         tiny.with_memory(tiny.build()).generate_batch(PROMPTS, adapter_names=["default"] * 3)
+
+
+INVOKED = dict(active_from="invocation", invocation_tokens=PROMPTS[0][2:4])
+
+
+def manager_says(model: Any) -> Any:
+    """What comes of the first prompt from a manager of the caller's own, past ``generate_batch``."""
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    manager = model.init_continuous_batching(
+        generation_config=config,
+        continuous_batching_config=ContinuousBatchingConfig(block_size=16, num_blocks=32, max_batch_tokens=64),
+    )
+    manager.start()
+    try:
+        manager.add_request(PROMPTS[0], max_new_tokens=NEW)
+        return manager.get_result(timeout=30)
+    finally:
+        manager.stop(block=True, timeout=30)
+
+
+def test_a_manager_of_ones_own_gives_the_tokens_too():
+    model = tiny.with_memory(tiny.build(), **tiny.DEFAULT)
+    model.generation_config.eos_token_id = None
+    assert manager_says(model).generated_tokens == alone(model, PROMPTS[0])
+
+
+def test_a_memory_that_waits_for_its_invocation_is_refused():
+    model = tiny.with_memory(tiny.build(), **INVOKED)
+    with pytest.raises(PrefixMemoryError, match="packs parts of many texts"):
+        model.generate_batch(PROMPTS)
+    assert "packs parts of many texts" in manager_says(model).error
+
+
+def test_where_a_memory_speaks_by_the_callers_word_is_refused_rather_than_ignored():
+    model = tiny.with_memory(tiny.build())
+    with pytest.raises(PrefixMemoryError, match="packs parts of many texts"):
+        model.generate_batch(PROMPTS, active=[0, 1, 2])
+    with pytest.raises(PrefixMemoryError, match="packs parts of many texts"), activation([0, 1, 2]):
+        model.generate_batch(PROMPTS)
 
 
 def test_flash_attention_is_refused_before_anything_runs(monkeypatch):

@@ -65,9 +65,9 @@ def bank(*held: ServedLayer | None) -> LayerBank:
     return made
 
 
-def step(slots: list[int]) -> Step:
+def step(slots: list[int], scales: list[float] | None = None) -> Step:
     made = Step(64, SIZES.heads * SIZES.head_dim, torch.float32, torch.device("cpu"))
-    made.point(torch.tensor(slots))
+    made.point(torch.tensor(slots), None if scales is None else torch.tensor(scales))
     return made
 
 
@@ -100,6 +100,23 @@ def test_a_batch_of_all_kinds_answers_each_token_with_its_own(captured, tmp_path
     torch.testing.assert_close(found.view_as(expected), expected, atol=TOLERANCE, rtol=TOLERANCE)
     silent = torch.tensor(slots) < 0
     assert torch.equal(found.view_as(outputs)[silent], outputs[silent])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_one_slot_is_read_at_a_scale_of_each_tokens_own(captured, tmp_path):
+    """NaN is the memory's."""
+    model, served = memory(tmp_path, "gelu, without a limit")  # its scale is 0.7
+    outputs, rotated, content = batch(5)
+    now = step([0, 0, 0, -1, 0], [float("nan"), 0.0, 1.4, 0.5, -0.7])
+    found = outputs.flatten(1).clone()
+    bank(served[0]).add_(found, rotated.flatten(1), content.flatten(1), now, captured=captured)
+    added = of_layer(model, 0, outputs, rotated, content) - outputs
+    expected = outputs + added * torch.tensor([1.0, 0.0, 2.0, 0.0, -1.0])[:, None, None]
+    torch.testing.assert_close(found.view_as(expected), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    now.point(torch.tensor([0] * 5))  # the next step's requests ask for none
+    found = outputs.flatten(1).clone()
+    bank(served[0]).add_(found, rotated.flatten(1), content.flatten(1), now, captured=captured)
+    torch.testing.assert_close(found.view_as(expected), outputs + added, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_a_recorded_call_follows_what_the_slots_come_to_hold(tmp_path):

@@ -24,12 +24,15 @@ def serve(
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="Of any adapter; default: the largest of those given.")] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Make room for LoRAs that are loaded later.")] = False,
+    without_vllm: Annotated[
+        bool, typer.Option("--without-vllm", help="Serve one memory of any kind with `transformers serve`.")
+    ] = False,
     model: BaseOption = None,
 ) -> None:
     """Serve a base model and many memories with vLLM, over HTTP.
 
     A request names the adapter as its model. The base model may also be given as the first word. Options that are not
-    listed here go to vLLM as they are.
+    listed here go to vLLM, or to `transformers serve`, as they are.
 
     \b
     Example: prefixmemory serve --adapter tickets=tickets-memory --port 8000
@@ -37,6 +40,7 @@ def serve(
     """
     from prefixmemory.errors import PrefixMemoryError
     from prefixmemory.serving.server import launch
+    from prefixmemory.serving.without_vllm import serve_one
 
     more = list(context.args)
     if more and not more[0].startswith("-"):
@@ -51,4 +55,12 @@ def serve(
         if name in adapters:
             raise PrefixMemoryError(f"--adapter names {name!r} twice. Give each adapter a name of its own.")
         adapters[name] = str(path(place))
+    if without_vllm:
+        if len(adapters) != 1 or folder or slots or max_rank or lora:
+            raise PrefixMemoryError(
+                "--without-vllm serves one memory: give one --adapter, and none of --folder, --slots, --max-rank and "
+                "--lora."
+            )
+        serve_one(*next(iter(adapters.items())), model, more)
+        return
     launch(model, adapters, folder=folder, slots=slots, max_rank=max_rank, lora=lora, more=more).start()

@@ -47,12 +47,13 @@ def request(folder: Path, adapter: str) -> LoRARequest | None:
 
 
 def ask(
-    llm: LLM, folder: Path, questions: Iterable[tuple[str, Sequence[int]]], count: int, **sampling: Any
-) -> list[Any]:
-    """vLLM's outputs for adapters and prompts, all in one batch."""
+    llm: LLM, folder: Path, questions: Iterable[tuple[str, Sequence[int]]], count: int,
+    each: Sequence[dict[str, Any]] | None = None, **sampling: Any,
+) -> list[Any]:  # fmt: skip
+    """vLLM's outputs for adapters and prompts, all in one batch; ``each``: sampling parameters of each request."""
     questions = list(questions)
-    parameters = SamplingParams(temperature=0, max_tokens=count, logprobs=0, ignore_eos=True, detokenize=False,
-                                **sampling)  # fmt: skip
+    common: dict[str, Any] = dict(temperature=0, max_tokens=count, logprobs=0, ignore_eos=True, detokenize=False)
+    parameters = [SamplingParams(**common, **sampling, **more) for more in each or [{}] * len(questions)]
     return llm.generate(
         [TokensPrompt(prompt_token_ids=list(prompt)) for _, prompt in questions],
         parameters,

@@ -86,11 +86,11 @@ def _adapted(folder: Path, adapter: str, stamp: int) -> Any:
 
 
 @torch.no_grad()
-def expected(folder: Path, adapter: str, prompt: Sequence[int], count: int, scale: float = 1.0) -> Answer:
-    """What transformers' greedy search says; ``scale``: of a memory, instead of 1."""
+def expected(folder: Path, adapter: str, prompt: Sequence[int], count: int, scale: float | None = None) -> Answer:
+    """What transformers' greedy search says; ``scale``: of a memory, instead of its config's."""
     file = folder / adapter / "adapter_model.safetensors"
     model = _adapted(folder, adapter, file.stat().st_mtime_ns if file.is_file() else 0)
-    if scale != 1:
+    if scale is not None:
         model = copy.deepcopy(model)
         set_scale(model, scale)
     made = model.generate(

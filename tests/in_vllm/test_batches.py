@@ -32,19 +32,34 @@ def test_the_same_again_in_another_order(llm, made):
     check(llm, made, questions()[::-1], COUNT)
 
 
-def test_a_scale_for_one_request(llm, made):
-    """Beside the same memory at its own scale, and at none."""
-    text = prompt(33, seed=4, invoked=9)
-    silent, halved = (
-        answer(ask(llm, made, [("default", text)], COUNT, extra_args={"memory_scale": scale})[0]) for scale in (0, 0.5)
-    )
-    assert difference(silent, expected(made, BASE, text, COUNT)) < TOLERANCE
-    assert difference(halved, expected(made, "default", text, COUNT, scale=0.5)) < TOLERANCE
-    assert difference(halved, expected(made, "default", text, COUNT)) > 100 * TOLERANCE
-    check(llm, made, [("default", text)], COUNT)
+@pytest.mark.parametrize("name", ["default", "rotary", "activated"])
+def test_a_scale_for_each_request(name, llm, made):
+    """Of one memory in one batch; 0 is the base model, bit for bit."""
+    text = prompt(73, seed=4, invoked=9)
+    scales = [0.25, None, 0, 2.0]
+    extra = [{} if scale is None else {"memory_scale": scale} for scale in scales]
+    outputs = ask(llm, made, [(name, text)] * len(scales), COUNT, each=[{"extra_args": more} for more in extra])
+    (alone,) = ask(llm, made, [(BASE, text)], COUNT)
+    found = [answer(output) for output in outputs]
+    assert found[2] == answer(alone)
+    for scale, here in zip(scales, found, strict=True):
+        assert difference(here, expected(made, name, text, COUNT, scale=scale)) < TOLERANCE, scale
+    assert min(difference(one, found[1]) for one in (found[0], found[2], found[3])) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize(("scale", "problem"), [("much", "out of range"), (float("nan"), "out of range")])
+def test_scales_share_no_cached_blocks_and_take_no_slot_and_no_copy(llm, made):
+    text = prompt(100, seed=14)
+    store = llm.llm_engine.input_processor._memories._store
+    copies = len(store.by_number)
+    for scale in (0.3, 0.4, 0.3):
+        (output,) = ask(llm, made, [("default", text)], COUNT, extra_args={"memory_scale": scale})
+        assert difference(answer(output), expected(made, "default", text, COUNT, scale=scale)) < TOLERANCE
+        cached = output.num_cached_tokens
+    assert cached == 96  # of the same scale
+    assert len(store.by_number) == copies
+
+
+@pytest.mark.parametrize(("scale", "problem"), [("much", "out of range"), (float("nan"), "out of range"), (1e9, "100")])
 def test_a_scale_that_is_no_number_is_refused_and_the_engine_goes_on(scale, problem, llm, made):
     text = prompt(20, seed=5)
     with pytest.raises(ValueError, match=problem):

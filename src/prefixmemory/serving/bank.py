@@ -29,6 +29,8 @@ class Step:
 
     Attributes:
         slots: ``[max_tokens]``, the slot of each token, -1: none; on the device.
+        scales: ``[max_tokens]``, the scale that each token's request asked for, NaN: the memory's own; on the device.
+        scaled: whether any asked for one.
         used: the slots that occur, known to the host.
         rows: numbers of the tokens that read one, on the device; ``None``: all tokens.
         tokens: how many tokens the step has.
@@ -38,16 +40,24 @@ class Step:
 
     def __init__(self, max_tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.slots = torch.full((max_tokens,), -1, dtype=torch.long, device=device)
+        self.scales = torch.full((max_tokens,), torch.nan, device=device)
+        self.scaled = False
         self.shown = torch.zeros(max_tokens, width, dtype=dtype, device=device)
         self.shown_by = ""
         self.used: list[int] = []
         self.rows: Tensor | None = None
         self.tokens = 0
 
-    def point(self, slots: Tensor) -> None:
-        """Begin a step whose tokens read these slots, ``[tokens]`` on the host, -1: none."""
+    def point(self, slots: Tensor, scales: Tensor | None = None) -> None:
+        """Begin a step whose tokens read these slots, ``[tokens]`` on the host, -1: none, at these scales, NaN: the
+        memory's own; ``None``: all at their memory's own."""
         self.slots.fill_(-1)
         self.slots[: len(slots)].copy_(slots)
+        if scales is not None or self.scaled:
+            self.scales.fill_(torch.nan)
+        if scales is not None:
+            self.scales[: len(scales)].copy_(scales)
+        self.scaled = scales is not None
         self.tokens, found = len(slots), slots.unique().tolist()
         self.used = [slot for slot in found if slot >= 0]
         self.rows = None if found == self.used else (slots >= 0).nonzero()[:, 0].to(self.slots.device)
@@ -134,20 +144,20 @@ class LayerBank(nn.Module):
             return
         tokens, rows = outputs.shape[0], None if captured else step.rows
         parts = [x[:tokens].view(tokens, self.heads, -1) for x in (outputs, rotated, content)]
+        parts += [step.slots[:tokens], step.scales[:tokens]]
         if rows is not None:
             parts = [x.index_select(0, rows) for x in parts]
-        own, of_rotated, of_content = parts
-        slots = step.slots[:tokens] if rows is None else step.slots.index_select(0, rows)
+        own, of_rotated, of_content, slots, scales = parts
         if captured:
-            new = self._add_all(own, self._features(of_rotated, of_content, slots, forms(), None), slots)
-        elif len(used) == 1:
+            new = self._add_all(own, self._features(of_rotated, of_content, slots, forms(), None), slots, scales)
+        elif len(used) == 1 and not step.scaled:
             new = self._add_one(own, of_rotated, of_content, used[0])
         else:
             manners = [cast(Manner, self.held[slot]) for slot in used]
             kinds = {manner.rotary for manner in manners}
             rotary = kinds.pop() if len(kinds) == 1 else None
             occurring = sorted({_form(manner) for manner in manners})
-            new = self._add_all(own, self._features(of_rotated, of_content, slots, occurring, rotary), slots)
+            new = self._add_all(own, self._features(of_rotated, of_content, slots, occurring, rotary), slots, scales)
         if rows is None:
             outputs.copy_(new.reshape(outputs.shape))
         else:
@@ -179,15 +189,16 @@ class LayerBank(nn.Module):
             features = torch.where(form == known.index(each), _function(each)(query), features)
         return features
 
-    def _add_all(self, own: Tensor, features: Tensor, slots: Tensor) -> Tensor:
-        """Tokens read different slots, or none."""
+    def _add_all(self, own: Tensor, features: Tensor, slots: Tensor, scales: Tensor) -> Tensor:
+        """Tokens read different slots, or none, or at scales of their own."""
         columns = self.A.flatten(2)  # [h, d, S·R]
         hidden = torch.baddbmm(self.constant.flatten(1)[:, None], features.transpose(0, 1), columns, beta=-1)
         mine = (slots[:, None] == self.numbers)[:, :, None]  # [t, S, 1]
         hidden = torch.where(mine, hidden.unflatten(2, self.A.shape[2:]), 0.0)
         answer = torch.bmm(hidden.flatten(2), self.B.flatten(1, 2)).transpose(0, 1)  # [t, h, v]
         place = slots.clamp(min=0)
-        tightness, scale = (x[place][:, None, None] for x in (self.tightness, self.scale))
+        scale = torch.where(scales.isnan(), self.scale[place], scales)[:, None, None]
+        tightness = self.tightness[place][:, None, None]
         length, size = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) for x in (answer, own))
         mine_own = size * size + own.shape[-1] * TINY * torch.where(tightness > 0, tightness, 1.0)
         factor = (mine_own / (mine_own + length * length * tightness)).sqrt()

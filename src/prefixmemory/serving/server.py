@@ -100,7 +100,7 @@ def launch(
     rank = max_rank or max(ranks)
     # one more beside LoRA: vLLM 0.32 gives the base model's requests the weights of the last slot on a CPU
     count = slots or max(1, len(adapters) + (SPARE if folder is not None else 0)) + int(lora)
-    arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", _served_model(model), "--enable-lora"]
+    arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", served_model(model), "--enable-lora"]
     arguments += ["--served-model-name", model, "--max-loras", str(count)]
     arguments += ["--max-lora-rank", str(next((size for size in RANKS if size >= rank), rank))]
     if not lora:
@@ -126,7 +126,7 @@ def _rank_of(folder: Path) -> int:
         return max(min(cast(list[int], tensors.get_slice(name).get_shape()[1:])) for name in matrices)
 
 
-def _served_model(model: str) -> str:
+def served_model(model: str) -> str:
     """A folder or Hub id that vLLM can load; a GGUF file is unpacked into the cache of the user, once."""
     name = full_name(model)
     if not name.endswith(".gguf"):

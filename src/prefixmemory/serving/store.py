@@ -8,10 +8,10 @@ number: slots, caches of keys and values, requests in flight.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,15 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from prefixmemory.errors import PrefixMemoryError, check_number
+from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.json_text import read_object
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.serving.served import read_config
 
 #: Names, to a server, the folders within which adapters must lie, separated as in PATH.
 FOLDERS = "PREFIXMEMORY_ADAPTER_FOLDERS"
+#: Names, to a server of several machines, a folder that all of them see.
+COPIES = "PREFIXMEMORY_COPIES"
 #: Numbers are positive 32-bit integers, and those below are left to other adapters, which are counted from 1 on.
 _FIRST, _LAST = 1 << 20, (1 << 31) - 1
 
@@ -61,13 +63,16 @@ class Store:
 
     Args:
         check: refuses a folder that cannot be served, by raising.
-        copied: whether to copy; where processes on other machines load the files, they stay where they are.
+        within: where to make that folder; ``None``: where temporary files go.
         allowed: folders within which adapters must lie; ``None``: anywhere.
     """
 
-    def __init__(self, check: Callable[[Path], None], copied: bool = True, allowed: list[Path] | None = None) -> None:
+    def __init__(
+        self, check: Callable[[Path], None], within: Path | None = None, allowed: list[Path] | None = None
+    ) -> None:
         self._check = check
-        self._copies = tempfile.TemporaryDirectory(prefix="prefixmemory-serving-") if copied else None
+        self._copies = Path(tempfile.mkdtemp(prefix="prefixmemory-serving-", dir=within))
+        weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
         self._allowed = None if allowed is None else [folder.resolve() for folder in allowed]
         self._known: dict[tuple[Any, ...], Held] = {}
         self.by_number: dict[int, Held] = {}
@@ -84,69 +89,52 @@ class Store:
                 f"{', '.join(map(str, self._allowed))}. Copy it there."
             )
 
-    def hold(self, folder: Path, scale: float | None = None) -> Held:
+    def hold(self, folder: Path) -> Held:
         """The memory that lies in ``folder`` now.
-
-        Args:
-            folder: a saved memory.
-            scale: instead of the one in its config.
 
         Raises:
             PrefixMemoryError: it is damaged, cannot be served, or lies outside of the allowed folders.
         """
         self.check_allowed(folder)
-        if scale is not None:
-            check_number("memory_scale", scale)
-        key = (folder, scale, *(_stamp(folder / name) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)))
+        key = (folder, *(_stamp(folder / name) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)))
         if key not in self._known:
-            self._known[key] = self._take(folder, scale)
+            self._known[key] = self._take(folder)
         return self._known[key]
 
-    def _take(self, folder: Path, scale: float | None) -> Held:
-        if self._copies is None:
-            if scale is not None:
-                raise PrefixMemoryError("memory_scale needs a server on one machine: it is kept with a copy.")
-            return self._held(folder)
-        with tempfile.TemporaryDirectory(dir=self._copies.name) as made:
+    def _take(self, folder: Path) -> Held:
+        with tempfile.TemporaryDirectory(dir=self._copies) as made:
             copy = Path(made)
             for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 if not (folder / name).is_file():
                     raise PrefixMemoryError(f"{folder / name} is missing. Copy it from where the adapter was saved.")
                 shutil.copyfile(folder / name, copy / name)
-            if scale is not None:
-                config = read_object(copy / CONFIG_NAME, "Copy it again.")
-                (copy / CONFIG_NAME).write_text(json.dumps(config | {"scale": scale, "scale_pattern": None}))
             try:
-                held = self._held(copy)
+                self._check(copy)
+                config = read_config(copy)
             except PrefixMemoryError as error:
                 raise PrefixMemoryError(str(error).replace(made, str(folder))) from error
-            if held.number in self.by_number and self.by_number[held.number].content == held.content:
-                return self.by_number[held.number]
-            place = Path(self._copies.name) / held.content
-            shutil.copytree(copy, place)
-        kept = Held(held.content, held.number, place)
-        self.by_number[kept.number] = kept
-        return kept
+            if config.active_from != "start" and config.invocation_tokens is None:
+                raise PrefixMemoryError(
+                    f"{folder} has active_from={config.active_from!r} without invocation_tokens: it was never trained."
+                )
+            content = _content(copy)
+            number = _FIRST + int(content[:15], 16) % (_LAST - _FIRST)
+            while number in self.by_number and self.by_number[number].content != content:
+                number = _FIRST + (number + 1 - _FIRST) % (_LAST - _FIRST)
+            if number not in self.by_number:
+                place = self._copies / content
+                shutil.copytree(copy, place)
+                self.by_number[number] = Held(content, number, place)
+        return self.by_number[number]
 
-    def _held(self, folder: Path) -> Held:
-        self._check(folder)
-        config = read_config(folder)
-        digest = hashlib.sha256()
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            with (folder / name).open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        content = digest.hexdigest()
-        number = _FIRST + int(content[:15], 16) % (_LAST - _FIRST)
-        while number in self.by_number and self.by_number[number].content != content:
-            number = _FIRST + (number + 1 - _FIRST) % (_LAST - _FIRST)
-        if config.active_from != "start" and config.invocation_tokens is None:
-            raise PrefixMemoryError(
-                f"{folder} has active_from={config.active_from!r} without invocation_tokens: it was never trained."
-            )
-        held = Held(content, number, folder)
-        if self._copies is None:
-            self.by_number[number] = held
-        return held
+
+def _content(folder: Path) -> str:
+    """Hash of a memory's config and weights."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        with (folder / name).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:

@@ -117,14 +117,17 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
         if lora_model.loras and not isinstance(lora_model, MemoryModel):  # an empty one warms up a model without LoRA
             super()._create_merged_loras_inplace(lora_model)
 
-    def point(self, adapters: tuple[int, ...], silent: np.ndarray | None) -> None:
+    def point(
+        self, adapters: tuple[int, ...], silent: np.ndarray | None = None, scales: np.ndarray | None = None
+    ) -> None:
         """Begin a step.
 
         Args:
             adapters: the number of each token's adapter, 0: none.
-            silent: bool, a token each: its memory does not speak there; ``None``: all speak.
+            silent, scales: as :class:`~prefixmemory.serving.vllm_requests.Marked` has them.
         """
-        now = (adapters, tuple(self.lora_index_to_id), None if silent is None else silent.tobytes())
+        marks = [None if mark is None else mark.tobytes() for mark in (silent, scales)]
+        now = (adapters, tuple(self.lora_index_to_id), *marks)
         if now == self._pointed:
             return
         self._pointed = now
@@ -135,7 +138,7 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
                 found[numbers == number] = slot
         if silent is not None:
             found[silent] = -1
-        self.step.point(torch.from_numpy(found))
+        self.step.point(torch.from_numpy(found), None if scales is None else torch.from_numpy(scales))
 
 
 class _Embedding(nn.Module):

@@ -37,7 +37,10 @@ NEEDED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.lora.utils", "replace_submodule", ("model", "module_name", "new_module")),
     ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin._set_active_loras",
      ("prompt_lora_mapping", "token_lora_mapping", "lora_requests", "mapping_type")),
+    ("vllm.v1.worker.gpu_input_batch", "InputBatch.add_request", ("request",)),
+    ("vllm.v1.worker.gpu_input_batch", "InputBatch.remove_request", ("req_id",)),
     ("vllm.v1.worker.gpu_input_batch", "InputBatch.make_lora_inputs", ("num_scheduled_tokens", "num_sampled_tokens")),
+    ("vllm.v1.worker.gpu.lora_utils", "LoraState.remove_request", ("req_id",)),
     ("vllm.v1.worker.gpu.lora_utils", "LoraState.make_lora_inputs", ("req_ids", "idx_mapping", "num_scheduled_tokens")),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.add_requests", ("scheduler_output",)),
     ("vllm.v1.core.kv_cache_utils", "generate_block_hash_extra_keys",
@@ -133,62 +136,62 @@ def _wrap_worker() -> None:
 
 
 def _wrap_runners() -> None:
-    """Both of vLLM's model runners say which adapter each token has; on which tokens it speaks is added."""
+    """Both of vLLM's model runners say which adapter each token has; from where on and how loud it speaks is added."""
     from vllm.v1.worker.gpu.lora_utils import LoraState
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_input_batch import InputBatch
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-    from prefixmemory.serving import vllm_requests
     from prefixmemory.serving.vllm_manager import MemoryModelManager
+    from prefixmemory.serving.vllm_requests import PLAIN, Speech, marked, speech_of
+
+    def speeches_in(holder: Any) -> dict[str, Speech]:
+        return cast(dict[str, Speech], holder.__dict__.setdefault("_memory_speeches", {}))
+
+    def add_to_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_request(self: Any, request: Any) -> Any:
+            speech = speech_of(request.lora_request, request.prompt_token_ids, request.sampling_params)
+            speeches_in(self)[request.req_id] = speech
+            return original(self, request)
+
+        return add_request
+
+    def remove(original: Callable[..., Any]) -> Callable[..., Any]:
+        def remove_request(self: Any, req_id: str) -> Any:
+            speeches_in(self).pop(req_id, None)
+            return original(self, req_id)
+
+        return remove_request
 
     def of_batch(original: Callable[..., Any]) -> Callable[..., Any]:
         def make_lora_inputs(self: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any) -> Any:
             prompt, tokens, requests = original(self, num_scheduled_tokens, num_sampled_tokens)
-            known, firsts = self.__dict__.setdefault("_memory_from", {}), []
-            for row, request in enumerate(self.req_ids):
-                adapter = self.lora_id_to_lora_request.get(int(self.request_lora_mapping[row]))
-                invocation = vllm_requests.invocation_of(adapter)
-                if invocation is None:
-                    firsts.append(0)
-                    continue
-                if request not in known:
-                    ids = self.token_ids_cpu[row, : self.num_prompt_tokens[row]].tolist()
-                    known[request] = vllm_requests.place_in(ids, invocation)
-                firsts.append(known[request])
-            for gone in known.keys() - set(self.req_ids):
-                del known[gone]
-            computed = self.num_computed_tokens_cpu[: len(firsts)]
-            return prompt, vllm_requests.silent_before(tokens, firsts, computed, num_scheduled_tokens), requests
+            speeches = [speeches_in(self)[request] for request in self.req_ids]
+            computed = self.num_computed_tokens_cpu[: len(speeches)]
+            return prompt, marked(tokens, speeches, computed, num_scheduled_tokens), requests
 
         return make_lora_inputs
+
+    def add_new(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_requests(self: Any, scheduler_output: Any) -> None:
+            original(self, scheduler_output)
+            self.lora_state._memory_states = self.req_states
+            for new in scheduler_output.scheduled_new_reqs:
+                prompt = new.prefill_token_ids[: new.prompt_len]
+                speeches_in(self.lora_state)[new.req_id] = speech_of(new.lora_request, prompt, new.sampling_params)
+
+        return add_requests
 
     def of_state(original: Callable[..., Any]) -> Callable[..., Any]:
         def make_lora_inputs(self: Any, req_ids: Any, idx_mapping: Any, num_scheduled_tokens: Any) -> Any:
             prompt, tokens, requests = original(self, req_ids, idx_mapping, num_scheduled_tokens)
-            known = self.__dict__.get("_memory_from", {})
-            firsts = [known.get(request, 0) for request in req_ids]
-            if not any(firsts):
+            speeches = [speeches_in(self).get(request, PLAIN) for request in req_ids]
+            if all([speech == PLAIN for speech in speeches]):  # warming up, it has no states yet
                 return prompt, tokens, requests
             computed = self._memory_states.num_computed_tokens_np[idx_mapping]
-            return prompt, vllm_requests.silent_before(tokens, firsts, computed, num_scheduled_tokens), requests
+            return prompt, marked(tokens, speeches, computed, num_scheduled_tokens), requests
 
         return make_lora_inputs
-
-    def add(original: Callable[..., Any]) -> Callable[..., Any]:
-        def add_requests(self: Any, scheduler_output: Any) -> None:
-            original(self, scheduler_output)
-            self.lora_state._memory_states = self.req_states
-            known = self.lora_state.__dict__.setdefault("_memory_from", {})
-            for gone in known.keys() - self.req_states.req_id_to_index.keys():
-                del known[gone]
-            for new in scheduler_output.scheduled_new_reqs:
-                adapter = new.lora_request
-                invocation = vllm_requests.invocation_of(adapter)
-                if invocation is not None:
-                    known[new.req_id] = vllm_requests.place_in(new.prefill_token_ids[: new.prompt_len], invocation)
-
-        return add_requests
 
     def activate(original: Callable[..., Any]) -> Callable[..., Any]:
         def _set_active_loras(
@@ -197,13 +200,17 @@ def _wrap_runners() -> None:
             original(self, prompt_lora_mapping, token_lora_mapping, lora_requests, *rest, **named)
             manager = self.lora_manager._adapter_manager
             if isinstance(manager, MemoryModelManager):
-                manager.point(tuple(token_lora_mapping), getattr(token_lora_mapping, "where", None))
+                marks = (getattr(token_lora_mapping, name, None) for name in ("silent", "scales"))
+                manager.point(tuple(token_lora_mapping), *marks)
 
         return _set_active_loras
 
+    _wrapped(InputBatch, "add_request", add_to_batch)
+    _wrapped(InputBatch, "remove_request", remove)
     _wrapped(InputBatch, "make_lora_inputs", of_batch)
+    _wrapped(GPUModelRunner, "add_requests", add_new)
+    _wrapped(LoraState, "remove_request", remove)
     _wrapped(LoraState, "make_lora_inputs", of_state)
-    _wrapped(GPUModelRunner, "add_requests", add)
     _wrapped(LoRAModelRunnerMixin, "_set_active_loras", activate)
 
 

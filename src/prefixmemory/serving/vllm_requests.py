@@ -1,4 +1,5 @@
-"""A request on its way: which memory it names, from which token on this speaks, and which cached blocks it may share.
+"""A request on its way: which memory it names, from which token on and at which scale this speaks, and which cached
+blocks it may share.
 
 Where vLLM takes requests in, the adapter that one names is exchanged for a copy of the memory that lies at its path,
 under the hash of its contents (:mod:`prefixmemory.serving.store`): what is wrong with it is said there, before the
@@ -9,7 +10,8 @@ base model's. Workers leave the tokens before it silent.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,15 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
-from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.errors import PrefixMemoryError, check_number
 from prefixmemory.serving.served import HeadSizes, read_config, read_memory
-from prefixmemory.serving.store import FOLDERS, Store, is_memory
+from prefixmemory.serving.store import COPIES, FOLDERS, Store, is_memory
 from prefixmemory.tuner.active_tokens import NEVER, speaking
 
 #: In a request's ``vllm_xargs`` (over HTTP) or ``extra_args`` (``SamplingParams``): another scale than the config's.
 SCALE = "memory_scale"
+#: Of that scale, in either direction: far beyond it, half precision overflows.
+LARGEST_SCALE = 100
 #: Between an adapter's name and the hash of its contents.
 OF_CONTENT = "@"
 
@@ -43,10 +47,15 @@ class Intake:
     """
 
     def __init__(self, config: Any) -> None:
-        folders = os.environ.get(FOLDERS)
+        folders, copies = os.environ.get(FOLDERS), os.environ.get(COPIES)
         allowed = None if folders is None else [Path(folder) for folder in folders.split(os.pathsep) if folder]
+        if config.parallel_config.nnodes > 1 and copies is None:
+            raise PrefixMemoryError(
+                f"The server runs on several machines, which load memories from copies: set {COPIES} to a folder that "
+                "all of them see."
+            )
         self._config = config
-        self._store = Store(self._check, copied=config.parallel_config.nnodes == 1, allowed=allowed)
+        self._store = Store(self._check, None if copies is None else Path(copies), allowed)
         self.numbers: dict[int, int] = {}  # of the store's memories, by the caller's
 
     def _check(self, folder: Path) -> None:
@@ -59,7 +68,7 @@ class Intake:
 
     def exchanged(self, asked: LoRARequest, scale: float | None = None) -> LoRARequest | None:
         """The request for what lies at the path that ``asked`` names; what is no memory stays as it is. ``None``: the
-        base model, at a scale of 0.
+        base model, at a ``scale`` of 0.
 
         Raises:
             PrefixMemoryError: it is damaged, cannot be served, or lies outside of the allowed folders.
@@ -70,11 +79,13 @@ class Intake:
             if scale is not None:
                 raise PrefixMemoryError(f"{SCALE}={scale!r} is for memories, and {asked.lora_name!r} is none.")
             return asked
-        held = self._store.hold(folder, scale)
+        if scale is not None:
+            span = f"a number between -{LARGEST_SCALE} and {LARGEST_SCALE}"
+            check_number(SCALE, scale, -LARGEST_SCALE, LARGEST_SCALE, span)
+        held = self._store.hold(folder)
         if scale == 0:
             return None
-        if scale is None:
-            self.numbers[asked.lora_int_id] = held.number
+        self.numbers[asked.lora_int_id] = held.number
         name = f"{asked.lora_name}{OF_CONTENT}{held.content}"
         return LoRARequest(name, held.number, str(held.folder), asked.base_model_name)
 
@@ -87,8 +98,7 @@ class Intake:
         """
         if request.lora_request is None:
             return
-        extra = getattr(request.sampling_params, "extra_args", None) or {}
-        request.lora_request = self.exchanged(request.lora_request, extra.get(SCALE))
+        request.lora_request = self.exchanged(request.lora_request, scale_in(request.sampling_params))
         if request.lora_request is None or not (invocation := invocation_of(request.lora_request)):
             return
         if request.prompt_token_ids is None or request.resumable:
@@ -120,9 +130,17 @@ def keys_of_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
                 request._memory_from = place_in(request.prompt_token_ids, invocation)
             if end_token_idx <= request._memory_from:
                 return rest or None, following
-        return (("lora", adapter.lora_name.rpartition(OF_CONTENT)[2], ""), *rest), following
+        scale = scale_in(request.sampling_params)
+        content, loud = adapter.lora_name.rpartition(OF_CONTENT)[2], "" if scale is None else repr(float(scale))
+        return (("lora", content, loud), *rest), following
 
     return generate_block_hash_extra_keys
+
+
+def scale_in(sampling: Any) -> float | None:
+    """The scale that a request's sampling parameters ask for; ``None``: the memory's own."""
+    extra: dict[str, Any] = getattr(sampling, "extra_args", None) or {}
+    return extra.get(SCALE)
 
 
 def place_in(prompt: list[int], invocation: tuple[int, ...]) -> int:
@@ -154,24 +172,58 @@ def _is_strict(path: str) -> bool:
     return read_config(Path(path)).strict_invocation
 
 
-class Silent(tuple[int, ...]):
-    """The number of each token's adapter, as vLLM's runners hand them on, and on which tokens none speaks."""
+@dataclass(frozen=True)
+class Speech:
+    """How the memory of a request speaks.
 
-    where: np.ndarray | None = None
+    Attributes:
+        first: the number of the first token on which it does.
+        scale: another one than its own; ``None``: its own.
+    """
+
+    first: int = 0
+    scale: float | None = None
 
 
-def silent_before(adapters: tuple[int, ...], firsts: list[int], computed: Any, scheduled: Any) -> Silent:
-    """Mark the tokens of a step on which the memory of their request does not speak yet.
+#: From the start, at the memory's own scale; no memory at all, too.
+PLAIN = Speech()
+
+
+def speech_of(adapter: LoRARequest | None, prompt: list[int] | None, sampling: Any) -> Speech:
+    """How the memory of an exchanged request speaks, from its prompt and sampling parameters."""
+    if adapter is None or not _is_memory(adapter.lora_path):
+        return PLAIN
+    invocation = _invocation_at(adapter.lora_path)
+    return Speech(0 if invocation is None else place_in(prompt or [], invocation), scale_in(sampling))
+
+
+class Marked(tuple[int, ...]):
+    """The number of each token's adapter, as vLLM's runners hand them on, and what they do not know of a memory.
+
+    Attributes:
+        silent: bool ``[tokens]``, where none speaks; ``None``: nowhere.
+        scales: ``[tokens]``, the scale asked for, NaN: the memory's own; ``None``: NaN everywhere.
+    """
+
+    silent: np.ndarray | None = None
+    scales: np.ndarray | None = None
+
+
+def marked(adapters: tuple[int, ...], speeches: Sequence[Speech], computed: Any, scheduled: Any) -> Marked:
+    """Mark the tokens of a step.
 
     Args:
         adapters: the number of each token's adapter.
-        firsts: of each request, the first token on which it speaks.
+        speeches: of each request.
         computed: how many tokens of each are computed already.
         scheduled: how many of each are in this step.
     """
-    marked = Silent(adapters)
-    if any(firsts):
-        rest = [np.arange(before, before + count) < first
-                for first, before, count in zip(firsts, computed, scheduled, strict=True)]  # fmt: skip
-        marked.where = np.concatenate(rest)
-    return marked
+    found = Marked(adapters)
+    if any([speech.first for speech in speeches]):
+        silent = [np.arange(before, before + count) < speech.first
+                  for speech, before, count in zip(speeches, computed, scheduled, strict=True)]  # fmt: skip
+        found.silent = np.concatenate(silent)
+    if any([speech.scale is not None for speech in speeches]):
+        scales = [np.nan if speech.scale is None else speech.scale for speech in speeches]
+        found.scales = np.repeat(np.array(scales, dtype=np.float32), scheduled)
+    return found

@@ -35,6 +35,11 @@ from prefixmemory.tuner.calls import Groups, RowAdapters, row_adapters, thread
 
 #: Under this name a cache holds where its sequences begin to speak.
 OF_CACHE = "_prefix_memory_places"
+#: Why a memory that waits for its invocation cannot be read in transformers' continuous batching.
+PACKED = (
+    "Continuous batching packs parts of many texts into one row, and does not say where in a text its invocation is. "
+    "Use generate, or an adapter with active_from='start'."
+)
 #: Attributes of modules that hold the function which computes activations again in the backward pass.
 CHECKPOINTING = ("_gradient_checkpointing_func", "checkpoint_fn")
 
@@ -155,6 +160,8 @@ class Listener:
         if given is None and not steps:
             return
         batch = dict(zip(self._parameters[depth], args, strict=False)) | kwargs
+        if batch.get("cache") is not None and batch.get("cu_seq_lens_q") is not None:
+            raise PrefixMemoryError(PACKED)
         if given is not None:
             _, shape, device = _tokens(module, batch)
             mask = given.mask(*shape, _past(batch), device)

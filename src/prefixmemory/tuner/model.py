@@ -23,9 +23,9 @@ from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.registry import MemorySite, check_start, is_inside, queries_of
 from prefixmemory.models.quantization import keep_trainable
 from prefixmemory.tuner import weighted_adapter
-from prefixmemory.tuner.activation import activation, generating
+from prefixmemory.tuner.activation import PACKED, activation, generating
 from prefixmemory.tuner.calibration import FirstBatch
-from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters
+from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters, thread
 from prefixmemory.tuner.layer import (
     BASE_MODEL,
     WHY_NOT_MERGED,
@@ -247,11 +247,10 @@ class PrefixMemoryModel(BaseTuner):
             PrefixMemoryError: an adapter for each row, a memory that does not speak from the start, or flash attention
                 with a prefix inside the softmax.
         """
-        if any(plan is not None and plan.waiting for plan in (layer.plan(None) for layer in memory_layers(self.model))):
-            raise PrefixMemoryError(
-                "generate_batch packs parts of many texts into one row, and does not say where a text's invocation is. "
-                "Use generate, or an adapter with active_from='start'."
-            )
+        plans = [layer.plan(None) for layer in memory_layers(self.model)]
+        waiting = any(plan is not None and plan.waiting for plan in plans)
+        if waiting or thread.given is not None or kwargs.pop("active", None) is not None:
+            raise PrefixMemoryError(PACKED)
         if kwargs.get("adapter_names") is not None:
             raise PrefixMemoryError(
                 "generate_batch packs all requests into one row, which has one adapter. Call it once for each adapter, "
