@@ -3,9 +3,11 @@
     make test-vllm ARGS=--collect-only    # makes the environment, once
     .venvs/vllm/bin/python -m benchmarks.serving --output results/benchmarks/serving.json
 
-Engines are asked in turn: one without adapters, one in which the base model, one memory and eight memories take turns,
-and one with room for LoRA. What counts is CPU seconds (one thread), as a ratio to the base model in the first engine;
-the median of the rounds and their middle half. An answer that is not the same in every round stops the benchmark.
+Each case has an engine of its own: without adapters; with the plugin, asked for the base model, for one memory and for
+eight; with room for LoRA. All get the same prompts, and their steps are taken in turn, since a machine's speed drifts
+within seconds. What counts is CPU seconds (one thread) as a ratio to the first engine within a round: of the first
+step, which reads all prompts, and of the others, which decode; the median of the rounds and their middle half. An
+answer that is not the same in every round stops the benchmark.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from prefixmemory.models.loading import load_model, smollm2
 
 REQUESTS, PROMPT, ANSWER = 32, 32, 32
 MEMORIES = 8
+FLOOR, LORA = "base, no plugin", "LoRA r=16"
 
 
 def save_models(folder: Path) -> None:
@@ -52,39 +54,52 @@ def save_models(folder: Path) -> None:
     get_peft_model(base, lora).save_pretrained(folder / "lora")
 
 
-def engines(folder: Path) -> tuple[Any, Any, Any]:
-    """Without adapters; with memories alone, as ``prefixmemory serve`` makes it; with room for LoRA too."""
+def engine(folder: Path, case: str) -> Any:
+    """An engine for one case; with memories, as ``prefixmemory serve`` makes it."""
     from vllm import LLM
 
-    common: dict[str, Any] = dict(
+    settings: dict[str, Any] = dict(
         dtype="float32", max_model_len=PROMPT + ANSWER, max_num_seqs=REQUESTS, skip_tokenizer_init=True,
         enable_prefix_caching=False, max_num_batched_tokens=2048, enforce_eager=True,
     )  # fmt: skip
-    plain = LLM(str(folder / "base"), **common)
-    adapted = dict(enable_lora=True, max_loras=MEMORIES, max_cpu_loras=2 * MEMORIES)
-    memories = LLM(str(folder / "base"), **common, **adapted, max_lora_rank=8, lora_target_modules=["attn"])
-    return plain, memories, LLM(str(folder / "base"), **common, **adapted, max_lora_rank=16)
+    if case != FLOOR:
+        settings |= dict(enable_lora=True, max_loras=MEMORIES, max_cpu_loras=2 * MEMORIES)
+        settings |= dict(max_lora_rank=16) if case == LORA else dict(max_lora_rank=8, lora_target_modules=["attn"])
+    return LLM(str(folder / "base"), **settings).llm_engine
 
 
-def asked(llm: Any, folder: Path, adapters: list[str], tokens: int) -> Callable[[], list[list[int]]]:
-    """A call that has ``llm`` answer all prompts, each with the next of ``adapters``; empty: the base model."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-    from vllm.lora.request import LoRARequest
+class Batch:
+    """The requests of one case, which its engine answers step by step."""
 
-    generator = torch.Generator().manual_seed(0)
-    prompts = [TokensPrompt(prompt_token_ids=torch.randint(1000, 40000, (PROMPT,), generator=generator).tolist())
-               for _ in range(REQUESTS)]  # fmt: skip
-    chosen = [adapters[number % len(adapters)] if adapters else "" for number in range(REQUESTS)]
-    numbers = {name: number for number, name in enumerate(["lora", *(f"memory-{n}" for n in range(MEMORIES))], start=1)}
-    requests = [LoRARequest(name, numbers[name], str(folder / name)) if name else None for name in chosen]
-    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    def __init__(self, engine: Any, folder: Path, adapters: list[str], number: int) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.lora.request import LoRARequest
 
-    def ask() -> list[list[int]]:
-        outputs = llm.generate(prompts, parameters, lora_request=requests, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        self.engine, self.answers = engine, {}
+        generator = torch.Generator().manual_seed(0)
+        parameters = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False)
+        numbers = {name: place for place, name in enumerate(sorted({*adapters}), start=1)}
+        for row in range(REQUESTS):
+            prompt = torch.randint(1000, 40000, (PROMPT,), generator=generator).tolist()
+            name = adapters[row % len(adapters)] if adapters else ""
+            request = LoRARequest(name, numbers[name], str(folder / name)) if name else None
+            engine.add_request(
+                f"{number}-{row:02}", TokensPrompt(prompt_token_ids=prompt), parameters, lora_request=request
+            )
+        self.seconds: list[float] = []
 
-    return ask
+    def step(self) -> bool:
+        """One step; whether there was any left."""
+        if not self.engine.has_unfinished_requests():
+            return False
+        start = time.process_time()
+        outputs = self.engine.step()
+        self.seconds.append(time.process_time() - start)
+        for output in outputs:
+            if output.finished:
+                self.answers[output.request_id.partition("-")[2]] = list(output.outputs[0].token_ids)
+        return True
 
 
 def main() -> None:
@@ -96,29 +111,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         save_models(folder)
-        plain, memories, mixed = engines(folder)
         eight = [f"memory-{number}" for number in range(MEMORIES)]
-        cases = {
-            "base, no plugin": (plain, []),
-            "base, plugin": (memories, []),
-            "one memory": (memories, eight[:1]),
-            "eight memories": (memories, eight),
-            "LoRA r=16": (mixed, ["lora"]),
-        }
+        cases = {FLOOR: [], "base, plugin": [], "one memory": eight[:1], "eight memories": eight, LORA: ["lora"]}
+        engines = {name: engine(folder, name) for name in cases}
         seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in cases}
-        said: dict[str, list[list[int]]] = {}
+        said: dict[str, Any] = {}
         for number in range(options.rounds + 1):
-            for name, (llm, adapters) in cases.items():
-                first, whole = (_timed(asked(llm, folder, adapters, tokens)) for tokens in (1, ANSWER))
-                if said.setdefault(name, whole[1]) != whole[1]:
+            batches = {name: Batch(engines[name], folder, adapters, number) for name, adapters in cases.items()}
+            while any([batch.step() for batch in batches.values()]):
+                pass
+            for name, batch in batches.items():
+                if len(batch.answers) != REQUESTS or said.setdefault(name, batch.answers) != batch.answers:
                     raise SystemExit(f"{name}: another answer in round {number}")
                 if number:  # the first warms up
-                    seconds[name]["prefill"].append(first[0])
-                    seconds[name]["decode"].append(whole[0] - first[0])
+                    seconds[name]["prefill"].append(batch.seconds[0])
+                    seconds[name]["decode"].append(sum(batch.seconds[1:]))
             print(f"round {number} of {options.rounds}", flush=True)
-        if said["base, plugin"] != said["base, no plugin"] or said["one memory"] == said["base, plugin"]:
+        if said["base, plugin"] != said[FLOOR] or said["one memory"] == said[FLOOR]:
             raise SystemExit("the base model answers otherwise with the plugin, or a memory says nothing")
-    floor = seconds["base, no plugin"]
+    floor = seconds[FLOOR]
     ratios = {
         name: {kind: _summary([base / own for own, base in zip(times, floor[kind], strict=True)])
                for kind, times in found.items()}
@@ -132,12 +143,6 @@ def main() -> None:
     print(json.dumps(ratios, indent=1))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, record)
-
-
-def _timed(call: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
-    start = time.process_time()
-    found = call()
-    return time.process_time() - start, found
 
 
 def _summary(ratios: list[float]) -> dict[str, float]:

@@ -79,8 +79,7 @@ def _adapter(method: Method) -> dict[str, Any]:
         return method.adapter
     once = {"rank": None, "output_limit": None, "normalize": "none"}  # the defaults of the first records
     given = {name: value for name, value in method.adapter.items() if once.get(name, "") is not None}
-    called = {"output_limit": "answer_limit"}  # then; the key of an old record stays what it is
-    return given | {called.get(k, k): getattr(config, k) for k, old in once.items() if getattr(config, k) != old}
+    return given | {name: getattr(config, name) for name, old in once.items() if getattr(config, name) != old}
 
 
 def _chosen(settings: Any) -> dict[str, Any]:
