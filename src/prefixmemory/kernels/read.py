@@ -45,9 +45,7 @@ def memory_output(
     """
     groups, size = factors[0].shape[:2]
     heads = query.shape[-2]
-    if (
-        query.numel() == heads * query.shape[-1]
-    ):  # one token, as in decoding: operations cost more than their arithmetic
+    if query.numel() == heads * query.shape[-1]:  # one token, as in decoding: operations cost more than their arithmetic
         rows = feature_map(query.reshape(groups, heads // groups, -1))
         if mean is not None:
             rows = rows - mean.to(rows.dtype).unsqueeze(1)
