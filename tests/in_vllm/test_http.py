@@ -150,8 +150,10 @@ def test_a_hundred_requests_while_adapters_come_and_go(server):
 
 def test_a_scale_for_one_request(server):
     text = prompt(30, seed=52)
-    asked = server.ask("rotary", text, vllm_xargs={"memory_scale": 0})
-    assert asked == (200, tokens_of(server, BASE, text))
+    assert server.ask("rotary", text, vllm_xargs={"memory_scale": 0}) == (200, tokens_of(server, BASE, text))
+    louder = expected(server.models, "rotary", text, COUNT, scale=1.5).tokens
+    assert louder != tokens_of(server, "rotary", text)
+    assert server.ask("rotary", text, vllm_xargs={"memory_scale": 1.5}) == (200, louder)
     loud = {"model": "rotary", "prompt": text, "vllm_xargs": {"memory_scale": "loud"}}
     status, body = server.post("/v1/completions", **loud)
     assert status == 400 and "memory_scale='loud' is out of range" in body
