@@ -1,0 +1,386 @@
+"""The Triton kernels against reference.py: outputs and every gradient, on views into memory that is NaN elsewhere.
+
+Without a GPU Triton interprets its kernels (``conftest.py``), and what it would launch on a card is compiled for one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed: it has wheels for Linux alone", allow_module_level=True)
+
+from prefixmemory import PrefixMemoryError, reference, register_feature_map, set_impl
+from prefixmemory.kernels import impl, triton_read
+from prefixmemory.kernels.impl import KINDS, NORMS, Product
+from prefixmemory.tuner.layer import reads_by
+from processes import run_python
+from tiny import DEFAULT, build, memory_parameters, tokens, with_memory
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEADS, QUERY, VALUE, RANK = 2, 6, 5, 3
+#: Of the largest value. float16 and bfloat16: four times their rounding, since features, h and a are rounded.
+RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11}
+MAPS = {
+    "identity": lambda x: x, "elu": F.elu, "gelu": F.gelu, "relu": F.relu, "silu": F.silu,
+    "softmax": lambda x: x.softmax(-1),
+}  # fmt: skip
+AROUND = {"none": lambda phi: phi, "query_rms": reference.query_rms, "feature_l2": reference.feature_l2}
+CASES = list(itertools.product(KINDS, (*NORMS, "feature_mean"), ("full", "low rank"), (HEADS, 1), (None, 0.5)))
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan() -> Iterator[None]:
+    """What a kernel should have written and did not is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def by_triton() -> Iterator[None]:
+    set_impl("triton")
+    yield
+    set_impl("auto")
+
+
+class Case:
+    """Leaves that want gradients, each a view into a tensor that is NaN around it."""
+
+    def __init__(self, batch: tuple[int, ...], form: tuple[str, str], rank: str, groups: int, **fields) -> None:
+        self.heads = fields.pop("heads", HEADS)
+        self.dtype = fields.pop("dtype", torch.float32)
+        size, value = fields.pop("sizes", (QUERY, VALUE))
+        self.memories, self.form = fields.pop("memories", ()), form
+        self.limit, self.scale, self.onto = fields.pop("limit", None), 0.7, None
+        self.leaves = {
+            "query": self.view(*batch, self.heads, size),
+            "outputs": self.view(*batch, self.heads, value, spread=0.3),
+        }
+        if fields.pop("onto", False):
+            self.leaves["onto"] = self.view(*batch, self.heads, value)
+        shapes = {"M": (size, value)} if rank == "full" else {"A": (size, RANK), "B": (RANK, value)}
+        self.leaves |= {name: self.view(*self.memories, groups, *shape) for name, shape in shapes.items()}
+        self.factors = [self.leaves[name] for name in shapes]
+        has_mean = form[1] == "feature_mean"
+        self.mean = self.view(*self.memories, groups, size).detach() if has_mean else None
+        assert not fields
+
+    def view(self, *shape: int, spread: float = 1.0) -> Tensor:
+        around = torch.full([n + 3 for n in shape], float("nan"), dtype=self.dtype, device=DEVICE)
+        view = around[tuple(slice(2, 2 + n) for n in shape)]
+        return view.copy_(torch.randn(shape) * spread).requires_grad_()
+
+    def product(self) -> Product:
+        norm = "none" if self.form[1] == "feature_mean" else self.form[1]
+        return Product(tuple(self.factors), self.form[0], norm, self.mean)
+
+    def read(self) -> Tensor:
+        query, outputs = self.leaves["query"], self.leaves["outputs"]
+        return triton_read.read(query, outputs, self.product(), self.limit, self.scale, self.leaves.get("onto"))
+
+    def expected(self, leaves: dict[str, Tensor]) -> Tensor:
+        """By the reference, in double precision."""
+        q, own = leaves["query"].transpose(-2, -3), leaves["outputs"].transpose(-2, -3)
+        answer = oracle(q, own, leaves, self.mean, self.form, self.limit)
+        return leaves.get("onto", leaves["outputs"]) + self.scale * answer.transpose(-2, -3)
+
+    def check(self) -> None:
+        """Outputs and gradients are those of the reference."""
+        found = self.read()
+        exact = {name: leaf.detach().double().requires_grad_() for name, leaf in self.leaves.items()}
+        expected = self.expected(exact)
+        assert found.dtype == self.dtype and found.shape == expected.shape
+        close(found, expected, self.dtype, "outputs")
+        weights = torch.randn(expected.shape, dtype=torch.float64, device=DEVICE).to(self.dtype)
+        ours = torch.autograd.grad(found, list(self.leaves.values()), weights)
+        theirs = torch.autograd.grad(expected, list(exact.values()), weights.double())
+        for name, gradient, right in zip(self.leaves, ours, theirs, strict=True):
+            assert gradient.dtype == self.dtype
+            close(gradient, right, self.dtype, name)
+
+
+def oracle(q: Tensor, own: Tensor, leaves: dict[str, Tensor], mean: Tensor | None, form, limit) -> Tensor:
+    """The limited memory output ``[*b, h, i, v]`` for queries ``[*b, h, i, d]``."""
+    matrix = leaves["M"] if "M" in leaves else leaves["A"] @ leaves["B"]
+    repeat = q.shape[-3] // matrix.shape[0]
+    phi = MAPS[form[0]]
+    if mean is not None:
+        phi = reference.feature_mean(phi, mean.double().repeat_interleave(repeat, dim=0))
+    phi = AROUND.get(form[1], lambda phi: phi)(phi)
+    answer = phi(q) @ matrix.repeat_interleave(repeat, dim=0)
+    return answer if limit is None else reference.limited(answer, own, limit)
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype, name: str) -> None:
+    size = max(float(expected.detach().abs().max()), 1e-30)
+    error = float((found.double() - expected).abs().max()) / size
+    assert error <= RELATIVE[dtype], f"{name} is off by {error:.2g} of its largest value"
+
+
+@pytest.mark.parametrize(("kind", "norm", "rank", "groups", "limit"), CASES)
+def test_outputs_and_gradients_are_those_of_the_reference(kind, norm, rank, groups, limit):
+    Case((2, 3), (kind, norm), rank, groups, limit=limit).check()
+
+
+@pytest.mark.parametrize("batch", [(1,), (17,), (1, 1), (3, 11), (2, 1, 7)])
+@pytest.mark.parametrize("rank", ["full", "low rank"])
+def test_odd_lengths(batch, rank):
+    Case(batch, ("elu", "feature_mean"), rank, HEADS, limit=0.5).check()
+
+
+@pytest.mark.parametrize("heads", [6, 21])  # a memory of 3 heads; of 21, more than a tile holds
+def test_odd_numbers_of_heads(heads):
+    Case((2, 9), ("gelu", "none"), "low rank", 2 if heads == 6 else 1, heads=heads, limit=0.5).check()
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (40, 33), (1, 1)])
+@pytest.mark.parametrize("rank", ["full", "low rank"])
+def test_odd_sizes_of_heads(sizes, rank):
+    Case((1, 4), ("softmax", "feature_l2"), rank, 1, sizes=sizes, limit=0.5).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", ["full", "low rank"])
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_half_precision(dtype, rank, limit):
+    Case((2, 9), ("elu", "feature_mean"), rank, 1, dtype=dtype, limit=limit).check()
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_what_others_have_added_stays(limit):
+    """The limit goes by the heads' own outputs; what is added to is something else."""
+    Case((2, 3), ("elu", "none"), "low rank", HEADS, limit=limit, onto=True).check()
+
+
+def test_heads_that_say_nothing():
+    case = Case((1, 3), ("elu", "none"), "low rank", HEADS, limit=0.5)
+    with torch.no_grad():
+        case.leaves["outputs"].zero_()
+    assert case.read().isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(case.read().sum(), list(case.leaves.values())))
+
+
+def test_no_tokens_at_all():
+    case = Case((2, 0), ("elu", "none"), "low rank", HEADS, limit=0.5)
+    assert case.read().shape == (2, 0, HEADS, VALUE)
+    assert all(not g.any() for g in torch.autograd.grad(case.read().sum(), list(case.leaves.values())))
+
+
+class BankCase(Case):
+    """A memory of every kind, with and without a limit, and tokens that read one of them, or none."""
+
+    def __init__(self, rank: str, groups: int, by_row: bool, batch=(5, 9)) -> None:
+        self.forms = [(kind, norm) for kind, norm in itertools.product(KINDS, NORMS)] * 2
+        self.limits = [None] * (len(self.forms) // 2) + [0.5] * (len(self.forms) // 2)
+        self.scales = [0.5 + 0.1 * n for n in range(len(self.forms))]
+        super().__init__(batch, ("", "feature_mean"), rank, groups, memories=(len(self.forms),))
+        self.slots = torch.randint(-1, len(self.forms), batch[:1] if by_row else batch, device=DEVICE)
+        if by_row:
+            self.slots = self.slots[:, None].expand(batch)
+
+    def read(self) -> Tensor:
+        bank = triton_read.Bank.of(self.limits, self.scales, self.forms, DEVICE)
+        query, outputs = self.leaves["query"], self.leaves["outputs"]
+        return triton_read.read_bank(query, outputs, self.factors, self.slots, bank, self.mean)
+
+    def expected(self, leaves: dict[str, Tensor]) -> Tensor:
+        new = leaves["outputs"]
+        for slot, form in enumerate(self.forms):
+            own = {name: leaf[slot] for name, leaf in leaves.items() if name in ("M", "A", "B")}
+            q, o = leaves["query"].transpose(-2, -3), leaves["outputs"].transpose(-2, -3)
+            matrix = own["M"] if "M" in own else own["A"] @ own["B"]
+            repeat = q.shape[-3] // matrix.shape[0]
+            phi = AROUND[form[1]](MAPS[form[0]])
+            assert self.mean is not None
+            phi = reference.feature_mean(phi, self.mean[slot].double().repeat_interleave(repeat, dim=0))
+            answer = reference.read_memory(q, matrix.repeat_interleave(repeat, dim=0), phi)
+            if self.limits[slot] is not None:
+                answer = reference.limited(answer, o, self.limits[slot])
+            mine = (self.slots == slot)[..., None, None]
+            new = torch.where(mine, leaves["outputs"] + self.scales[slot] * answer.transpose(-2, -3), new)
+        return new
+
+
+@pytest.mark.parametrize("rank", ["full", "low rank"])
+@pytest.mark.parametrize("groups", [HEADS, 1])
+def test_each_row_has_a_memory_of_its_own(rank, groups):
+    BankCase(rank, groups, by_row=True).check()
+
+
+@pytest.mark.parametrize("few", [0, 512])
+def test_each_token_has_a_memory_of_its_own(few, monkeypatch):
+    """One program a token, and programs whose tokens have several memories."""
+    monkeypatch.setattr(triton_read, "_FEW", few)
+    BankCase("low rank", HEADS, by_row=False, batch=(3, 7)).check()
+
+
+def test_tokens_without_a_memory_stay_as_they_are():
+    case = BankCase("low rank", HEADS, by_row=False)
+    case.slots = torch.full_like(case.slots, -1)
+    assert torch.equal(case.read(), case.leaves["outputs"])
+
+
+# --- controls: what is planted is noticed ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kernel", "planted"),
+    [
+        ("forward", {"KIND": KINDS.index("silu")}),
+        ("forward", {"NORM": 1}),
+        ("forward", {"CENTRE": 0}),
+        ("forward", {"LIMIT": False}),
+        ("forward", {"R": RANK - 1}),
+        ("forward", {"V": VALUE - 1}),  # a column is not written
+        ("forward", {"D": QUERY + 1}),  # one is read that is not there
+        ("rows_backward", {"KIND": KINDS.index("silu")}),
+        ("rows_backward", {"LIMIT": False}),
+        ("rows_backward", {"ONTO": True}),
+        ("rows_backward", {"V": VALUE - 1}),
+        ("factors_backward", {"CENTRE": 0}),
+        ("factors_backward", {"R": RANK - 1}),
+        ("factors_backward", {"TOKENS": 15}),
+    ],
+)
+def test_a_planted_error_is_noticed(kernel, planted, monkeypatch):
+    right = getattr(triton_read.kernels, kernel)
+
+    class Planted:
+        def __getitem__(self, grid):
+            return lambda *args, **sizes: right[grid](*args, **sizes | planted)
+
+    case = Case((3, 11), ("elu", "feature_mean"), "low rank", HEADS, limit=0.5)
+    case.check()
+    monkeypatch.setattr(triton_read.kernels, kernel, Planted())
+    with pytest.raises(AssertionError, match="off by"):
+        case.check()
+
+
+# --- in models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DEFAULT,
+        {"query": "rotary", "share_heads": True, "rank": None, "feature_map": "gelu", "normalize": "query_rms"},
+        {"prefix_length": 3},
+        {"rank": 4, "active_from": "invocation", "invocation_tokens": [5, 7]},
+    ],
+)
+def test_a_model_says_and_learns_the_same(config):
+    model, ids = with_memory(build("llama_gqa"), **config), tokens(2, 9)
+    ids[:, 4:6] = torch.tensor([5, 7])
+    parameters = [p for p in memory_parameters(model).values() if p.requires_grad]
+    found = []
+    for choice in ("torch", "triton"):
+        set_impl(choice)
+        logits = model(input_ids=ids, use_cache=False).logits
+        weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+        found.append([logits, *torch.autograd.grad((logits * weights).sum(), parameters)])
+        assert reads_by(model) == {"torch": "torch (chosen)", "triton": "triton"}[choice]
+    set_impl("auto")
+    with model.disable_adapter():
+        assert (model(input_ids=ids, use_cache=False).logits - found[0][0]).abs().max() > 1e-3
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        close(ours, theirs, torch.float32, "of the model")
+
+
+def test_what_is_kept_for_the_backward_pass_is_what_was_given():
+    """No features, no memory output: 0 bytes beyond the arguments."""
+    case = Case((2, 3), ("elu", "feature_mean"), "low rank", HEADS, limit=0.5)
+    given = {x.untyped_storage().data_ptr() for x in (*case.leaves.values(), case.mean)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        case.read()
+    assert kept and {x.untyped_storage().data_ptr() for x in kept} <= given
+
+
+def test_the_operations_are_what_compilers_expect():
+    case = Case((2, 3), ("elu", "feature_mean"), "low rank", HEADS)
+    A, B = (factor.detach()[None].clone().requires_grad_() for factor in case.factors)
+    query, outputs = (case.leaves[name].detach().clone().requires_grad_() for name in ("query", "outputs"))
+    for tight in (0.0, 4.0):
+        arguments = (query, outputs, None, A, B, case.mean[None], [], tight, 0.7, 1, 0, torch.float32)
+        torch.library.opcheck(torch.ops.prefixmemory.read.default, arguments)
+
+
+def test_a_compiled_model_is_one_graph():
+    script = Path(__file__).with_name("triton_checks.py")
+    out = run_python(script, PREFIXMEMORY_SHAPES="0", PREFIXMEMORY_IMPL="triton")
+    assert out.endswith("all ok\n"), out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests on a GPU compile what they launch")
+def test_what_would_be_launched_on_a_card_compiles_for_one():
+    script = Path(__file__).with_name("triton_for_card.py")
+    out = run_python(script, "--few", PREFIXMEMORY_SHAPES="0", TRITON_INTERPRET="0")
+    assert out.endswith("all ok\n"), out
+
+
+# --- what is chosen, and what is refused -------------------------------------------------------------------------
+
+
+def test_auto_leaves_a_cpu_to_torch():
+    model = with_memory(build(), **DEFAULT)
+    assert reads_by(model) == "torch (on cpu)"
+
+
+def test_a_choice_that_is_none_is_refused():
+    with pytest.raises(PrefixMemoryError, match=r"impl='tirton' is not known\. Did you mean 'triton'"):
+        set_impl("tirton")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"feature_map": "mlp"}, "feature_map='mlp' has parameters"),
+        ({"mixing": "head"}, "mixed with the heads' own"),
+        ({"dropout": 0.1}, "dropout=0.1 draws"),
+        ({"prefix_length": 3, "normalizer": True}, "divided by a sum"),
+        ({"prefix_length": 3, "similarity": "softmax"}, "divided by a sum"),
+    ],
+)
+def test_a_memory_that_triton_cannot_read_is_refused_by_name(config, reason, by_triton):
+    model = with_memory(build(), **config).train()
+    assert reason in str(reads_by(model))
+    with pytest.raises(PrefixMemoryError, match=rf"impl='triton' cannot read this memory: .*{reason}"):
+        model(input_ids=tokens(1, 4))
+    set_impl("torch")
+    model(input_ids=tokens(1, 4))
+
+
+def test_a_map_of_ones_own_is_refused_by_name(by_triton, feature_map_names):
+    register_feature_map("cosine")(torch.cos)
+    with pytest.raises(PrefixMemoryError, match="the kernel has no feature_map='cosine'"):
+        with_memory(build(), feature_map="cosine")(input_ids=tokens(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [("_INSTALLED", False, "triton is not installed"), ("_INTERPRETED", False, "it lies on cpu, where only")],
+)
+def test_a_machine_without_triton_is_refused_by_name(name, value, reason, by_triton, monkeypatch):
+    monkeypatch.setattr(impl, name, value)
+    with pytest.raises(PrefixMemoryError, match=reason):
+        with_memory(build())(input_ids=tokens(1, 4))
+
+
+def test_a_matrix_that_is_too_large_is_refused_by_name(by_triton):
+    product = Product((torch.zeros(1, 256, 256),), "elu")
+    with pytest.raises(PrefixMemoryError, match="M of 256 KiB a head is too large for the kernel; give a rank"):
+        impl.fused(lambda: product, torch.zeros(1))
+
+
+def test_double_precision_is_refused_by_name(by_triton):
+    with pytest.raises(PrefixMemoryError, match="the kernel takes no float64"):
+        impl.fused(lambda: Product((torch.zeros(1, 4, 4),), "elu"), torch.zeros(1, dtype=torch.float64))
