@@ -25,7 +25,7 @@ from prefixmemory.errors import PrefixMemoryError, check_choice
 Impl = Literal["auto", "torch", "triton"]
 
 #: What the kernel knows, in the order by which it counts them.
-KINDS = ("identity", "elu", "gelu", "relu", "silu", "softmax")
+KINDS = ("elu", "gelu", "relu", "silu", "identity", "softmax")
 NORMS = ("none", "query_rms", "feature_l2")
 _INSTALLED = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton reads once, too
@@ -78,7 +78,7 @@ def fused(product: Callable[[], Product | str], *like: Tensor) -> Product | None
     Raises:
         PrefixMemoryError: ``triton`` was asked for, and cannot; says why.
     """
-    if _impl == "torch" or (_impl == "auto" and not like[0].is_cuda):
+    if not _is_asked(like[0].device.type):
         return None
     found = _covered(product(), like)
     if isinstance(found, Product):
@@ -88,11 +88,27 @@ def fused(product: Callable[[], Product | str], *like: Tensor) -> Product | None
     return None
 
 
+def serves(device: str) -> bool:
+    """Whether the Triton kernel reads a server's memories on such a device.
+
+    Raises:
+        PrefixMemoryError: ``triton`` was asked for, and cannot; says why.
+    """
+    reason = why_not(device)
+    if _impl == "triton" and reason is not None:
+        raise PrefixMemoryError(f"impl='triton' cannot serve memories: {reason}. Give impl='auto'.")
+    return _is_asked(device) and reason is None
+
+
+def _is_asked(device: str) -> bool:
+    return _impl == "triton" or (_impl == "auto" and device == "cuda")
+
+
 def said(product: Callable[[], Product | str], like: Tensor) -> str:
     """``triton``, or ``torch`` with the reason, for records."""
     if _impl == "torch":
         return "torch (chosen)"
-    if _impl == "auto" and not like.is_cuda:
+    if not _is_asked(like.device.type):
         return f"torch (on {like.device.type})"
     found = _covered(product(), (like,))
     return "triton" if isinstance(found, Product) else f"torch ({found})"

@@ -28,10 +28,11 @@ import triton.language as tl
 
 EPS = tl.constexpr(1e-6)  # of memories/matrix.py
 TINY = tl.constexpr(1e-12)  # of read.py
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 NO_SLOT = tl.constexpr(2**30)
 
-# How FEATURE_MAPS and NORMALIZATIONS of triton_read.py count.
-ELU, GELU, RELU, SILU, SOFTMAX = (tl.constexpr(n) for n in range(1, 6))
+# KINDS and NORMS of impl.py, as they count; a form is kind·3 + norm.
+ELU, GELU, RELU, SILU, IDENTITY, SOFTMAX = (tl.constexpr(n) for n in range(6))
 QUERY_RMS, FEATURE_L2 = tl.constexpr(1), tl.constexpr(2)
 # What is subtracted: nothing, μ from the features, or μᵀA from h.
 OF_FEATURES, OF_HIDDEN = tl.constexpr(1), tl.constexpr(2)
@@ -40,8 +41,11 @@ OF_FEATURES, OF_HIDDEN = tl.constexpr(1), tl.constexpr(2)
 @no_type_check
 @triton.jit
 def _dot(x, y, DOT: tl.constexpr):
-    # tf32x3: float32 by three products of tensor cores, of which no bit that counts is lost
-    return tl.dot(x.to(DOT), y.to(DOT), input_precision="tf32x3")
+    x, y = x.to(DOT), y.to(DOT)
+    if INTERPRETED:  # Triton 3.7's interpreter takes the bits of bfloat16 for whole numbers
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    # tf32x3: three products of tensor cores, which lose next to nothing of float32
+    return tl.dot(x, y, input_precision="tf32x3")
 
 
 @no_type_check
@@ -167,7 +171,7 @@ def _hidden(
 def forward(
     query, q0, q1, q2, q3, content, c0, c1, c2, c3, outputs, o0, o1, o2, o3, onto, n0, n1, n2, n3, out, y0, y1, y2, y3,
     A, a_slot, a_memory, a_row, B, b_slot, b_memory, b_row, centre, m_slot, m_memory,
-    slots, s0, s1, tightness, scales, kinds, norms, rotary, tokens, length, tight, scale,
+    slots, s0, s1, tightness, scales, forms, rotary, tokens, length, tight, scale,
     D: tl.constexpr, V: tl.constexpr, R: tl.constexpr, D_: tl.constexpr, V_: tl.constexpr, R_: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, REPEAT: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr,
     CENTRE: tl.constexpr, FULL: tl.constexpr, LIMIT: tl.constexpr, ONTO: tl.constexpr, BANK: tl.constexpr,
@@ -198,7 +202,8 @@ def forward(
     while now < NO_SLOT:
         mine = slot == now
         if BANK:
-            kind, norm = tl.load(kinds + now), tl.load(norms + now)
+            form = tl.load(forms + now).to(tl.int32)
+            kind, norm = form // 3, form % 3
             tight, scale = tl.load(tightness + now), tl.load(scales + now)
         else:
             kind, norm = KIND, NORM
@@ -234,7 +239,7 @@ def forward(
 def rows_backward(
     query, q0, q1, q2, q3, outputs, o0, o1, o2, o3, gradient, g0, g1, g2, g3, dq, e0, e1, e2, e3, do, f0, f1, f2, f3,
     factors, A, a_slot, a_memory, a_row, B, b_slot, b_memory, b_row, centre, m_slot, m_memory,
-    slots, s0, s1, tightness, scales, kinds, norms, tokens, length, heads, tight, scale,
+    slots, s0, s1, tightness, scales, forms, tokens, length, heads, tight, scale,
     D: tl.constexpr, V: tl.constexpr, R: tl.constexpr, D_: tl.constexpr, V_: tl.constexpr, R_: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, REPEAT: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr,
     CENTRE: tl.constexpr, FULL: tl.constexpr, LIMIT: tl.constexpr, ONTO: tl.constexpr, BANK: tl.constexpr,
@@ -259,7 +264,8 @@ def rows_backward(
     while now < NO_SLOT:
         mine = slot == now
         if BANK:
-            kind, norm = tl.load(kinds + now), tl.load(norms + now)
+            form = tl.load(forms + now).to(tl.int32)
+            kind, norm = form // 3, form % 3
             tight, scale = tl.load(tightness + now), tl.load(scales + now)
         else:
             kind, norm = KIND, NORM
@@ -302,7 +308,7 @@ def rows_backward(
 def factors_backward(
     query, q0, q1, q2, q3, gradient, g0, g1, g2, g3, factors, dA, dB,
     A, a_slot, a_memory, a_row, B, b_slot, b_memory, b_row, centre, m_slot, m_memory,
-    slots, s0, s1, kinds, norms, tokens, length, heads, blocks,
+    slots, s0, s1, forms, tokens, length, heads, blocks,
     D: tl.constexpr, V: tl.constexpr, R: tl.constexpr, D_: tl.constexpr, V_: tl.constexpr, R_: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, REPEAT: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr,
     CENTRE: tl.constexpr, FULL: tl.constexpr, BANK: tl.constexpr, DOT: tl.constexpr,
@@ -314,7 +320,8 @@ def factors_backward(
     place = (part * tl.num_programs(2) + now).to(tl.int64) * memories + memory
     kind, norm = KIND, NORM
     if BANK:
-        kind, norm = tl.load(kinds + now), tl.load(norms + now)
+        form = tl.load(forms + now).to(tl.int32)
+        kind, norm = form // 3, form % 3
     to_first = tl.zeros([D_, R_], tl.float32)
     to_second = tl.zeros([R_, V_], tl.float32)
     for block in range(part, blocks, parts):

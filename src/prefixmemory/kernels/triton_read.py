@@ -36,13 +36,12 @@ class Bank(NamedTuple):
     Attributes:
         tightness: t = 1/c², 0 without a limit, float32.
         scale: s, float32.
-        kind, norm: of φ, by their place in ``KINDS`` and ``NORMS``, int32.
+        form: φ by the place of its map in ``KINDS`` · 3 + that of its normalisation in ``NORMS``.
     """
 
     tightness: Float[Tensor, " S"]
     scale: Float[Tensor, " S"]
-    kind: Int[Tensor, " S"]
-    norm: Int[Tensor, " S"]
+    form: Int[Tensor, " S"]
 
     @classmethod
     def of(
@@ -53,8 +52,7 @@ class Bank(NamedTuple):
         return cls(
             torch.tensor([_tightness(limit) for limit in limits], dtype=torch.float32, device=device),
             torch.tensor(scales, dtype=torch.float32, device=device),
-            torch.tensor([KINDS.index(name) for name, _ in forms], dtype=torch.int32, device=device),
-            torch.tensor([NORMS.index(norm) for _, norm in forms], dtype=torch.int32, device=device),
+            torch.tensor([3 * KINDS.index(name) + NORMS.index(norm) for name, norm in forms], device=device),
         )
 
 
@@ -129,7 +127,7 @@ def add_from_slots_(
     kernels.forward[plan.grid](
         rotated, *rotated.stride(), content, *content.stride(), outputs, *outputs.stride(),
         outputs, *outputs.stride(), outputs, *outputs.stride(), *plan.factors, *plan.slots,
-        *plan.limits, *plan.forms, rotary, plan.tokens, plan.length, 0.0, 1.0,
+        *plan.limits, plan.form, rotary, plan.tokens, plan.length, 0.0, 1.0,
         **plan.sizes | {"CENTRE": 2}, LIMIT=True, ONTO=False, ROTARY=True, INPLACE=True, num_warps=plan.warps,
     )  # fmt: skip
 
@@ -147,8 +145,7 @@ class _Plan:
         repeat, size = self.heads // self.groups, outputs.shape[-1]
         rows = _padded(repeat)  # the fewest: with 32, backward passes of heads of 128 do not fit into registers
         per_block = 1 if bank and self.tokens <= _FEW else rows // repeat
-        self.blocks = math.ceil(self.tokens / per_block)
-        self.grid = (self.blocks, self.groups)
+        self.grid = (math.ceil(self.tokens / per_block), self.groups)
         self.sizes: dict[str, Any] = {
             "D": width, "V": size, "R": rank, "D_": _padded(width), "V_": _padded(size), "R_": _padded(rank),
             "ROWS": rows, "TOKENS": per_block, "REPEAT": repeat, "KIND": kind, "NORM": norm,
@@ -158,8 +155,8 @@ class _Plan:
         # a kernel looks at no pointer that its sizes do not ask for: any will do
         A, second, mean = _inner(A), A if B is None else _inner(B), A[:, :, 0] if mean is None else _inner(mean)
         self.factors = (A, *A.stride()[:3], second, *second.stride()[:3], mean, *mean.stride()[:2])
-        slots, *rest = bank or [query] * 5
-        self.slots, self.limits, self.forms = (slots, *slots.stride()[:2]), rest[:2], rest[2:]
+        slots, *self.limits, self.form = bank or [query] * 4
+        self.slots = (slots, *slots.stride()[:2])
 
 
 @torch.library.custom_op("prefixmemory::read", mutates_args=())
@@ -176,7 +173,7 @@ def _read(
     plan = _Plan(query, outputs, A, B, mean, bank, kind, norm, dot)
     kernels.forward[plan.grid](
         query, *query.stride(), query, *query.stride(), outputs, *outputs.stride(), base, *base.stride(),
-        new, *new.stride(), *plan.factors, *plan.slots, *plan.limits, *plan.forms, query,
+        new, *new.stride(), *plan.factors, *plan.slots, *plan.limits, plan.form, query,
         plan.tokens, plan.length, tight, scale,
         **plan.sizes, LIMIT=bool(bank) or tight > 0, ONTO=onto is not None, ROTARY=False, INPLACE=False,
         num_warps=plan.warps,
@@ -184,7 +181,7 @@ def _read(
     return new
 
 
-@_read.register_fake
+@_read.register_fake  # type: ignore[untyped-decorator]
 def _(query: Tensor, outputs: Tensor, onto: Tensor | None, *others: Any) -> Tensor:
     return _empty(outputs if onto is None else onto)
 
@@ -205,23 +202,25 @@ def _read_backward(
     kernels.rows_backward[plan.grid](
         query, *query.stride(), outputs, *outputs.stride(), gradient, *gradient.stride(),
         to_query, *to_query.stride(), to_outputs, *to_outputs.stride(), pairs, *plan.factors,
-        *plan.slots, *plan.limits, *plan.forms, plan.tokens, plan.length, plan.heads, tight, scale,
+        *plan.slots, *plan.limits, plan.form, plan.tokens, plan.length, plan.heads, tight, scale,
         **plan.sizes, LIMIT=bool(bank) or tight > 0, ONTO=is_onto, num_warps=plan.warps,
     )  # fmt: skip
     if learns:
-        parts = min(plan.blocks, math.ceil(_PARTS / (plan.groups * plan.memories)))
+        whole = plan.sizes | {"TOKENS": plan.sizes["ROWS"] // plan.sizes["REPEAT"]}
+        blocks = math.ceil(plan.tokens / whole["TOKENS"])
+        parts = min(blocks, math.ceil(_PARTS / (plan.groups * plan.memories)))
         sums = [torch.empty(parts, *x.shape, dtype=torch.float32, device=x.device) for x in to_factors]
         kernels.factors_backward[(parts, plan.groups, plan.memories)](
             query, *query.stride(), gradient, *gradient.stride(), pairs, sums[0], sums[-1], *plan.factors,
-            *plan.slots, *plan.forms, plan.tokens, plan.length, plan.heads, plan.blocks,
-            **plan.sizes, num_warps=plan.warps,
+            *plan.slots, plan.form, plan.tokens, plan.length, plan.heads, blocks,
+            **whole, num_warps=plan.warps,
         )  # fmt: skip
         for to_factor, of_parts in zip(to_factors, sums, strict=True):
             torch.sum(of_parts, dim=0, out=to_factor)
     return found
 
 
-@_read_backward.register_fake
+@_read_backward.register_fake  # type: ignore[untyped-decorator]
 def _(
     gradient: Tensor, is_onto: bool, learns: bool, query: Tensor, outputs: Tensor, A: Tensor, B: Tensor | None,
     *others: Any,

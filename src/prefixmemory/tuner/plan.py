@@ -77,9 +77,15 @@ class Step:
             return "it is code of its own"
         if self.ask is not memory:
             return "its heads are divided among processes"
-        if memory._forward_hooks or memory._forward_pre_hooks or hasattr(memory, "_hf_hook"):
+        if self._watched:
             return "hooks wait for it to be called"
         return memory.product()  # type: ignore[operator, no-any-return]
+
+    @property
+    def _watched(self) -> bool:
+        """Whether hooks wait for the memory to be called, as those that take the means of features do."""
+        memory = self.memory
+        return bool(memory._forward_hooks or memory._forward_pre_hooks or hasattr(memory, "_hf_hook"))
 
     @property
     def read_by(self) -> str:
@@ -87,8 +93,7 @@ class Step:
         return said(self.product, next(self.memory.parameters()))
 
     def _added(self, onto: Tensor, outputs: Tensor, queries: Mapping[str, Tensor]) -> Tensor:
-        product = fused(self.product, outputs)
-        if product is not None:
+        if not self._watched and (product := fused(self.product, outputs)) is not None:
             from prefixmemory.kernels import triton_read
 
             (kind,) = self.queries
