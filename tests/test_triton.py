@@ -433,7 +433,10 @@ def test_a_map_of_ones_own_is_refused_by_name(by_triton, feature_map_names):
 
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
-    [("_INSTALLED", False, "triton is not installed"), ("_INTERPRETED", False, "it lies on cpu, where only")],
+    [
+        ("_MISSING", "triton 3.2.0 is older than 3.4", "triton 3.2.0 is older than 3.4"),
+        ("INTERPRETED", False, "it lies on cpu, where only"),
+    ],
 )
 def test_a_machine_without_triton_is_refused_by_name(name, value, reason, by_triton, monkeypatch):
     monkeypatch.setattr(impl, name, value)

@@ -14,11 +14,10 @@ import sys
 from typing import Any
 
 import torch
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from prefixmemory.kernels import triton_kernels, triton_read
+from prefixmemory.kernels import impl, triton_kernels, triton_read
 from prefixmemory.kernels.impl import KINDS, NORMS, Product
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -85,7 +84,7 @@ def check_bank(heads: int, size: int, rank: int, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    assert not knobs.runtime.interpret, "TRITON_INTERPRET=0"
+    assert not impl.INTERPRETED, "TRITON_INTERPRET=0"
     driver.set_active(Card())
     for name in ("forward", "rows_backward", "factors_backward"):
         setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name)))

@@ -13,10 +13,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, cast, get_args
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from prefixmemory._shapes import Float
@@ -27,8 +28,20 @@ Impl = Literal["auto", "torch", "triton"]
 #: What the kernel knows, in the order by which it counts them.
 KINDS = ("elu", "gelu", "relu", "silu", "identity", "softmax")
 NORMS = ("none", "query_rms", "feature_l2")
-_INSTALLED = find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton reads once, too
+#: Whether Triton interprets its kernels, which it too asks once.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_OLDEST = "3.4"
+
+
+def _missing() -> str | None:
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed"
+    return None if Version(installed) >= Version(_OLDEST) else f"triton {installed} is older than {_OLDEST}"
+
+
+_MISSING = _missing()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: A full M has to fit into a multiprocessor's memory together with the tiles that it meets.
 _MOST_BYTES = 64 * 1024
@@ -133,8 +146,8 @@ def _covered(product: Product | str, like: tuple[Tensor, ...]) -> Product | str:
 
 def why_not(device: str) -> str | None:
     """Why Triton cannot work on such a device; ``None``: it can."""
-    if not _INSTALLED:
-        return "triton is not installed"
-    if device != "cuda" and not _INTERPRETED:
+    if _MISSING is not None:
+        return _MISSING
+    if device != "cuda" and not INTERPRETED:
         return f"it lies on {device}, where only Triton's interpreter (TRITON_INTERPRET=1) works"
     return None

@@ -26,9 +26,11 @@ from typing import no_type_check  # else the tests' shape checks would wrap what
 import triton
 import triton.language as tl
 
+from prefixmemory.kernels import impl
+
 EPS = tl.constexpr(1e-6)  # of memories/matrix.py
 TINY = tl.constexpr(1e-12)  # of read.py
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(impl.INTERPRETED)
 NO_SLOT = tl.constexpr(2**30)
 
 # KINDS and NORMS of impl.py, as they count; a form is kind·3 + norm.
@@ -207,13 +209,14 @@ def forward(
             tight, scale = tl.load(tightness + now), tl.load(scales + now)
         else:
             kind, norm = KIND, NORM
-        wanted = in_q & mine[:, None]
+        shown = mine
         if ROTARY:
-            is_rotary = tl.load(rotary + now) != 0
+            shown = tl.where(mine, tl.load(rotary + now).to(tl.int32), 0) != 0
+            unrotated = in_q & mine[:, None] & (shown == 0)[:, None]
             at = _at(token, head, d, length, c0, c1, c2, c3)
-            other = tl.load(content + at, mask=wanted & (is_rotary == 0), other=0.0).to(tl.float32)
-            wanted = wanted & is_rotary
-        q = tl.load(query + _at(token, head, d, length, q0, q1, q2, q3), mask=wanted, other=0.0).to(tl.float32)
+            other = tl.load(content + at, mask=unrotated, other=0.0).to(tl.float32)
+        at = _at(token, head, d, length, q0, q1, q2, q3)
+        q = tl.load(query + at, mask=in_q & shown[:, None], other=0.0).to(tl.float32)
         if ROTARY:
             q += other
         features = _features(q, (d < D)[None, :], kind, norm, D)
