@@ -331,6 +331,19 @@ def test_a_map_that_is_registered_after_a_servers_slots_is_refused_by_name(by_tr
     assert not served.bank(None).by_triton  # those that are made now are read by torch
 
 
+def test_the_benchmark_refuses_to_time_a_wrong_kernel(monkeypatch):
+    file = Path(__file__).parent.parent / "benchmarks" / "triton_read.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_reads", file)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    one = benchmark.Read((2, 1, 16), "rank 8", 3, DEVICE)
+    one.check("Triton")
+    plant("rows_backward", {"LIMIT": False}, monkeypatch)
+    with pytest.raises(SystemExit, match="Triton is wrong by .* in tensor 1: nothing is timed"):
+        one.check("Triton")
+
+
 # --- in models ---------------------------------------------------------------------------------------------------
 
 

@@ -81,11 +81,11 @@ if "PREFIXMEMORY_IMPL" in os.environ:
     set_impl(cast(Impl, os.environ["PREFIXMEMORY_IMPL"]))
 
 
-def fused(product: Callable[[], Product | str], *like: Tensor) -> Product | None:
+def fused(product: Callable[[], Product | str | None], *like: Tensor) -> Product | None:
     """What the Triton kernel is to read; ``None``: PyTorch asks the memory.
 
     Args:
-        product: returns what the memory is, or the reason why it is no mere product.
+        product: returns what the memory is, or the reason why it is no mere product; ``None``: it wants to be asked.
         like: tensors that would be read beside it.
 
     Raises:
@@ -93,8 +93,9 @@ def fused(product: Callable[[], Product | str], *like: Tensor) -> Product | None
     """
     if not _is_asked(like[0].device.type):
         return None
-    found = _covered(product(), like)
-    if isinstance(found, Product):
+    given = product()
+    found = given if given is None else _covered(given, like)
+    if found is None or isinstance(found, Product):
         return found
     if _impl == "triton":
         raise PrefixMemoryError(f"impl='triton' cannot read this memory: {found}. Give impl='auto'.")
@@ -117,13 +118,13 @@ def _is_asked(device: str) -> bool:
     return _impl == "triton" or (_impl == "auto" and device == "cuda")
 
 
-def said(product: Callable[[], Product | str], like: Tensor) -> str:
+def said(product: Callable[[], Product | str | None], like: Tensor) -> str:
     """``triton``, or ``torch`` with the reason, for records."""
     if _impl == "torch":
         return "torch (chosen)"
     if not _is_asked(like.device.type):
         return f"torch (on {like.device.type})"
-    found = _covered(product(), (like,))
+    found = _covered(product() or "hooks wait for it to be called", (like,))
     return "triton" if isinstance(found, Product) else f"torch ({found})"
 
 

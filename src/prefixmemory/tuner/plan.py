@@ -68,24 +68,19 @@ class Step:
         new = self._added(chosen(onto), chosen(outputs), {kind: chosen(query) for kind, query in queries.items()})
         return onto.flatten(end_dim=-3).index_copy(0, index, new[0]).view(onto.shape)
 
-    def product(self) -> Product | str:
-        """What a fused kernel reads, or why none can."""
+    def product(self) -> Product | str | None:
+        """What a fused kernel reads, or why none can; ``None``: hooks wait for the memory to be called, as those do
+        that take the means of features."""
         memory = self.memory
+        if memory._forward_hooks or memory._forward_pre_hooks or hasattr(memory, "_hf_hook"):
+            return None
         if self.mixing is not None:
             return "its output is mixed with the heads' own"
         if not hasattr(memory, "product"):
             return "it is code of its own"
         if self.ask is not memory:
             return "its heads are divided among processes"
-        if self._watched:
-            return "hooks wait for it to be called"
         return memory.product()  # type: ignore[operator, no-any-return]
-
-    @property
-    def _watched(self) -> bool:
-        """Whether hooks wait for the memory to be called, as those that take the means of features do."""
-        memory = self.memory
-        return bool(memory._forward_hooks or memory._forward_pre_hooks or hasattr(memory, "_hf_hook"))
 
     @property
     def read_by(self) -> str:
@@ -93,7 +88,7 @@ class Step:
         return said(self.product, next(self.memory.parameters()))
 
     def _added(self, onto: Tensor, outputs: Tensor, queries: Mapping[str, Tensor]) -> Tensor:
-        if not self._watched and (product := fused(self.product, outputs)) is not None:
+        if (product := fused(self.product, outputs, onto, queries[self.queries[0]])) is not None:
             from prefixmemory.kernels import triton_read
 
             (kind,) = self.queries
