@@ -340,7 +340,7 @@ def test_the_benchmark_refuses_to_time_a_wrong_kernel(monkeypatch):
     one = benchmark.Read((2, 1, 16), "rank 8", 3, DEVICE)
     one.check("Triton")
     plant("rows_backward", {"LIMIT": False}, monkeypatch)
-    with pytest.raises(SystemExit, match="Triton is wrong by .* in tensor 1: nothing is timed"):
+    with pytest.raises(SystemExit, match=r"Triton is wrong by .* in tensor 1: nothing is timed"):
         one.check("Triton")
 
 
