@@ -221,7 +221,7 @@ def test_each_row_has_a_memory_of_its_own(rank, groups):
 @pytest.mark.parametrize("few", [0, 512])
 def test_each_token_has_a_memory_of_its_own(few, monkeypatch):
     """One program a token, and programs whose tokens have several memories."""
-    monkeypatch.setattr(triton_read, "_FEW", few)
+    monkeypatch.setattr(triton_read, "FEW", few)
     BankCase("low rank", HEADS, by_row=False, batch=(3, 7)).check()
 
 
@@ -282,7 +282,7 @@ def test_forms_count_as_a_server_counts_them():
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("few", [0, 512])
 def test_a_servers_batch_of_all_kinds_answers_each_token_with_its_own(captured, few, by_triton, tmp_path, monkeypatch):
-    monkeypatch.setattr(triton_read, "_FEW", few)
+    monkeypatch.setattr(triton_read, "FEW", few)
     made = [served.memory(tmp_path / str(slot), kind)[1][1] for slot, kind in enumerate(served.KINDS)]
     slots = [slot for _ in range(2) for slot in (-1, *range(len(made)))]
     given = served.batch(len(slots))
@@ -304,6 +304,17 @@ def test_a_planted_error_in_a_servers_batch_is_noticed(planted, by_triton, tmp_p
     plant("forward", planted, monkeypatch)
     with pytest.raises(AssertionError, match="off by"):
         test_a_servers_batch_of_all_kinds_answers_each_token_with_its_own(True, 0, by_triton, tmp_path, monkeypatch)
+
+
+def test_a_servers_kernel_is_compiled_by_an_empty_step_and_not_while_a_graph_is_recorded(by_triton, monkeypatch):
+    """A server tries each size of a step before it records it."""
+    launched = []
+    monkeypatch.setattr(triton_read, "add_from_slots_", lambda outputs, *others: launched.append(len(outputs)))
+    bank, given = served.bank(None), [x.flatten(1) for x in served.batch(60)]
+    for tokens_of_step in (3, 60, 7, 60):
+        monkeypatch.setattr(triton_read, "FEW", 50)
+        bank.add_(*[x[:tokens_of_step] for x in given], served.step([-1] * tokens_of_step))
+    assert launched == [3, 60]  # either kind once
 
 
 def test_a_servers_slots_in_half_precision(by_triton, tmp_path):
@@ -458,9 +469,10 @@ def test_a_machine_without_triton_is_refused_by_name(name, value, reason, by_tri
 
 
 def test_a_matrix_that_is_too_large_is_refused_by_name(by_triton):
-    product = Product((torch.zeros(1, 256, 256),), "elu")
-    with pytest.raises(PrefixMemoryError, match="M of 256 KiB a head is too large for the kernel; give a rank"):
-        impl.fused(lambda: product, torch.zeros(1))
+    for factors, size in (((128, 128),), 64), (((128, 80), (80, 128)), 40):
+        product = Product(tuple(torch.zeros(1, *each) for each in factors), "elu")
+        with pytest.raises(PrefixMemoryError, match=f"{size} KiB a head is too large for the kernel; give a lower ra"):
+            impl.fused(lambda product=product: product, torch.zeros(1))
 
 
 def test_double_precision_is_refused_by_name(by_triton):

@@ -43,8 +43,8 @@ def _missing() -> str | None:
 
 _MISSING = _missing()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: A full M has to fit into a multiprocessor's memory together with the tiles that it meets.
-_MOST_BYTES = 64 * 1024
+#: Of a head's M, A or B. It takes twice as much of a multiprocessor's shared memory, of which some cards have 99 KiB.
+_MOST_BYTES = 32 * 1024
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def _covered(product: Product | str, like: tuple[Tensor, ...]) -> Product | str:
         return f"the kernel takes no {str(wrong[0]).removeprefix('torch.')}"
     if len({x.device for x in tensors}) > 1:
         return "it lies on another device"
-    size = product.factors[0][0].numel() * 4
-    if len(product.factors) == 1 and size > _MOST_BYTES:
-        return f"M of {size // 1024} KiB a head is too large for the kernel; give a rank"
+    size = max(factor[0].numel() * factor.element_size() for factor in product.factors)
+    if size > _MOST_BYTES:
+        return f"a factor of {size // 1024} KiB a head is too large for the kernel; give a lower rank"
     return why_not(tensors[0].device.type) or product
 
 

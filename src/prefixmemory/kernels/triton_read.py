@@ -27,7 +27,7 @@ _TRITON = {
 #: Programs in which sums over all tokens are taken.
 _PARTS = 512
 #: Up to so many tokens, each that may have a slot of its own has a program of its own.
-_FEW = 512
+FEW = 512
 
 
 class Bank(NamedTuple):
@@ -124,11 +124,11 @@ def add_from_slots_(
     """
     outputs, rotated, content = outputs[None], rotated[None], content[None]
     plan = _Plan(rotated, outputs, A, B, constant, [slots[None], *bank], 0, 0, A.dtype)
-    kernels.forward[plan.grid](
-        rotated, *rotated.stride(), content, *content.stride(), outputs, *outputs.stride(),
+    plan.launch(
+        kernels.forward, rotated, *rotated.stride(), content, *content.stride(), outputs, *outputs.stride(),
         outputs, *outputs.stride(), outputs, *outputs.stride(), *plan.factors, *plan.slots,
         *plan.limits, plan.form, rotary, plan.tokens, plan.length, 0.0, 1.0,
-        **plan.sizes | {"CENTRE": 2}, LIMIT=True, ONTO=False, ROTARY=True, INPLACE=True, num_warps=plan.warps,
+        CENTRE=2, LIMIT=True, ONTO=False, ROTARY=True, INPLACE=True,
     )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ class _Plan:
         self.tokens = batch * self.length
         repeat, size = self.heads // self.groups, outputs.shape[-1]
         rows = _padded(repeat)  # the fewest: with 32, backward passes of heads of 128 do not fit into registers
-        per_block = 1 if bank and self.tokens <= _FEW else rows // repeat
+        per_block = 1 if bank and self.tokens <= FEW else rows // repeat
         self.grid = (math.ceil(self.tokens / per_block), self.groups)
         self.sizes: dict[str, Any] = {
             "D": width, "V": size, "R": rank, "D_": _padded(width), "V_": _padded(size), "R_": _padded(rank),
@@ -157,6 +157,11 @@ class _Plan:
         self.factors = (A, *A.stride()[:3], second, *second.stride()[:3], mean, *mean.stride()[:2])
         slots, *self.limits, self.form = bank or [query] * 4
         self.slots = (slots, *slots.stride()[:2])
+
+    def launch(self, kernel: Any, *args: Any, grid: tuple[int, ...] | None = None, **constants: Any) -> None:
+        """Start the programs of ``grid``, on the device of the memory."""
+        with torch.cuda.device_of(self.factors[0]):
+            kernel[grid or self.grid](*args, **self.sizes | constants, num_warps=self.warps)
 
 
 @torch.library.custom_op("prefixmemory::read", mutates_args=())
@@ -171,12 +176,11 @@ def _read(
     if new.numel() == 0:
         return new
     plan = _Plan(query, outputs, A, B, mean, bank, kind, norm, dot)
-    kernels.forward[plan.grid](
-        query, *query.stride(), query, *query.stride(), outputs, *outputs.stride(), base, *base.stride(),
-        new, *new.stride(), *plan.factors, *plan.slots, *plan.limits, plan.form, query,
+    plan.launch(
+        kernels.forward, query, *query.stride(), query, *query.stride(), outputs, *outputs.stride(),
+        base, *base.stride(), new, *new.stride(), *plan.factors, *plan.slots, *plan.limits, plan.form, query,
         plan.tokens, plan.length, tight, scale,
-        **plan.sizes, LIMIT=bool(bank) or tight > 0, ONTO=onto is not None, ROTARY=False, INPLACE=False,
-        num_warps=plan.warps,
+        LIMIT=bool(bank) or tight > 0, ONTO=onto is not None, ROTARY=False, INPLACE=False,
     )  # fmt: skip
     return new
 
@@ -199,21 +203,21 @@ def _read_backward(
     to_query, to_outputs, *to_factors = found
     plan = _Plan(query, outputs, A, B, mean, bank, kind, norm, dot)
     pairs = torch.empty(plan.tokens, plan.heads, 2, dtype=torch.float32, device=query.device)
-    kernels.rows_backward[plan.grid](
-        query, *query.stride(), outputs, *outputs.stride(), gradient, *gradient.stride(),
+    plan.launch(
+        kernels.rows_backward, query, *query.stride(), outputs, *outputs.stride(), gradient, *gradient.stride(),
         to_query, *to_query.stride(), to_outputs, *to_outputs.stride(), pairs, *plan.factors,
         *plan.slots, *plan.limits, plan.form, plan.tokens, plan.length, plan.heads, tight, scale,
-        **plan.sizes, LIMIT=bool(bank) or tight > 0, ONTO=is_onto, num_warps=plan.warps,
+        LIMIT=bool(bank) or tight > 0, ONTO=is_onto,
     )  # fmt: skip
     if learns:
-        whole = plan.sizes | {"TOKENS": plan.sizes["ROWS"] // plan.sizes["REPEAT"]}
-        blocks = math.ceil(plan.tokens / whole["TOKENS"])
+        per_block = plan.sizes["ROWS"] // plan.sizes["REPEAT"]
+        blocks = math.ceil(plan.tokens / per_block)
         parts = min(blocks, math.ceil(_PARTS / (plan.groups * plan.memories)))
         sums = [torch.empty(parts, *x.shape, dtype=torch.float32, device=x.device) for x in to_factors]
-        kernels.factors_backward[(parts, plan.groups, plan.memories)](
-            query, *query.stride(), gradient, *gradient.stride(), pairs, sums[0], sums[-1], *plan.factors,
-            *plan.slots, plan.form, plan.tokens, plan.length, plan.heads, blocks,
-            **whole, num_warps=plan.warps,
+        plan.launch(
+            kernels.factors_backward, query, *query.stride(), gradient, *gradient.stride(), pairs,
+            sums[0], sums[-1], *plan.factors, *plan.slots, plan.form, plan.tokens, plan.length, plan.heads, blocks,
+            TOKENS=per_block, grid=(parts, plan.groups, plan.memories),
         )  # fmt: skip
         for to_factor, of_parts in zip(to_factors, sums, strict=True):
             torch.sum(of_parts, dim=0, out=to_factor)

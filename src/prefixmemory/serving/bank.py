@@ -82,6 +82,7 @@ class LayerBank(nn.Module):
         self.numbers: Tensor
         self.register_buffer("numbers", torch.arange(slots, device=device), persistent=False)
         self.held: list[Manner | None] = [None] * slots  # what the host knows of them
+        self.launched: set[bool] = set()  # for few tokens, for many: compiled before a graph is recorded
         self.by_triton = serves(device.type) and set(served_maps()) <= set(KINDS)  # for good: graphs are recorded
 
     A: Tensor
@@ -139,12 +140,12 @@ class LayerBank(nn.Module):
             captured: whether this call is recorded, to be replayed with other contents of the step's tensors.
         """
         used = [slot for slot in step.used if self.held[slot] is not None]
-        if not used and not captured:
-            return
         tokens, rows = outputs.shape[0], None if captured else step.rows
         parts = [x[:tokens].view(tokens, self.heads, -1) for x in (outputs, rotated, content)]
         if self.by_triton:
-            return self._add_by_triton(parts[0], parts[1], parts[2], step.slots[:tokens])
+            return self._add_by_triton(parts, step.slots[:tokens], bool(used) or captured)
+        if not used and not captured:
+            return
         if rows is not None:
             parts = [x.index_select(0, rows) for x in parts]
         own, of_rotated, of_content = parts
@@ -164,13 +165,17 @@ class LayerBank(nn.Module):
         else:
             outputs.index_copy_(0, rows, new.reshape(len(rows), -1))
 
-    def _add_by_triton(self, own: Tensor, rotated: Tensor, content: Tensor, slots: Tensor) -> None:
-        """In one launch, whatever the slots are."""
+    def _add_by_triton(self, parts: list[Tensor], slots: Tensor, needed: bool) -> None:
+        """In one launch, whatever the slots are; the first of a size is made in any case, and compiles the kernel."""
         from prefixmemory.kernels import triton_read
 
-        A, B = self.A.permute(2, 0, 1, 3), self.B.transpose(0, 1)
+        few = len(slots) <= triton_read.FEW
+        if not needed and few in self.launched:
+            return
+        self.launched.add(few)
+        A, B, constant = self.A.permute(2, 0, 1, 3), self.B.transpose(0, 1), self.constant.transpose(0, 1)
         of_slots = triton_read.Bank(self.tightness, self.scale, self.form)
-        constant = self.constant.transpose(0, 1)
+        own, rotated, content = parts
         triton_read.add_from_slots_(own, rotated, content, A, B, constant, self.rotary, slots, of_slots)
 
     def _add_one(self, own: Tensor, rotated: Tensor, content: Tensor, slot: int) -> Tensor:
