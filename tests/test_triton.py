@@ -42,7 +42,10 @@ AROUND = {
     "query_rms": reference.query_rms,
     "feature_l2": reference.feature_l2,
 }
-CASES = list(itertools.product(KINDS, (*NORMS, "feature_mean"), ("full", "low rank"), (HEADS, 1), (None, 0.5)))
+CASES = [
+    *itertools.product(KINDS, ("none", "feature_mean"), ("full", "low rank"), (HEADS, 1), (None, 0.5)),
+    *itertools.product(KINDS, ("query_rms", "feature_l2"), ("low rank",), (HEADS,), (0.5,)),
+]
 
 
 @pytest.fixture(autouse=True)
