@@ -18,7 +18,6 @@ def main() -> None:
     assert reads_by(model) == "triton"
     compile_checks.SWAPS = 1
     compile_checks.check(model, "aot_eager", "by Triton")
-    compile_checks.check_training(second=False)
     print("all ok")
 
 
