@@ -15,6 +15,12 @@ os.environ.setdefault("PREFIXMEMORY_TRACEBACK", "1")
 # One thread a process: pytest-xdist has one process a core. accelerate warns where this is left open.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Triton asks once: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Before the hook below: what is imported while it compiles a module of ours would be compiled by it too.
 import peft  # noqa: F401
 
@@ -25,7 +31,6 @@ if os.environ.get("PREFIXMEMORY_SHAPES", "1") == "1":
 
 import jaxtyping
 import pytest
-import torch
 
 torch.set_num_threads(int(os.environ.get("PREFIXMEMORY_TEST_THREADS", "1")))
 

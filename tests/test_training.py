@@ -406,6 +406,7 @@ def test_a_run_leaves_adapter_and_record_and_gives_the_base_model_back(tmp_path)
     assert record["config"]["rank"] == 2 and record["config"]["target_modules"] == ["self_attn"]
     assert record["settings"] == {**vars(settings)} and record["rows"] == 6
     assert record["trainable_parameters"] == 2 * 4 * (8 * 2 + 2 * 8)  # layers · heads · (A + B)
+    assert record["memory_read"] == ("triton" if torch.cuda.is_available() else "torch (on cpu)")
     assert record["train_loss"] > 0 and record["train_seconds"] >= 0
     assert provenance().items() <= record.items()
     saved = json.loads((output.folder / "adapter_config.json").read_text())

@@ -9,6 +9,7 @@ import prefixmemory._imports  # noqa: F401  # isort: skip  # first: PEFT is impo
 from prefixmemory._version import __version__
 from prefixmemory.adapters.loading import load_adapter
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.kernels.impl import set_impl
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.feature_maps import register_feature_map
 from prefixmemory.memories.registry import MemorySite, register_memory
@@ -31,6 +32,7 @@ __all__ = [
     "load_adapter",
     "register_feature_map",
     "register_memory",
+    "set_impl",
     "set_scale",
 ]
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from prefixmemory._shapes import Float
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.kernels.impl import Product
 from prefixmemory.kernels.read import memory_output
 from prefixmemory.memories.feature_maps import build_feature_map
 from prefixmemory.memories.registry import MemorySite, register_memory
@@ -61,7 +62,7 @@ class MatrixMemory(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.normalize, self.rank, self.dropout = normalize, rank, dropout
+        self.normalize, self.rank, self.dropout, self.map_name = normalize, rank, dropout, feature_map
         self.groups = site.kv_heads if share_heads else site.heads
         self.feature_map = build_feature_map(feature_map, self.groups, site.head_dim, feature_dim)
         feature_dim = int(self.feature_map.feature_dim)  # type: ignore[arg-type]
@@ -101,6 +102,15 @@ class MatrixMemory(nn.Module):
         if self.dropout and self.training:
             return memory_output(query, factors, self._dropped)
         return memory_output(query, factors, self.features, self.mean)
+
+    def product(self) -> Product | str:
+        """What a fused kernel reads in the place of ``forward``, or why none can."""
+        if self.dropout and self.training:
+            return f"dropout={self.dropout} draws features at random"
+        if next(self.feature_map.parameters(), None) is not None:
+            return f"feature_map={self.map_name!r} has parameters"
+        norm = "none" if self.normalize == "feature_mean" else self.normalize
+        return Product(self.factors, self.map_name, norm, self.mean)
 
     def _dropped(self, query: Tensor) -> Tensor:
         """Centred features, some of them dropped."""

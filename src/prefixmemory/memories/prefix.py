@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prefixmemory._shapes import Float
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.kernels.impl import Product
 from prefixmemory.memories.feature_maps import build_feature_map
 from prefixmemory.memories.registry import AUTO, MemorySite, register_memory
 
@@ -63,8 +64,9 @@ class PrefixVectors(nn.Module):
         self.groups, self.scaling = site.kv_heads, site.scaling
         self.head_dim = site.head_dim
         self.feature_map: nn.Module | None = None
+        self.map_name = str(feature_map)
         if not self.inside and similarity != "softmax":
-            self.feature_map = build_feature_map(str(feature_map), site.kv_heads, site.head_dim, feature_dim)
+            self.feature_map = build_feature_map(self.map_name, site.kv_heads, site.head_dim, feature_dim)
         self.uses_softmax = self.feature_map is None
         self.mlp = None
         if reparameterize is None:
@@ -130,6 +132,14 @@ class PrefixVectors(nn.Module):
             # zero where ReLU leaves query and keys nothing in common: the output is then zero too, not 0 / 0
             read = read / torch.where(total.abs() < EPS, torch.full_like(total, EPS).copysign(total), total)
         return read.flatten(-3, -2)
+
+    def product(self) -> Product | str:
+        """What a fused kernel reads in the place of ``forward``, or why none can."""
+        if self.feature_map is None or self.normalizer:
+            return "its output is divided by a sum over the prefix"
+        if next(self.feature_map.parameters(), None) is not None:
+            return f"feature_map={self.map_name!r} has parameters"
+        return Product((self.matrix(),), self.map_name)
 
     def kernel(self) -> tuple[Float[Tensor, "g f v"], Float[Tensor, "g f"]]:
         """B = Σ_p φ(k_p)v_pᵀ and n = Σ_p φ(k_p): all that the kernel form needs, whatever the prefix's length."""

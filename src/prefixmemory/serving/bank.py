@@ -2,7 +2,8 @@
 
 A layer's :class:`LayerBank` has a slot for each memory. All slots are read in one product: the factors of S memories of
 rank r stand next to each other as those of one memory of rank S·r, and each token keeps the columns of its own. So
-nothing depends on which memories a batch holds but the contents of tensors, as captured CUDA graphs need it.
+nothing depends on which memories a batch holds but the contents of tensors, as captured CUDA graphs need it. On CUDA,
+where Triton is installed, one kernel reads for each token the slot of its own (``kernels/impl.py`` chooses).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from prefixmemory._shapes import Float
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.kernels.impl import KINDS, NORMS, serves
 from prefixmemory.kernels.read import TINY
 from prefixmemory.kernels.read import add as add_one
 from prefixmemory.memories.feature_maps import FEATURE_MAPS
@@ -89,6 +92,8 @@ class LayerBank(nn.Module):
         self.numbers: Tensor
         self.register_buffer("numbers", torch.arange(slots, device=device), persistent=False)
         self.held: list[Manner | None] = [None] * slots  # what the host knows of them
+        self.launched: set[bool] = set()  # for few tokens, for many: compiled before a graph is recorded
+        self.by_triton = serves(device.type) and set(served_maps()) <= set(KINDS)  # for good: graphs are recorded
 
     A: Tensor
     B: Tensor
@@ -101,6 +106,11 @@ class LayerBank(nn.Module):
     @torch.no_grad()
     def put(self, slot: int, layer: ServedLayer) -> None:
         """Put a memory of no higher rank than the slot's into it."""
+        if self.by_triton and layer.manner.feature_map not in KINDS:
+            raise PrefixMemoryError(
+                f"feature_map={layer.manner.feature_map!r} was registered when the server's slots had been made. "
+                "Import the module that registers it before the engine starts, or set PREFIXMEMORY_IMPL=torch."
+            )
         self.clear(slot)
         manner = self.held[slot] = layer.manner
         self.A[:, :, slot, : manner.rank].copy_(layer.A)
@@ -140,11 +150,13 @@ class LayerBank(nn.Module):
             captured: whether this call is recorded, to be replayed with other contents of the step's tensors.
         """
         used = [slot for slot in step.used if self.held[slot] is not None]
-        if not used and not captured:
-            return
         tokens, rows = outputs.shape[0], None if captured else step.rows
         parts = [x[:tokens].view(tokens, self.heads, -1) for x in (outputs, rotated, content)]
         parts += [step.slots[:tokens], step.scales[:tokens]]
+        if self.by_triton:
+            return self._add_by_triton(parts, bool(used) or captured)
+        if not used and not captured:
+            return
         if rows is not None:
             parts = [x.index_select(0, rows) for x in parts]
         own, of_rotated, of_content, slots, scales = parts
@@ -162,6 +174,19 @@ class LayerBank(nn.Module):
             outputs.copy_(new.reshape(outputs.shape))
         else:
             outputs.index_copy_(0, rows, new.reshape(len(rows), -1))
+
+    def _add_by_triton(self, parts: list[Tensor], needed: bool) -> None:
+        """In one launch, whatever the slots are; the first of a size is made in any case, and compiles the kernel."""
+        from prefixmemory.kernels import triton_read
+
+        own, rotated, content, slots, scales = parts
+        few = len(slots) <= triton_read.FEW
+        if not needed and few in self.launched:
+            return
+        self.launched.add(few)
+        A, B, constant = self.A.permute(2, 0, 1, 3), self.B.transpose(0, 1), self.constant.transpose(0, 1)
+        of_slots = triton_read.Bank(self.tightness, self.scale, self.form)
+        triton_read.add_from_slots_(own, rotated, content, A, B, constant, self.rotary, slots, scales, of_slots)
 
     def _add_one(self, own: Tensor, rotated: Tensor, content: Tensor, slot: int) -> Tensor:
         """All tokens read the same slot."""
@@ -227,4 +252,4 @@ def _per_length(x: Tensor, kind: str) -> Tensor:
 
 def forms() -> list[Form]:
     """All that can be served, in the order by which ``LayerBank.form`` counts; registering a map adds to its end."""
-    return [(name, normalize) for name in served_maps() for normalize in ("none", "query_rms", "feature_l2")]
+    return [(name, normalize) for name in served_maps() for normalize in NORMS]

@@ -33,7 +33,7 @@ class Plan(TypedDict):
 
 
 class RunRecord(Plan, Provenance, total=False):
-    """A plan, its outcome (times in seconds), and where it ran."""
+    """A plan, its outcome (times in seconds), where it ran, and what read the memory (``kernels/impl.py``)."""
 
     data: dict[str, Any]
     train_loss: float
@@ -41,6 +41,7 @@ class RunRecord(Plan, Provenance, total=False):
     train_seconds: float
     processes: int
     trainable_parameters: int
+    memory_read: str
 
 
 def plan_of_run(job: TrainingJob, model: PreTrainedModel) -> Plan:

@@ -43,6 +43,7 @@ from prefixmemory.training.output import Output, remove_run
 from prefixmemory.training.preferences import check_trl, preference_trainer
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.record import RunRecord, plan_of_run
+from prefixmemory.tuner.layer import reads_by
 
 
 def quiet_libraries() -> None:
@@ -123,6 +124,7 @@ def _run(
             "train_seconds": round(time.monotonic() - started, 1),
             "processes": trainer.args.world_size,
             "trainable_parameters": _size(adapted),
+            **({"memory_read": read_by} if (read_by := reads_by(adapted)) else {}),
         }
         record = cast(RunRecord, {**plan, **outcome, **provenance()})
         _save(trainer, output.partial)

@@ -405,6 +405,12 @@ def memory_layers(model: nn.Module) -> list[PrefixMemoryLayer]:
     return [module for module in model.modules() if isinstance(module, PrefixMemoryLayer)]
 
 
+def reads_by(model: nn.Module) -> str | None:
+    """What reads the active memories: ``triton``, or ``torch`` with the reason; ``None``: none is read."""
+    plans = [layer.plan(None) for layer in memory_layers(model)]
+    return "; ".join(dict.fromkeys(step.read_by for plan in plans if plan for step in plan.outside)) or None
+
+
 def holders(model: nn.Module) -> list[nn.Module]:
     """``model`` and the parts of it that hold all of its memory layers, from the outside in."""
     paths = [name.split(".") for name, module in model.named_modules() if isinstance(module, PrefixMemoryLayer)]

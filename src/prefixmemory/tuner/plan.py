@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prefixmemory.kernels.impl import Product, fused, said
 from prefixmemory.kernels.read import add
 from prefixmemory.memories.mixing import Mixing
 from prefixmemory.memories.registry import is_inside
@@ -67,7 +68,32 @@ class Step:
         new = self._added(chosen(onto), chosen(outputs), {kind: chosen(query) for kind, query in queries.items()})
         return onto.flatten(end_dim=-3).index_copy(0, index, new[0]).view(onto.shape)
 
+    def product(self) -> Product | str | None:
+        """What a fused kernel reads, or why none can; ``None``: hooks wait for the memory to be called, as those do
+        that take the means of features."""
+        memory = self.memory
+        if memory._forward_hooks or memory._forward_pre_hooks or hasattr(memory, "_hf_hook"):
+            return None
+        if self.mixing is not None:
+            return "its output is mixed with the heads' own"
+        if not hasattr(memory, "product"):
+            return "it is code of its own"
+        if self.ask is not memory:
+            return "its heads are divided among processes"
+        return memory.product()  # type: ignore[operator, no-any-return]
+
+    @property
+    def read_by(self) -> str:
+        """``triton``, or ``torch`` with the reason."""
+        return said(self.product, next(self.memory.parameters()))
+
     def _added(self, onto: Tensor, outputs: Tensor, queries: Mapping[str, Tensor]) -> Tensor:
+        if (product := fused(self.product, outputs, onto, queries[self.queries[0]])) is not None:
+            from prefixmemory.kernels import triton_read
+
+            (kind,) = self.queries
+            joined = None if onto is outputs else onto
+            return triton_read.read(queries[kind], outputs, product, self.limit, self.scale, joined)
         answer = self.ask(*[queries[kind] for kind in self.queries])
         if self.mixing is not None:
             answer = self.mixing(answer, outputs)

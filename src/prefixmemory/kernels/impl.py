@@ -1,0 +1,154 @@
+"""What reads memories: PyTorch's operations (``read.py``) or one Triton kernel (``triton_read.py``).
+
+A choice of the process, not of an adapter: it is about the machine. :func:`set_impl`, or the environment variable
+``PREFIXMEMORY_IMPL``:
+
+- ``auto``: Triton for tensors on a CUDA device where it is installed and covers the case, else PyTorch;
+- ``torch``: PyTorch;
+- ``triton``: Triton, and an error with the reason where it cannot.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, cast, get_args
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from prefixmemory._shapes import Float
+from prefixmemory.errors import PrefixMemoryError, check_choice
+
+Impl = Literal["auto", "torch", "triton"]
+
+#: What the kernel knows, in the order by which it counts them.
+KINDS = ("elu", "gelu", "relu", "silu", "identity", "softmax")
+NORMS = ("none", "query_rms", "feature_l2")
+#: Whether Triton interprets its kernels, which it too asks once.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_OLDEST = "3.4"
+
+
+def _missing() -> str | None:
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed"
+    return None if Version(installed) >= Version(_OLDEST) else f"triton {installed} is older than {_OLDEST}"
+
+
+_MISSING = _missing()
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Of a head's M, A or B. It takes twice as much of a multiprocessor's shared memory, of which some cards have 99 KiB.
+_MOST_BYTES = 32 * 1024
+
+
+@dataclass(frozen=True)
+class Product:
+    """A memory that is nothing but a product with features: what :mod:`triton_read` needs of it.
+
+    Attributes:
+        factors: ``(M,)`` or ``(A, B)``, as in :func:`~prefixmemory.kernels.read.memory_output`.
+        feature_map, normalize: φ by its names in the config.
+        mean: μ.
+    """
+
+    factors: tuple[Tensor, ...]
+    feature_map: str
+    normalize: str = "none"
+    mean: Float[Tensor, "g f"] | None = None
+
+
+_impl: Impl = "auto"
+
+
+def set_impl(impl: Impl) -> None:
+    """Choose what reads memories, in this process.
+
+    Raises:
+        PrefixMemoryError: no such choice.
+    """
+    global _impl
+    check_choice("impl", impl, get_args(Impl))
+    _impl = impl
+
+
+if "PREFIXMEMORY_IMPL" in os.environ:
+    set_impl(cast(Impl, os.environ["PREFIXMEMORY_IMPL"]))
+
+
+def fused(product: Callable[[], Product | str | None], *like: Tensor) -> Product | None:
+    """What the Triton kernel is to read; ``None``: PyTorch asks the memory.
+
+    Args:
+        product: returns what the memory is, or the reason why it is no mere product; ``None``: it wants to be asked.
+        like: tensors that would be read beside it.
+
+    Raises:
+        PrefixMemoryError: ``triton`` was asked for, and cannot; says why.
+    """
+    if not _is_asked(like[0].device.type):
+        return None
+    given = product()
+    found = given if given is None else _covered(given, like)
+    if found is None or isinstance(found, Product):
+        return found
+    if _impl == "triton":
+        raise PrefixMemoryError(f"impl='triton' cannot read this memory: {found}. Give impl='auto'.")
+    return None
+
+
+def serves(device: str) -> bool:
+    """Whether the Triton kernel reads a server's memories on such a device.
+
+    Raises:
+        PrefixMemoryError: ``triton`` was asked for, and cannot; says why.
+    """
+    reason = why_not(device)
+    if _impl == "triton" and reason is not None:
+        raise PrefixMemoryError(f"impl='triton' cannot serve memories: {reason}. Give impl='auto'.")
+    return _is_asked(device) and reason is None
+
+
+def _is_asked(device: str) -> bool:
+    return _impl == "triton" or (_impl == "auto" and device == "cuda")
+
+
+def said(product: Callable[[], Product | str | None], like: Tensor) -> str:
+    """``triton``, or ``torch`` with the reason, for records."""
+    if _impl == "torch":
+        return "torch (chosen)"
+    if not _is_asked(like.device.type):
+        return f"torch (on {like.device.type})"
+    found = _covered(product() or "hooks wait for it to be called", (like,))
+    return "triton" if isinstance(found, Product) else f"torch ({found})"
+
+
+def _covered(product: Product | str, like: tuple[Tensor, ...]) -> Product | str:
+    """The product, or why the kernel cannot read it."""
+    if isinstance(product, str):
+        return product
+    tensors = (*like, *product.factors)
+    if product.feature_map not in KINDS:
+        return f"the kernel has no feature_map={product.feature_map!r}"
+    if wrong := [x.dtype for x in tensors if x.dtype not in _DTYPES]:
+        return f"the kernel takes no {str(wrong[0]).removeprefix('torch.')}"
+    if len({x.device for x in tensors}) > 1:
+        return "it lies on another device"
+    size = max(factor[0].numel() * factor.element_size() for factor in product.factors)
+    if size > _MOST_BYTES:
+        return f"a factor of {size // 1024} KiB a head is too large for the kernel; give a lower rank"
+    return why_not(tensors[0].device.type) or product
+
+
+def why_not(device: str) -> str | None:
+    """Why Triton cannot work on such a device; ``None``: it can."""
+    if _MISSING is not None:
+        return _MISSING
+    if device != "cuda" and not INTERPRETED:
+        return f"it lies on {device}, where only Triton's interpreter (TRITON_INTERPRET=1) works"
+    return None
