@@ -440,6 +440,13 @@ def test_a_choice_that_is_none_is_refused(untyped):
         set_impl("tirton")
 
 
+def test_a_wrong_choice_in_the_environment_is_refused_when_a_memory_is_read(untyped, monkeypatch):
+    monkeypatch.setattr(impl, "_impl", "cuda")
+    model = with_memory(build())
+    with pytest.raises(PrefixMemoryError, match="PREFIXMEMORY_IMPL='cuda' is not known"):
+        model(input_ids=tokens(1, 4))
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -63,7 +63,7 @@ class Product:
     mean: Float[Tensor, "g f"] | None = None
 
 
-_impl: Impl = "auto"
+_impl = cast(Impl, os.environ.get("PREFIXMEMORY_IMPL", "auto"))  # looked at when a memory is read
 
 
 def set_impl(impl: Impl) -> None:
@@ -75,10 +75,6 @@ def set_impl(impl: Impl) -> None:
     global _impl
     check_choice("impl", impl, get_args(Impl))
     _impl = impl
-
-
-if "PREFIXMEMORY_IMPL" in os.environ:
-    set_impl(cast(Impl, os.environ["PREFIXMEMORY_IMPL"]))
 
 
 def fused(product: Callable[[], Product | str | None], *like: Tensor) -> Product | None:
@@ -115,7 +111,11 @@ def serves(device: str) -> bool:
 
 
 def _is_asked(device: str) -> bool:
-    return _impl == "triton" or (_impl == "auto" and device == "cuda")
+    if _impl == "auto":
+        return device == "cuda"
+    if _impl != "torch" and _impl != "triton":
+        check_choice("PREFIXMEMORY_IMPL", _impl, get_args(Impl))
+    return _impl == "triton"
 
 
 def said(product: Callable[[], Product | str | None], like: Tensor) -> str:
