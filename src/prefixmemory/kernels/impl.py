@@ -3,7 +3,7 @@
 A choice of the process, not of an adapter: it is about the machine. :func:`set_impl`, or the environment variable
 ``PREFIXMEMORY_IMPL``:
 
-- ``auto``: Triton for tensors on a CUDA device where it is installed and covers the case, else PyTorch;
+- ``auto``: Triton on the kinds of device where it has been measured (``TRUSTED``: none yet), else PyTorch;
 - ``torch``: PyTorch;
 - ``triton``: Triton, and an error with the reason where it cannot.
 """
@@ -28,6 +28,8 @@ Impl = Literal["auto", "torch", "triton"]
 #: What the kernel knows, in the order by which it counts them.
 KINDS = ("elu", "gelu", "relu", "silu", "identity", "softmax")
 NORMS = ("none", "query_rms", "feature_l2")
+#: Kinds of device whose memories Triton reads by itself. "cuda" belongs here once tests and benchmark have run on one.
+TRUSTED: frozenset[str] = frozenset()
 #: Whether Triton interprets its kernels, which it too asks once.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OLDEST = "3.4"
@@ -63,7 +65,7 @@ class Product:
     mean: Float[Tensor, "g f"] | None = None
 
 
-_impl: Impl = "auto"
+_impl = cast(Impl, os.environ.get("PREFIXMEMORY_IMPL", "auto"))  # looked at when a memory is read
 
 
 def set_impl(impl: Impl) -> None:
@@ -75,10 +77,6 @@ def set_impl(impl: Impl) -> None:
     global _impl
     check_choice("impl", impl, get_args(Impl))
     _impl = impl
-
-
-if "PREFIXMEMORY_IMPL" in os.environ:
-    set_impl(cast(Impl, os.environ["PREFIXMEMORY_IMPL"]))
 
 
 def fused(product: Callable[[], Product | str | None], *like: Tensor) -> Product | None:
@@ -115,7 +113,11 @@ def serves(device: str) -> bool:
 
 
 def _is_asked(device: str) -> bool:
-    return _impl == "triton" or (_impl == "auto" and device == "cuda")
+    if _impl == "auto":
+        return device in TRUSTED
+    if _impl != "torch" and _impl != "triton":
+        check_choice("PREFIXMEMORY_IMPL", _impl, get_args(Impl))
+    return _impl == "triton"
 
 
 def said(product: Callable[[], Product | str | None], like: Tensor) -> str:

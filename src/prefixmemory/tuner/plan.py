@@ -79,13 +79,13 @@ class Step:
         if not hasattr(memory, "product"):
             return "it is code of its own"
         if self.ask is not memory:
-            return "its heads are divided among processes"
+            return "it is asked by code of its own, or its heads are divided among processes"
         return memory.product()  # type: ignore[operator, no-any-return]
 
     @property
     def read_by(self) -> str:
         """``triton``, or ``torch`` with the reason."""
-        return said(self.product, next(self.memory.parameters()))
+        return said(self.product, next(self.memory.parameters(), torch.empty(0)))
 
     def _added(self, onto: Tensor, outputs: Tensor, queries: Mapping[str, Tensor]) -> Tensor:
         if (product := fused(self.product, outputs, onto, queries[self.queries[0]])) is not None:
