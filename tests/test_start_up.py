@@ -164,8 +164,8 @@ def test_ctrl_c_is_one_line_where_python_runs_the_package(tmp_path, module):
 
 def test_ctrl_c_is_anothers_where_a_program_imports_the_package(tmp_path):
     (tmp_path / "theirs.py").write_text("import prefixmemory")
-    code, said = interrupted_after("peft", ["-m", "theirs"], tmp_path)
-    assert code == -signal.SIGINT and said.endswith("KeyboardInterrupt\n")
+    _, said = interrupted_after("peft", ["-m", "theirs"], tmp_path)
+    assert "Stopped." not in said and "KeyboardInterrupt" in said
 
 
 # Without the extra
