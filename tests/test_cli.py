@@ -191,6 +191,7 @@ WRONG = {
     "generate --adapter x --prompt a --max-new-tokens lots": "--max-new-tokens",
     "chat --adapter x --temperature warm": "--temperature",
     "push --adapter x": "Missing option '--to'",
+    "push --to a/b": "give one trained adapter",
     "quickstart --seed x": "--seed",
 }
 

@@ -162,6 +162,7 @@ def test_two_processes_train_as_one(results, adapter, engine, run):
         ("fsdp2", "sharded_trainer"),
         ("fsdp2", "trainer"),
         pytest.param("zero3", "trainer", marks=needs_deepspeed),
+        pytest.param("zero3", "default", marks=needs_deepspeed),
     ],
 )
 def test_a_resumed_run_equals_one_that_was_not_stopped(results, adapter, engine, run):

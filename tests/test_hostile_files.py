@@ -74,6 +74,7 @@ FIELDS: dict[str, dict[str, object]] = {
 }
 OF_A_MEMORY = {
     "a scale without measure": {"scale": 10**400},
+    "a scale that no tensor takes": {"scale": 10**30},
     "a rank without measure": {"rank": 10**9},
     "a word for the rank": {"rank": "8"},
     "a mapping for the feature map": {"feature_map": {}},

@@ -71,3 +71,12 @@ def test_the_command_lines_take_ones_own_data_from_recipe_to_chat(tmp_path, monk
     assert Path("tickets-lora", "run.json").is_file() and Path("classification-memory", "run.json").is_file()
     assert "rows 6" in call_line(evaluate).success
     assert call_line(chat, stdin="my line is dead\n").success.strip()
+
+
+def test_the_lines_for_machines_without_a_network_give_what_the_snippet_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr("prefixmemory.models.loading.smollm2", lambda: str(save_tiny(tmp_path / "base")))
+    (lines,) = [body for _, body in code_blocks(README.read_text(encoding="utf-8")) if "smollm2()" in body]
+    names: dict = {}
+    exec(compile(lines, "README.md", "exec"), names)
+    batch = names["tokenizer"]("Text: my line is dead", return_tensors="pt")
+    assert torch.isfinite(names["model"](**batch).logits).all()

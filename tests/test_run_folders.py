@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import socket
@@ -136,44 +135,6 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     lock = Lock(tmp_path / "x" / ".lock")
     with pytest.raises(PrefixMemoryError, match=r"cannot be written: Permission denied."), lock.held("x"):
         pass
-
-
-def try_a_run(folder: Path, mode: str, seed: int, done: Path) -> None:
-    """A run that takes 0.1 to 0.3 s, and says when it is done."""
-    output = Output(folder)
-    try:
-        with output.held(*MODES[mode]):
-            output.begin(PLAN, resume=mode == "resume", overwrite=mode == "overwrite")
-            time.sleep(random.Random(seed).uniform(0.1, 0.3))
-            write_run(output.partial, f"run {seed}")
-            output.finish()
-            done.write_text(f"run {seed}")
-    except PrefixMemoryError as error:
-        done.with_suffix(f".{seed}.refused").write_text(str(error))
-
-
-def test_no_run_is_lost_that_was_reported_as_done_whoever_is_killed(tmp_path):
-    choice = random.Random(0)
-    output, done = Output(tmp_path / "out"), tmp_path / "done"
-    for turn in range(12):
-        started = [
-            processes.start(try_a_run, output.folder, choice.choice(list(MODES)), 10 * turn + n, done) for n in range(3)
-        ]
-        time.sleep(choice.uniform(0.0, 0.5))
-        victim = choice.choice(started)
-        if turn % 2:
-            victim.kill()
-        for process in started:
-            process.join()
-            assert process.exitcode in (0, -signal.SIGKILL)
-        if done.exists():
-            where = output.folder if output.folder.exists() else output.replaced  # killed between two renames
-            files = files_of(where)
-            assert {"adapter_config.json", "adapter_model.safetensors", "run.json"} <= files.keys()
-            assert b"run " in files["run.json"]
-    assert done.exists()
-    refusals = [file.read_text() for file in tmp_path.glob("*.refused")]
-    assert any("belongs to a run that is going on: process" in text for text in refusals)
 
 
 # What no run wrote

@@ -6,7 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import tiny
@@ -96,3 +98,31 @@ def test_the_learning_rate_rises_and_falls_as_it_was_asked_to(tmp_path, monkeypa
 def test_a_schedule_that_is_not_known_is_refused():
     with pytest.raises(PrefixMemoryError, match=r"scheduler='cosin' is not known. Did you mean 'cosine'"):
         TrainingSettings(scheduler="cosin")
+
+
+# What is saved beside what is trained
+
+
+def test_under_zero3_what_does_not_learn_is_a_buffer_which_trainers_save(monkeypatch, tmp_path):
+    # DeepSpeed's own files leave out parameters that require no gradient, and keep buffers.
+    monkeypatch.setattr("prefixmemory.tuner.layer.is_deepspeed_zero3_enabled", lambda: True)
+    model = get_peft_model(tiny.build(), PrefixMemoryConfig(task_type="CAUSAL_LM"))
+    ids = tiny.tokens()
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    means = {name for name in saved if name.endswith(".mean")}
+    assert len(means) == 2 and all(saved[name].any() for name in means)
+    monkeypatch.undo()
+    again = PeftModel.from_pretrained(tiny.build(), str(tmp_path))
+    assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_an_adapter_is_not_saved_without_what_does_not_learn(tmp_path):
+    model = get_peft_model(tiny.build(), PrefixMemoryConfig(task_type="CAUSAL_LM"))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with pytest.raises(PrefixMemoryError, match=r"prefix_memory_bank\.mean is not among the tensors"):
+        model.save_pretrained(tmp_path, state_dict=trained)
+    assert not list(tmp_path.glob("adapter_*"))

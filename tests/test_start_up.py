@@ -115,10 +115,10 @@ def test_the_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeyp
 # Ctrl-C
 
 
-def interrupted_after(module: str, words: list[str], folder: Path) -> tuple[int, str]:
-    """Exit code and stderr of a command that gets a ctrl-C as soon as ``module`` is imported."""
+def interrupted_after(module: str, start: list[str], folder: Path) -> tuple[int, str]:
+    """Exit code and stderr of ``python START``, a command that gets a ctrl-C as soon as ``module`` is imported."""
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-c", CALL.format(words=words) + "cli.main()"],
+        [sys.executable, "-X", "importtime", *start],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
@@ -151,8 +151,21 @@ MOMENTS = {
 
 @pytest.mark.parametrize(("line", "module"), MOMENTS.items(), ids=MOMENTS.values())
 def test_ctrl_c_at_any_moment_of_a_commands_start_is_one_line(tmp_path, line, module):
-    assert interrupted_after(module, line.split(), tmp_path) == (130, "Stopped.\n")
+    start = ["-c", CALL.format(words=line.split()) + "cli.main()"]
+    assert interrupted_after(module, start, tmp_path) == (130, "Stopped.\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["torch._C", "peft", "prefixmemory_cli.app"])
+def test_ctrl_c_is_one_line_where_python_runs_the_package(tmp_path, module):
+    start = ["-m", "prefixmemory", "train", "--model", "x", "--data", "x.jsonl", "--output", "y"]
+    assert interrupted_after(module, start, tmp_path) == (130, "Stopped.\n")
+
+
+def test_ctrl_c_is_anothers_where_a_program_imports_the_package(tmp_path):
+    (tmp_path / "theirs.py").write_text("import prefixmemory")
+    _, said = interrupted_after("peft", ["-m", "theirs"], tmp_path)
+    assert "Stopped." not in said and "KeyboardInterrupt" in said
 
 
 # Without the extra

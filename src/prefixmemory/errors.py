@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable
 from typing import cast
@@ -60,11 +59,13 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def check_number(field: str, value: object, low: float = -math.inf, high: float = math.inf, what: str = "") -> None:
-    """Raise :class:`PrefixMemoryError` unless ``value`` is a finite number with ``low`` <= value < ``high``."""
+def check_number(
+    field: str, value: object, low: float = -1e6, high: float = 1e6, what: str = "a number between -1e6 and 1e6"
+) -> None:
+    """Raise :class:`PrefixMemoryError` unless ``value`` is a number with ``low`` <= value < ``high``."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(cast(float, value)) or not low <= cast(float, value) < high:
-        raise PrefixMemoryError(f"{field}={value!r} is out of range: give {what or 'a finite number'}.")
+    if not is_number or not low <= cast(float, value) < high:  # NaN is in no range
+        raise PrefixMemoryError(f"{field}={value!r} is out of range: give {what}.")
 
 
 def check_choice(field: str, value: object, choices: Iterable[str]) -> None:

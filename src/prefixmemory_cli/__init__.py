@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 #: Characters of an error; more is what a file or an argument holds, not what there is to say.
 LONGEST_LINE = 2000
@@ -21,7 +21,7 @@ _EXTRA = ("accelerate", "datasets", "pydantic", "pydantic_core", "rich", "typer"
 
 def main() -> None:
     """Run the command that ``sys.argv`` names."""
-    before = signal.signal(signal.SIGINT, _leave)
+    before = stop_on_interrupt()
     # A user of the command line works offline or with the Hub; either way tokenizers need no thread pool here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -42,6 +42,11 @@ def main() -> None:
         _explain(error)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def stop_on_interrupt() -> Any:
+    """Leave at ctrl-C with one line, until the command has begun; returns the handler before."""
+    return signal.signal(signal.SIGINT, _leave)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -178,19 +178,20 @@ def chat(
 
 
 def push(
-    adapter: Annotated[Path, typer.Option(parser=path, help="Folder of a trained adapter.")],
     to: Annotated[str, typer.Option(help="Hub id: user/name.")],
+    adapter: AdapterArgument = None,
+    adapter_: AdapterOption = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
     """Upload a trained adapter to the Hub, with a model card made from its run record.
 
     \b
-    Example: prefixmemory push --adapter tickets-memory --to my-name/tickets-memory
+    Example: prefixmemory push tickets-memory --to my-name/tickets-memory
     """
     from prefixmemory.adapters.hub import push_adapter
 
     ready()
-    put(f"Uploaded to {push_adapter(adapter, to, private=private)}")
+    put(f"Uploaded to {push_adapter(path(one_adapter(adapter, adapter_)), to, private=private)}")
 
 
 def check_tokens(max_new_tokens: int) -> None:

@@ -310,7 +310,7 @@ def _check_mean(kind: str, memory: nn.Module, site: MemorySite, query: Float[Ten
 def lacks_mean(memory: nn.Module) -> bool:
     """Whether a memory subtracts a mean that is still zero."""
     mean = getattr(memory, "mean", None)
-    return isinstance(mean, nn.Parameter) and not mean.is_meta and not bool(whole(mean).any())
+    return isinstance(mean, Tensor) and not mean.is_meta and not bool(whole(mean).any())
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def take_means(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         if not sums.counts.any():
             seen.discard(name)
         elif not sums.has_learned:
-            _set(cast(nn.Parameter, memory.mean), sums.sums / sums.counts.clamp(min=1.0)[:, None])
+            _set(cast(Tensor, memory.mean), sums.sums / sums.counts.clamp(min=1.0)[:, None])
     return seen
 
 
@@ -189,7 +189,7 @@ def _add_up(all_sums: list[_Sums]) -> None:
 
 
 @torch.no_grad()
-def _set(parameter: nn.Parameter, value: Tensor) -> None:
+def _set(parameter: Tensor, value: Tensor) -> None:
     """Also where the parameter is spread over processes."""
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prefixmemory.attention.prepending import Prefix, prepend_prefix
 from prefixmemory.attention.sites import AttentionSite, placement
@@ -305,6 +306,8 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, memory: nn.Module, config: PrefixMemoryConfig, site: MemorySite) -> None:
         """Add a memory, which was made for ``site``, under ``adapter_name``."""
+        if is_deepspeed_zero3_enabled():
+            _keep_as_buffers(memory)
         self.fixed[adapter_name] = [name for name, p in memory.named_parameters() if not p.requires_grad]
         self.prefix_memory_bank[adapter_name] = memory
         if config.mixing != "none":
@@ -366,6 +369,15 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         site = self.site
         return f"heads={site.heads}, kv_heads={site.kv_heads}, head_dim={site.head_dim}, value_dim={site.value_dim}"
+
+
+def _keep_as_buffers(memory: nn.Module) -> None:
+    """Make buffers of the parameters that do not learn: the Trainer's files under ZeRO-3 hold no frozen parameters."""
+    for module in memory.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.data)
 
 
 def _vectors(memory: Any) -> tuple[Tensor, Tensor]:

@@ -362,8 +362,20 @@ class PrefixMemoryModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The memories among the tensors of a model. PEFT goes by the names of modules, which have ``WRAPPER``."""
-        return {key: tensor for key, tensor in state_dict.items() if _stored(key, adapter_name) is not None}
+        """The memories among the tensors of a model. PEFT goes by the names of modules, which have ``WRAPPER``.
+
+        Raises:
+            PrefixMemoryError: the tensors hold some of the adapter's, and lack others.
+        """
+        found = {key: tensor for key, tensor in state_dict.items() if _stored(key, adapter_name) is not None}
+        missing = _tensors_of(model, adapter_name).keys() - {_bare(_stored(key, adapter_name) or key) for key in found}
+        if found and missing:  # a process that does not write has none
+            raise PrefixMemoryError(
+                f"{min(missing)} is not among the tensors that are to be saved. Under DeepSpeed ZeRO-3, make the model "
+                "after TrainingArguments or Accelerator; in a loop of your own, let every process call "
+                "model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model), is_main_process=...)."
+            )
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -377,28 +389,22 @@ class PrefixMemoryModel(BaseTuner):
 
         A refused checkpoint takes its half-made adapter with it, so that the model stays as it was.
         """
-        names: dict[str, str] = {}  # in the checkpoint -> in the model
-        expected: dict[str, Tensor] = {}
+        own = _tensors_of(model, adapter_name)
         others: set[str] = set()
         embeddings = _embeddings(model) if config.resized_vocabulary else []  # PEFT saves them then
         for path, module in model.named_modules():
-            if isinstance(module, PrefixMemoryLayer):  # a state dict of all would change what bitsandbytes has repacked
-                for key, tensor in module.state_dict(prefix=f"{path}.").items():
-                    key = key.replace(WRAPPER, "")
-                    stored = _stored(key, adapter_name)
-                    if stored is not None:
-                        expected[_bare(stored)], names[_bare(stored)] = tensor, key
-            elif isinstance(module, AuxiliaryTrainingWrapper) or module in embeddings:  # saved in full, or some rows
+            if isinstance(module, AuxiliaryTrainingWrapper) or module in embeddings:  # saved in full, or some rows
                 others |= {_bare(f"{path}.{name}") for name, _ in module.named_parameters()}
         try:
             found = {_bare(key): tensor for key, tensor in state_dict.items()}
+            expected = {stored: tensor for stored, (_, tensor) in own.items()}
             checkpoint.check_state_dict(found, expected, also_known=others)
         except PrefixMemoryError:
             if config.awaits_weights:  # an adapter that was there before stays
                 _discard(model, adapter_name)
             raise
         config.awaits_weights = False
-        loaded = {names.get(_bare(key), key): tensor for key, tensor in state_dict.items()}
+        loaded = {own[_bare(key)][0] if _bare(key) in own else key: tensor for key, tensor in state_dict.items()}
         put_aside(model, loaded)
         return loaded
 
@@ -406,6 +412,19 @@ class PrefixMemoryModel(BaseTuner):
         """As in PEFT, which calls this last when it loads an adapter."""
         put_back(self.model)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+
+def _tensors_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
+    """The tensors of an adapter's memories and their names in the model, by their names in a checkpoint."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, PrefixMemoryLayer):  # a state dict of all would change what bitsandbytes has repacked
+            for key, tensor in module.state_dict(prefix=f"{path}.").items():
+                key = key.replace(WRAPPER, "")
+                stored = _stored(key, adapter_name)
+                if stored is not None:
+                    found[_bare(stored)] = key, tensor
+    return found
 
 
 def _bare(key: str) -> str:
