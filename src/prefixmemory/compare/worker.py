@@ -97,7 +97,8 @@ class Worker:
             record = replace(record, training=training)
             if run.stage == "rate":
                 return replace(record, validation=self._score(model, task, split.validation, shots, settings))
-            record = replace(record, test=self._score(model, task, split.test, shots, settings))
+            test = self._score(model, task, split.test, shots, settings)
+            record = replace(record, test=test)
             if not run.chosen:
                 return record
             long_input = {}
@@ -106,8 +107,8 @@ class Worker:
                 text = unrelated_text(self.models.tokenizer, tokens) + shots
                 long_input[str(tokens)] = self._score(model, task, behind, text, settings)
             if self.suite.long_input:  # the same rows without the text before them
-                same = behind is split.test and record.test is not None
-                long_input["0"] = record.test if same else self._score(model, task, behind, shots, settings)
+                same = behind is split.test
+                long_input["0"] = test if same else self._score(model, task, behind, shots, settings)
             others = task.transfers_to if self.suite.transfer_rows else ()
             transfer = {other: self._transfer(model, self.loaded.task(other)) for other in others}
             if writes_answers(self.loaded, task):
