@@ -1,6 +1,6 @@
 """The table of issue 13's search: paired differences to the default, alone and behind text, from the records.
 
-python experiments/search_table.py results/compare/search/records.jsonl > results/compare/search/table.md
+python experiments/search/table.py results/compare/search/records.jsonl > results/compare/search/table.md
 """
 
 import sys
@@ -33,7 +33,7 @@ def points(records: list[Record], measure: str) -> Points:
 
 
 def verdict(found: dict[str, tuple[float, tuple[float, float] | None]], complete: bool) -> str:
-    """By the rule in ``experiments/compare/search.yaml``."""
+    """By the rule in ``experiments/search/first.yaml``."""
     alone, behind = found["nats, alone"][1], found["nats, behind text"][1]
     if not complete or alone is None or behind is None:
         return "runs are missing"
