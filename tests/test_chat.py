@@ -24,6 +24,7 @@ ROWS = {
 #: Adapter, base model, rows that it was trained on, options.
 ADAPTERS = {
     "memory": ("base", "questions", ()),
+    "waiting": ("base", "questions", ("--set", "method.active_from=question")),
     "lora": ("base", "questions", ("--method", "lora", "--learning-rate", 1e-3)),
     "labels": ("base", "tickets", ()),
     "plain": ("bare", "questions", ()),
@@ -43,7 +44,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, rows in ROWS.items():
             jsonl(folder / f"{name}.jsonl", rows)
         for name, (base, rows, words) in ADAPTERS.items():
-            rank = () if words else ("--set", "method.rank=null")  # its answers differ more than those of rank 8
+            rank = (
+                () if "lora" in words else ("--set", "method.rank=null")
+            )  # its answers differ more than those of rank 8
             common = ("--data", f"{rows}.jsonl", "--output", name, "--learning-rate", 0.05, "--epochs", 6, *rank)
             call("train", "--model", base, "--dtype", "float32", *common, *words).success  # noqa: B018
     return folder
@@ -95,6 +98,23 @@ def test_what_was_said_is_remembered(adapter):
     assert talk(adapter, "hello", "and then?", "hello") == [first, second, third]
     # the history matters here
     assert len({first, second, third}) == 3 and second != oracle("adapter", asked("and then?"))
+
+
+def test_over_several_turns_a_memory_waits_for_the_last_question():
+    said = ["hello", "so", "and then?"]
+    ids = TOKENIZER(asked(*said))["input_ids"]
+    place = len(TOKENIZER(asked(*said[:2]).removesuffix("<|assistant|>"))["input_ids"])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "waiting").eval()
+    with torch.no_grad():
+        ours = model(input_ids=torch.tensor([ids])).logits[0]
+        given = model(input_ids=torch.tensor([ids]), active=[place]).logits[0]
+        with model.disable_adapter():
+            base = model(input_ids=torch.tensor([ids])).logits[0]
+    assert torch.equal(ours, given) and torch.equal(ours[:place], base[:place])
+    assert not torch.equal(ours[place], base[place])
+    oracle = Oracle("waiting")
+    first = oracle("adapter", asked("hello"))
+    assert talk("waiting", "hello", "and then?") == [first, oracle("adapter", asked("hello", first, "and then?"))]
 
 
 def test_reset_forgets():

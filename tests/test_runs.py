@@ -407,3 +407,29 @@ def test_a_killed_run_goes_on_to_the_same_adapter(place, uninterrupted, when):
     for name, tensor in resumed.items():
         assert tensor.abs().max() > 1e-3
         torch.testing.assert_close(tensor, uninterrupted[name], rtol=0, atol=1e-6)
+
+
+# Text in front of the rows
+
+
+def test_a_stopped_run_goes_on_behind_the_same_passages_and_refuses_others(place, watch):
+    front = place / "front.txt"
+    front.write_text("nothing of this is asked about\n" * 20)
+    places = ("--set", "training.distractors.tokens=40", "--set", f"training.distractors.file={front}")
+    words = train("--learning-rate", 0.02, "--epochs", 4, "--batch-size", 4, "--save-steps", 4, *places)
+    call(*words, "--output", "whole").success  # noqa: B018
+    call(*train(*words[words.index("--learning-rate") : -4]), "--output", "plain").success  # noqa: B018
+    watch(stop_at=12)
+    with pytest.raises(RuntimeError, match="stopped"):
+        call(*words)
+    written = front.read_text()
+    front.write_text("another text, which is as long\n" * 20)
+    assert "distractors_sha256" in call(*words, "--resume").err
+    front.write_text(written)
+    watch()
+    call(*words, "--resume").success  # noqa: B018
+    resumed, whole, plain = (weights(place / name) for name in ("adapter", "whole", "plain"))
+    for name, tensor in resumed.items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-6)
+    assert any((tensor - plain[name]).abs().max() > 1e-3 for name, tensor in resumed.items())
+    assert record()["settings"]["distractors"] == {"share": 0.5, "tokens": 40, "file": str(front)}

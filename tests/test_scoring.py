@@ -20,7 +20,9 @@ from torch.nn.functional import log_softmax
 
 import tiny
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.rows.rendering import Example
 from prefixmemory.rows.rows import Row, check_row
+from prefixmemory.scoring.likelihood import likelihoods
 from prefixmemory.tasks import Task, scoring
 from prefixmemory.tasks.metrics import bleu, last_number, rouge_l, squad_exact_match, squad_f1
 from prefixmemory.tasks.outputs import alpaca_eval, prompts
@@ -373,6 +375,53 @@ def test_the_loss_is_that_of_an_independent_computation(name, fields, context):
     assert found.metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert found.points == pytest.approx([nats / tokens for nats, tokens in by_row], rel=1e-5)
     assert abs(sum(found.points) / len(found.points) - found.score) > 1e-4  # longer completions weigh more in the score
+
+
+LABEL = TOKENIZER("Label:", add_special_tokens=False)["input_ids"]
+
+
+def test_a_memory_that_waits_for_its_invocation_is_scored_behind_a_text_that_is_read_once():
+    model = tiny.with_memory(talker(), active_from="invocation", invocation_tokens=LABEL)
+    context = "once upon a time\n\n"
+    found = scored("loss", rows_of(*TICKETS), model, context=context, batch_size=3)
+
+    def by_row(model: nn.Module) -> list[float]:
+        pairs = [log_likelihood(model, context + rendered(row)[0], rendered(row)[1]) for row in TICKETS]
+        return [nats / tokens for nats, tokens in pairs]
+
+    assert found.points == pytest.approx(by_row(model), rel=1e-5)
+    with model.disable_adapter():
+        assert found.points != pytest.approx(by_row(model), rel=1e-2)  # it does speak
+    speaks_always = tiny.with_memory(talker())
+    assert found.points != pytest.approx(by_row(speaks_always), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("context", ["", "once upon a time\n\n"])
+def test_a_text_that_all_prompts_begin_with_is_read_once(name, context):
+    model = METHODS[name]()
+    read: list[int] = []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    scored("loss", rows_of(*TICKETS), model, context=context, batch_size=1)
+    alone = sum(len(TOKENIZER("".join(rendered(row)))["input_ids"]) for row in TICKETS)
+    once = len(TOKENIZER(context)["input_ids"]) if context else 0
+    if context and name == "prompt_tuning":
+        assert sum(read) >= alone + len(TICKETS) * (once - 1)
+    else:
+        assert sum(read) <= alone + once
+
+
+def test_what_greedy_decoding_would_write_is_told_from_what_it_would_not():
+    model = METHODS["memory"]()
+    ids = TOKENIZER(asked("why?"))["input_ids"]
+    with torch.no_grad():
+        while len(ids) < 60 and ids[-1] != TOKENIZER.eos_token_id:
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    writes = TOKENIZER.decode(ids[len(TOKENIZER(asked("why?"))["input_ids"]) :])
+    examples = [Example(asked("why?"), writes), Example(asked("why?"), writes[:-1] + "~"), Example(asked("why?"), "~")]
+    found = likelihoods(model, TOKENIZER, examples, batch_size=2)
+    assert [one.greedy for one in found] == [True, False, False]
 
 
 def test_the_loss_does_not_depend_on_how_rows_are_batched(monkeypatch):

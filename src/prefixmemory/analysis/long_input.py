@@ -15,7 +15,7 @@ from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.rows.rendering import render
 from prefixmemory.rows.rows import Rows
-from prefixmemory.rows.unrelated_text import context_tokens, unrelated_text
+from prefixmemory.rows.unrelated_text import SEAM, context_tokens, unrelated_text
 from prefixmemory.scoring.generation import accuracy, answers
 
 DEFINITION = (
@@ -28,8 +28,6 @@ LENGTHS = (0, 256, 1024, 4000)
 ANSWER = 16
 #: A batch keeps the keys and values of this many tokens at most.
 BATCH_TOKENS = 16_384
-#: Tokens that the blank line and the seam between text and prompt may take.
-SEAM = 8
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,14 @@ class Scores:
         points: one per row.
         metrics: further figures by name, with their unit.
         answers: what a classifier wrote, one per row.
+        greedy: of a loss: whether greedy decoding would write the right answer, one per row.
     """
 
     score: float
     points: list[float]
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)
     __pydantic_config__ = _STRICT
 
     @property

@@ -12,6 +12,7 @@ from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.files.names import check_name
 from prefixmemory.files.yaml_files import Source, read_yaml, typed
 from prefixmemory.models.loading import Dtype
+from prefixmemory.rows.distractors import Distractors
 from prefixmemory.tasks import Task, load_task, shipped_tasks
 from prefixmemory.training.settings import TrainingSettings
 
@@ -101,6 +102,8 @@ class Loaded:
     def settings(self, task: Task, method: Method, learning_rate: float, seed: int) -> TrainingSettings:
         """How a run of ``method`` on ``task`` is trained."""
         own = {"warmup": WARMUP, **self.suite.training, **task.training, **method.training}
+        if isinstance(front := own.get("distractors"), dict):
+            own["distractors"] = Distractors(**front)
         return TrainingSettings(**{**own, "learning_rate": learning_rate, "seed": seed})
 
 
@@ -154,6 +157,8 @@ def _check_training(loaded: Loaded, source: Source) -> None:
                 why = "the protocol sets it" if name in ("learning_rate", "seed") else "there is no such setting"
                 hint = did_you_mean(name, known)
                 raise source.error("training", f"training.{name}: {why}.{hint} There are: {', '.join(sorted(known))}.")
+        if "distractors" in section:
+            typed(TrainingSettings, {"distractors": section["distractors"]}, source, "training", "training")
     for task in loaded.tasks.values():
         for method in loaded.methods.values():
             loaded.settings(task, method, method.learning_rate or 1.0, 0)

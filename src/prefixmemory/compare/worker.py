@@ -97,7 +97,8 @@ class Worker:
             record = replace(record, training=training)
             if run.stage == "rate":
                 return replace(record, validation=self._score(model, task, split.validation, shots, settings))
-            record = replace(record, test=self._score(model, task, split.test, shots, settings))
+            test = self._score(model, task, split.test, shots, settings)
+            record = replace(record, test=test)
             if not run.chosen:
                 return record
             long_input = {}
@@ -106,7 +107,8 @@ class Worker:
                 text = unrelated_text(self.models.tokenizer, tokens) + shots
                 long_input[str(tokens)] = self._score(model, task, behind, text, settings)
             if self.suite.long_input:  # the same rows without the text before them
-                long_input["0"] = self._score(model, task, behind, shots, settings)
+                same = behind is split.test
+                long_input["0"] = test if same else self._score(model, task, behind, shots, settings)
             others = task.transfers_to if self.suite.transfer_rows else ()
             transfer = {other: self._transfer(model, self.loaded.task(other)) for other in others}
             if writes_answers(self.loaded, task):
@@ -162,7 +164,7 @@ class Worker:
         scored = score(model, self.models.tokenizer, task, rows, context, length, settings=settings)
         said = scored.answers if task.scoring == "exact_match" else []  # short enough to keep
         points = [round(point, 3) for point in scored.points]
-        return Scores(round(scored.score, 4), points, scored.metrics, said)
+        return Scores(round(scored.score, 4), points, scored.metrics, said, scored.greedy)
 
     def _transfer(self, model: PreTrainedModel | PeftModel, other: Task) -> Scores:
         """Another task's test rows, with one of its examples a label in the prompt: what is left of the base model."""

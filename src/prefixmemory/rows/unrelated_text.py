@@ -12,6 +12,8 @@ from prefixmemory.files.pipes import read_text
 
 #: An essay on the keeping of lighthouses, written for this package: about 4,900 tokens of SmolLM2.
 ESSAY = Path(str(files("prefixmemory") / "data" / "lighthouses.txt"))
+#: Tokens that the blank line and the seam between text and prompt may take.
+SEAM = 8
 
 
 def unrelated_text(tokenizer: PreTrainedTokenizerBase, tokens: int, file: Path | None = None) -> str:

@@ -141,14 +141,12 @@ def answers(
     shared_ids: list[int] = []
     shared = None
     if context or prepends:
-        shared_ids = list(os.path.commonprefix([row[:-1] for row in ids]))  # noqa: RUF071  # of lists of ids, too
+        shared_ids = common_beginning(ids)
     if shared_ids:
         if prepends:
             writer = cast(PeftModel, model).get_base_model()
         ids = [row[len(shared_ids) :] for row in ids]
-        read = torch.tensor([shared_ids], device=device)
-        with unfinished_text():
-            shared = model(input_ids=read, use_cache=True, **_last_logits(model)).past_key_values
+        shared = read_beginning(model, shared_ids)
         # ids of what is cached are not read
         shared_ids = [pad] * (shared.get_seq_length() - len(shared_ids)) + shared_ids
     context_ids = torch.tensor([shared_ids], dtype=torch.long, device=device)
@@ -161,8 +159,7 @@ def answers(
         batch = _left_padded([ids[i] for i in chosen], context_ids, pad, device)
         cache: dict[str, Any] = {}
         if shared is not None:
-            cache["past_key_values"] = copy.deepcopy(shared)
-            cache["past_key_values"].batch_repeat_interleave(len(chosen))
+            cache["past_key_values"] = repeated(shared, len(chosen))
         with contiguous_logits_input(model):
             written = writer.generate(
                 **batch,
@@ -180,6 +177,27 @@ def answers(
             progress(len(chosen))
     model.train(was_training)
     return found
+
+
+def common_beginning(prompts: list[list[int]]) -> list[int]:
+    """The ids with which all prompts begin, short of the last one of any."""
+    return list(os.path.commonprefix([row[:-1] for row in prompts]))  # noqa: RUF071  # of lists of ids, too
+
+
+def read_beginning(model: PreTrainedModel | PeftModel, ids: list[int]) -> Any:
+    """The cache of what all prompts begin with, of one row; ``None`` where they have nothing in common."""
+    if not ids:
+        return None
+    read = torch.tensor([ids], device=next(model.parameters()).device)
+    with unfinished_text():
+        return model(input_ids=read, use_cache=True, **_last_logits(model)).past_key_values
+
+
+def repeated(cache: Any, rows: int) -> Any:
+    """A copy of the cache of one row, for ``rows``."""
+    copied = copy.deepcopy(cache)
+    copied.batch_repeat_interleave(rows)
+    return copied
 
 
 def _last_logits(model: PreTrainedModel | PeftModel) -> dict[str, int]:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.rows.collator import collator
 from prefixmemory.rows.encoding import IGNORED, Tokens, tokenize
 from prefixmemory.rows.rendering import Example
-from prefixmemory.scoring.generation import Progress
+from prefixmemory.scoring.generation import Progress, common_beginning, read_beginning, repeated
 
 #: Logits of this many tokens are held at once, beside those of one long row.
 TOKENS_A_BATCH = 2048
@@ -29,11 +29,13 @@ class Likelihood:
         nats: sum of the log-probabilities of its tokens.
         tokens: how many there are.
         cut: whether its prompt lost its beginning.
+        greedy: whether each of its tokens is the model's first choice, so that greedy decoding would write it.
     """
 
     nats: float
     tokens: int
     cut: bool = False
+    greedy: bool = False
 
     @property
     def per_token(self) -> float:
@@ -57,7 +59,7 @@ def likelihoods(
         tokenizer: its tokenizer.
         examples: rendered rows; prompts that are too long for the model lose their beginning.
         batch_size: examples a batch at most; they are sorted by length first.
-        context: text that precedes every prompt.
+        context: text that precedes every prompt; its keys and values are computed once.
         progress: called with the number of examples done, after each batch.
 
     Returns:
@@ -71,18 +73,28 @@ def likelihoods(
     limit = getattr(model.config, "max_position_embeddings", None) or 10**9
     rows = tokenize([replace(one, prompt=context + one.prompt) for one in examples], tokenizer, limit)
     collate = collator(model, tokenizer)
+    prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    shared = common_beginning([one.prompt for one in rows]) if context and not prepends else []
+    cache = read_beginning(model, shared)
+    length = len(shared)
+    rows = [replace(one, prompt=one.prompt[length:]) for one in rows]
     device = next(model.parameters()).device
     found = [Likelihood(0.0, 0)] * len(rows)
     for chosen in _batches(rows, batch_size, collate.crop_logits):
         batch = collate([rows[i].feature for i in chosen])
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         labels = batch.pop("labels")[:, 1:]
+        if cache is not None:
+            batch["past_key_values"] = repeated(cache, len(chosen))
+            batch["position_ids"] = batch["position_ids"] + length
+            batch["attention_mask"] = pad(batch["attention_mask"], (length, 0), value=1)
         with contiguous_logits_input(model):
             logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
         losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
         nats = -losses.view(labels.shape).sum(1)
-        for i, value in zip(chosen, nats.tolist(), strict=True):
-            found[i] = Likelihood(value, len(rows[i].completion), rows[i].cut)
+        greedy = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
+        for i, value, first in zip(chosen, nats.tolist(), greedy.tolist(), strict=True):
+            found[i] = Likelihood(value, len(rows[i].completion), rows[i].cut, first)
         if progress is not None:
             progress(len(chosen))
     model.train(was_training)

@@ -31,12 +31,14 @@ class Scored:
         points: one per row.
         metrics: further figures by name, with their unit.
         answers: what the model wrote, one per row; empty where it wrote nothing.
+        greedy: of a loss: whether greedy decoding would write the right answer, one per row.
     """
 
     score: float
     points: list[float]
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,9 @@ def _loss(asked: _Asked) -> Scored:
     """Log-likelihood of the completions in nats per token: of all tokens together, and, as points, of each row."""
     found = asked.likelihoods(render(asked.rows, asked.tokenizer))
     loss = nats_a_token(found)
-    return Scored(-loss, [one.per_token for one in found], {"perplexity": math.exp(min(loss, 700.0))})
+    greedy = [one.greedy for one in found]
+    metrics = {"perplexity": math.exp(min(loss, 700.0)), "greedy match (%)": 100.0 * fmean(greedy)}
+    return Scored(-loss, [one.per_token for one in found], metrics, greedy=greedy)
 
 
 def _preference(asked: _Asked) -> Scored:

@@ -11,6 +11,7 @@ from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.rows.distractors import Distractors
 from prefixmemory.rows.encoding import Tokens, tokenize
 from prefixmemory.rows.invocation import check_invoked, settle
 from prefixmemory.rows.rendering import render
@@ -62,18 +63,21 @@ class TrainingJob:
         Raises:
             PrefixMemoryError: an answer does not fit into ``max_length``, or a row cannot be rendered.
         """
-        return self._tokens(self.rows)
+        return self._tokens(self.rows, self.settings.distractors)
 
     @cached_property
     def validation_tokens(self) -> list[Tokens]:
         """The same of the validation rows."""
-        return self._tokens(self.validation)
+        return self._tokens(self.validation, None)
 
-    def _tokens(self, rows: Rows) -> list[Tokens]:
+    def _tokens(self, rows: Rows, distractors: Distractors | None) -> list[Tokens]:
         several = 1 if self.settings.objective == "sft" else answers_a_row(rows)
         rows = rows if self.settings.objective == "sft" else with_one_answer(rows)
         examples = render(rows, self.tokenizer)
-        found = tokenize(examples, self.tokenizer, self.settings.max_length, several)
+        limits = self.tokenizer, self.settings.max_length, several
+        found = tokenize(examples, *limits)
+        if distractors is not None:
+            found = tokenize(distractors.in_front(examples, found, *limits, self.settings.seed), *limits)
         if (invocation := self.invocation) is not None:
             check_invoked(found, invocation, [one.where for one in examples])
         return found

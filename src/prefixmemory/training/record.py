@@ -27,6 +27,7 @@ class Plan(TypedDict):
     rows_cut: int
     rows_sha256: str
     validation_sha256: str | None
+    distractors_sha256: str | None
     dtype: str
     attention: str | None
     quantization: str | None
@@ -56,6 +57,7 @@ def plan_of_run(job: TrainingJob, model: PreTrainedModel) -> Plan:
         "rows_cut": job.rows_cut,
         "rows_sha256": checksum(job.rows),
         "validation_sha256": checksum(job.validation) if job.validation else None,
+        "distractors_sha256": None if (front := job.settings.distractors) is None else front.checksum(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": getattr(model.config, "_attn_implementation", None),
         "quantization": job.quantization,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from prefixmemory.errors import PrefixMemoryError, check_choice
+from prefixmemory.rows.distractors import Distractors
 
 Objective = Literal["sft", "dpo", "kto", "simpo"]
 Scheduler = Literal["cosine", "linear", "constant"]
@@ -40,7 +41,9 @@ class TrainingSettings:
             no base model, the factor of the mean log-likelihood of a token, by default 2.
         simpo_gamma: by how much the reward of the chosen answer shall exceed that of the rejected one, in ``simpo``;
             by default half of ``beta``.
-        seed: of order, start values and dropout.
+        distractors: unrelated text in front of a share of the training rows, whatever the method; ``None``: none. See
+            :class:`~prefixmemory.rows.distractors.Distractors`.
+        seed: of order, start values, dropout and distractors.
     """
 
     objective: Objective = "sft"
@@ -61,6 +64,7 @@ class TrainingSettings:
     patience: int | None = None
     beta: float | None = None
     simpo_gamma: float | None = None
+    distractors: Distractors | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
