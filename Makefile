@@ -13,8 +13,8 @@ EXTRAS := ray==2.60.0 deepspeed==0.19.8
 METHOD_TESTS := $(wildcard $(patsubst %,tests/test_%.py,fidelity exact_base invariance gradients adapters files config \
 	own_memory* inside feature_mean output_limit context_methods light_core))
 
-.PHONY: quickstart test test-vllm test-extras test-zero3 test-ray test-processors test-transformers fuzz kills crowds \
-	browser models lint format clean help
+.PHONY: quickstart test environments test-vllm test-extras test-zero3 test-ray test-processors test-transformers fuzz kills \
+	crowds bench browser models lint format clean help
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -30,6 +30,7 @@ test-transformers: $(TRANSFORMERS:%=.venvs/transformers-%/.ready) ## test the me
 		.venvs/transformers-$$version/bin/python -m pytest -p no:cacheprovider $(METHOD_TESTS) $(ARGS) || exit 1; done
 test-vllm: .venvs/vllm/.ready ## test serving with vLLM on the CPU, in an environment of its own (about 10 minutes)
 	PREFIXMEMORY_SHAPES=0 OMP_NUM_THREADS=1 .venvs/vllm/bin/python -m pytest -W ignore -p no:cacheprovider tests/in_vllm $(ARGS)
+environments: .venvs/vllm/.ready .venvs/extras/.ready
 test-extras: test-ray test-zero3 ## test on CPUs what needs Ray (two workers) or DeepSpeed (ZeRO-3 over gloo)
 test-ray: .venvs/extras/.ready
 	.venvs/extras/bin/python -m pytest -p no:cacheprovider tests/test_compare.py -k ray $(ARGS)
@@ -47,6 +48,9 @@ kills: $(VENV)/.dev ## kill and resume a run of 90 steps at 30 random moments (a
 
 crowds: $(VENV)/.dev ## two and three runs on one folder in all 108 combinations, one killed (about 10 minutes)
 	$(BIN)/python tests/crowds.py $(ARGS)
+
+bench: $(VENV)/.dev ## measure what a memory costs beside the bare model and LoRA (about 20 minutes)
+	$(BIN)/python benchmarks/overhead.py --compiled $(ARGS)
 
 browser: ## install Debian's Chromium, in which the tests open the pages (without it they are skipped)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
