@@ -50,6 +50,14 @@ def test_a_damaged_one_is_passed_over_by_name(folder, caplog, name, damage):
     assert "checkpoint-12" in caplog.text and name in caplog.text
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json")])
+def test_one_whose_json_is_no_object_is_passed_over(folder, caplog, name):
+    (folder / "checkpoint-12" / name).write_text("[1, 2]")
+    with caplog.at_level(logging.WARNING):
+        assert last_complete_checkpoint(folder).name == "checkpoint-9"
+    assert name in caplog.text
+
+
 def test_changed_weights_are_noticed(folder):
     file = folder / "checkpoint-12" / "adapter_model.safetensors"
     damaged = bytearray(file.read_bytes())
