@@ -237,6 +237,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         return serve(options.dtype, options.compiled)
+    from prefixmemory.files.records import provenance, write_json
+
+    made_with = provenance()  # now: the checkout may be another one in the end
     sources = {"this checkout": ROOT / "src"} | ({"the other one": options.against} if options.against else {})
     # only this checkout is compiled
     children = {
@@ -260,9 +263,7 @@ def main() -> None:
         child.wait()
     for name, found in rounds.items():
         print(table(f"{name}, ratio to the bare model", ratios(found)), end="\n\n")
-    from prefixmemory.files.records import provenance, write_json
-
-    record = {"cpu_seconds": rounds, "dtype": options.dtype, "tokens": TOKENS, **provenance()}
+    record = {"cpu_seconds": rounds, "dtype": options.dtype, "tokens": TOKENS, **made_with}
     if options.against:
         commit = subprocess.run(["git", "-C", options.against, "rev-parse", "HEAD"], capture_output=True, text=True)
         record["against_commit"] = commit.stdout.strip()

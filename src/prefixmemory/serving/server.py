@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,7 +101,7 @@ def launch(
     # one more beside LoRA: vLLM 0.32 gives the base model's requests the weights of the last slot on a CPU
     count = slots or max(1, len(adapters) + (SPARE if folder is not None else 0)) + int(lora)
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", served_model(model), "--enable-lora"]
-    arguments += ["--served-model-name", model, "--max-loras", str(count)]
+    arguments += ["--served-model-name", *_names(model, folders), "--max-loras", str(count)]
     arguments += ["--max-lora-rank", str(next((size for size in RANKS if size >= rank), rank))]
     if not lora:
         arguments += ["--lora-target-modules", NO_LORA]
@@ -113,6 +113,14 @@ def launch(
         allowed = [str(folder.resolve()), *(str(place.resolve()) for place in folders.values())]
         environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", FOLDERS: os.pathsep.join(allowed)}
     return Launch([*arguments, *more], environment)
+
+
+def _names(model: str, adapters: Collection[str]) -> list[str]:
+    """Those that the base model is asked for by: as it was given, and a path by its last part, unless one has it."""
+    if not Path(model).exists():
+        return [model]
+    short = Path(model).stem if model.endswith(".gguf") else Path(model).resolve().name
+    return [model] if short in adapters else [short, model]
 
 
 def _rank_of(folder: Path) -> int:
