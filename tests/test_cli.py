@@ -373,6 +373,14 @@ def test_the_server_takes_its_base_model_from_either_place(place, words):
 
 
 @pytest.mark.usefixtures("_vllm_only_prints")
+def test_a_base_model_at_a_path_is_asked_for_by_its_last_part_too(place):
+    said = call("serve", "--adapter", "tickets=tickets-memory").success
+    assert re.search(r" --served-model-name SmolLM2-135M-Instruct /\S+/SmolLM2-135M-Instruct --", said)
+    taken = call("serve", "--adapter", "SmolLM2-135M-Instruct=tickets-memory").success  # by an adapter
+    assert re.search(r" --served-model-name /\S+/SmolLM2-135M-Instruct --", taken)
+
+
+@pytest.mark.usefixtures("_vllm_only_prints")
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
