@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
@@ -59,7 +61,13 @@ def test_an_adapter_without_its_means_is_refused(tmp_path: Path):
     model = fresh()
     step(model, tiny.tokens())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    model.save_pretrained(tmp_path, state_dict=trained)
+    with pytest.raises(PrefixMemoryError, match=r"prefix_memory_bank\.mean is not among the tensors that are to be"):
+        model.save_pretrained(tmp_path, state_dict=trained)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if not name.endswith(".mean")}, file)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"weights_sha256": None}))
     with pytest.raises(PrefixMemoryError, match=r"lacks 2 of its 6 memory tensors, .*prefix_memory_bank\.mean"):
         PeftModel.from_pretrained(tiny.build(), tmp_path)
 

@@ -417,7 +417,7 @@ def test_a_stopped_run_goes_on_behind_the_same_passages_and_refuses_others(place
     front.write_text("nothing of this is asked about\n" * 20)
     places = ("--set", "training.distractors.tokens=40", "--set", f"training.distractors.file={front}")
     words = train("--learning-rate", 0.02, "--epochs", 4, "--batch-size", 4, "--save-steps", 4, *places)
-    call(*words, "--output", "whole").success  # noqa: B018
+    call(*words, "--output", "behind").success  # noqa: B018
     call(*train(*words[words.index("--learning-rate") : -4]), "--output", "plain").success  # noqa: B018
     watch(stop_at=12)
     with pytest.raises(RuntimeError, match="stopped"):
@@ -428,7 +428,7 @@ def test_a_stopped_run_goes_on_behind_the_same_passages_and_refuses_others(place
     front.write_text(written)
     watch()
     call(*words, "--resume").success  # noqa: B018
-    resumed, whole, plain = (weights(place / name) for name in ("adapter", "whole", "plain"))
+    resumed, whole, plain = (weights(place / name) for name in ("adapter", "behind", "plain"))
     for name, tensor in resumed.items():
         torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-6)
     assert any((tensor - plain[name]).abs().max() > 1e-3 for name, tensor in resumed.items())

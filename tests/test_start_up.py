@@ -145,7 +145,7 @@ MOMENTS = {
     "inspect x --output y": "accelerate",
     "quickstart": "peft",
     "compare x.yaml": "prefixmemory.tuner.model",
-    "recipes validate x.yaml": "prefixmemory.training.run",
+    "recipes validate x.yaml": "prefixmemory.training.settings",
 }
 
 
