@@ -156,6 +156,13 @@ def test_ctrl_c_at_any_moment_of_a_commands_start_is_one_line(tmp_path, line, mo
     assert not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_behind_the_end_of_a_command_says_nothing_more(tmp_path):
+    late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT); "  # runs last
+    command = [sys.executable, "-c", late + CALL.format(words=["recipes", "validate", "none.yaml"]) + "cli.main()"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("module", ["torch._C", "peft", "prefixmemory_cli.app"])
 def test_ctrl_c_is_one_line_where_python_runs_the_package(tmp_path, module):
     start = ["-m", "prefixmemory", "train", "--model", "x", "--data", "x.jsonl", "--output", "y"]

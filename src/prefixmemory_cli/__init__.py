@@ -7,6 +7,7 @@ Errors are one line on stderr and exit code 1 (2 for a wrong option); ctrl-C is 
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ _EXTRA = ("accelerate", "datasets", "pydantic", "pydantic_core", "rich", "typer"
 def main() -> None:
     """Run the command that ``sys.argv`` names."""
     before = stop_on_interrupt()
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # what has ended is not stopped, in a traceback
     # A user of the command line works offline or with the Hub; either way tokenizers need no thread pool here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
