@@ -2,8 +2,8 @@
 
 A layer's :class:`LayerBank` has a slot for each memory. All slots are read in one product: the factors of S memories of
 rank r stand next to each other as those of one memory of rank S·r, and each token keeps the columns of its own. So
-nothing depends on which memories a batch holds but the contents of tensors, as captured CUDA graphs need it. On CUDA,
-where Triton is installed, one kernel reads for each token the slot of its own (``kernels/impl.py`` chooses).
+nothing depends on which memories a batch holds but the contents of tensors, as captured CUDA graphs need it. Where
+Triton is asked for (``kernels/impl.py``), one kernel reads for each token the slot of its own instead.
 """
 
 from __future__ import annotations
