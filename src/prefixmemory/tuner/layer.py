@@ -21,6 +21,7 @@ from prefixmemory.memories.mixing import Mixing
 from prefixmemory.memories.registry import MemorySite, ask, is_inside, lacks_mean, queries_of, whole
 from prefixmemory.tuner.activation import Listener, ModelPass, current_pass
 from prefixmemory.tuner.active_tokens import ActiveTokens
+from prefixmemory.tuner.by_row import add_by_row
 from prefixmemory.tuner.calls import Call, RowAdapters, close_call, current_call, open_call, row_adapters
 from prefixmemory.tuner.plan import Plan, Step, score_bias
 from prefixmemory.tuner.tensor_parallel import HeadShare
@@ -259,7 +260,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             for step, tokens in zip(call.plan.outside, active, strict=True):
                 new = step.add_to(new, outputs, queries, tokens)
         else:
-            new = _add_by_row(call.plan, call.rows, outputs, queries, model_pass)
+            new = add_by_row(call.plan, call.rows, outputs, queries, model_pass)
         return (new.reshape(heads.shape), *rest)
 
     def _query(self, call: Call, kind: str, heads: Tensor) -> Tensor:
@@ -390,26 +391,6 @@ def _vectors(memory: Any) -> tuple[Tensor, Tensor]:
         return cast(tuple[Tensor, Tensor], memory.vectors())
     finally:
         hook.post_forward(memory, None)
-
-
-def _add_by_row(
-    plan: Plan, rows: RowAdapters, outputs: Tensor, queries: dict[str, Tensor], model_pass: ModelPass | None
-) -> Tensor:
-    """The heads' outputs with what each row's own adapter adds; ``model_pass``: on which tokens, ``None``: on all."""
-    groups = rows.groups(outputs.shape[0], outputs.device)
-    if groups.order is not None:
-        outputs = outputs.index_select(0, groups.order)
-        queries = {kind: query.index_select(0, groups.order) for kind, query in queries.items()}
-    parts = []
-    for name, start, end in groups.slices:
-        part, step = outputs[start:end], plan.by_name.get(name)
-        if step is not None:
-            span, invocation = slice(start, end), step.invocation
-            active = None if model_pass is None else model_pass.active_in(groups, name, span, invocation)
-            part = step.add_to(part, part, {kind: query[span] for kind, query in queries.items()}, active)
-        parts.append(part)
-    new = torch.cat(parts)
-    return new if groups.back is None else new.index_select(0, groups.back)
 
 
 def memory_layers(model: nn.Module) -> list[PrefixMemoryLayer]:
