@@ -96,25 +96,22 @@ def set_impl(impl: Impl) -> None:
     _impl = impl
 
 
-def fused(product: Callable[[], Product | str | None], *like: Tensor) -> Product | None:
-    """What the Triton kernel is to read; ``None``: PyTorch asks the memory.
+def fused(product: Product | str | None, *like: Tensor) -> bool:
+    """Whether the Triton kernel reads it.
 
     Args:
-        product: returns what the memory is, or the reason why it is no mere product; ``None``: it wants to be asked.
+        product: the memory, or the reason why it is no mere product; ``None``: it wants to be asked.
         like: tensors that would be read beside it.
 
     Raises:
         PrefixMemoryError: ``triton`` was asked for, and cannot; says why.
     """
-    if not _is_asked(like[0].device.type):
-        return None
-    given = product()
-    found = given if given is None else _covered(given, like)
-    if found is None or isinstance(found, Product):
-        return found
-    if _impl == "triton":
+    if product is None or not _is_asked(like[0].device.type):
+        return False
+    found = _covered(product, like)
+    if isinstance(found, str) and _impl == "triton":
         raise PrefixMemoryError(f"impl='triton' cannot read this memory: {found}. Give impl='auto'.")
-    return None
+    return isinstance(found, Product)
 
 
 def serves(device: str) -> bool:

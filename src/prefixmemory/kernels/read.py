@@ -159,6 +159,43 @@ def read(
     limit: float | None = None,
     scale: float = 1.0,
     onto: Float[Tensor, "*b h v"] | None = None,
+    keep: bool = True,
 ) -> Float[Tensor, "*b h v"]:
-    """What the heads say with their memories: :func:`memory_output` of ``query``, by :func:`add` to ``outputs``."""
-    return add(outputs, memory_output(query, factors, feature_map, mean), limit, scale, onto)
+    """What the heads say with their memories: :func:`memory_output` of ``query``, by :func:`add` to ``outputs``.
+
+    Args:
+        query, outputs, factors, feature_map, mean, limit, scale, onto: as there.
+        keep: whether features, hidden vectors and memory outputs are kept for the backward pass. If not, they are
+            computed again there, which takes no longer than to keep them; φ must have no parameters and draw nothing
+            at random. A compiler decides that by itself.
+    """
+    if keep or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return add(outputs, memory_output(query, factors, feature_map, mean), limit, scale, onto)
+    rest = feature_map, limit, scale
+    return cast(Tensor, _Read.apply(rest, query, outputs, onto, mean, *factors))  # type: ignore[no-untyped-call]
+
+
+class _Read(torch.autograd.Function):
+    """:func:`read` that keeps its arguments alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: Any, query: Tensor, outputs: Tensor, onto: Any, mean: Any, *factors: Tensor) -> Tensor:
+        feature_map, limit, scale = ctx.rest = rest
+        kind = query.device.type
+        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.save_for_backward(query, outputs, onto, mean, *factors)
+        return read(query, outputs, factors, feature_map, mean, limit, scale, onto)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        pairs = zip(ctx.saved_tensors, needed, strict=True)
+        given: list[Any] = [x if x is None else x.detach().requires_grad_(n) for x, n in pairs]
+        query, outputs, onto, mean, *factors = given
+        feature_map, limit, scale = ctx.rest
+        kind, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(kind, dtype, enabled):
+            new = read(query, outputs, factors, feature_map, mean, limit, scale, onto)
+        found = iter(torch.autograd.grad(new, [x for x, n in zip(given, needed, strict=True) if n], gradient))
+        return None, *[next(found) if n else None for n in needed]

@@ -62,7 +62,7 @@ class Stack:
     def add_to(self, outputs: Tensor, queries: dict[str, Tensor], groups: Groups) -> Tensor:
         """The heads' ``outputs`` with what each row's memory adds; rows that have none stay as they are."""
         query = queries[self.first.queries[0]]
-        if fused(self.first.product, outputs, query) is not None:
+        if fused(self.first.product(), outputs, query):
             return self._fused(query, outputs, groups)
         own, index = outputs, groups.index_of(self.names)
         if index is not None:
