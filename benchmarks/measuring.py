@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.shapes import SHAPES
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.shapes import SHAPES
 from prefixmemory import set_impl
 from prefixmemory.files.records import provenance, write_json
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from benchmarks import measuring, shapes
 from benchmarks.shapes import BARE, BIAS, HOOKS, METHODS
+
 from prefixmemory.tuner.layer import memory_layers, reads_by
 
 TRAIN = "training step"
