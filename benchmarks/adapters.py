@@ -137,17 +137,17 @@ def load(method: str, numbers: Sequence[int], shape: str) -> dict[str, dict[str,
         for number in range(1, max(numbers) + 1):
             loading = measuring.seconds(lambda n=number: model.load_adapter(folder, f"adapter{n}"), "cpu")  # type: ignore[misc]
             if number in numbers:
-                reads = [measuring.seconds(reading, "cpu") for _ in range(5)]
-                switching = [_switch(model, number, other) for other in range(max(1, number - 5), number + 1)]
+                read = statistics.median(measuring.seconds(reading, "cpu") for _ in range(5))
+                switching = statistics.median(_switch(model, other) for other in range(max(1, number - 5), number + 1))
                 found[f"{method}, n={number}"] = {
-                    "file, MB": file.stat().st_size / 1e6, "load, s": loading, "read, s": statistics.median(reads),
-                    "load / read": loading / statistics.median(reads), "switch, ms": 1000 * statistics.median(switching),
+                    "file, MB": file.stat().st_size / 1e6, "load, s": loading, "read, s": read,
+                    "load / read": loading / read, "switch, ms": 1000 * switching,
                 }  # fmt: skip
                 print(f"adapters: {method}, {number} loaded", file=sys.stderr, flush=True)
     return found
 
 
-def _switch(model: Any, number: int, other: int) -> float:
+def _switch(model: Any, other: int) -> float:
     """Seconds of making an adapter active while another one is."""
     model.set_adapter("default")
     return measuring.seconds(lambda: model.set_adapter(f"adapter{other}"), "cpu")
@@ -156,60 +156,55 @@ def _switch(model: Any, number: int, other: int) -> float:
 # Compiling again
 
 
-def compilations(adapters: int) -> dict[str, dict[str, int]]:
-    """How many graphs ``torch.compile`` makes, by what is done to a compiled model; and whether it runs compiled then:
-    behind ``torch._dynamo.config.recompile_limit``, 8, it does not."""
-    found = {}
-    of = shapes.config("tiny")
-    base, ids = shapes.base_model(of, torch.float32, "cpu"), shapes.text(of, 1, 16, "cpu")
-    for method in (MEMORY, LORA_QV):
-        make = METHODS[method]
-        assert make is not None
-        model: Any = shapes.with_method(base, method)
-        names = ["default", *[f"adapter{number}" for number in range(2, adapters + 1)]]
-        for name in names[1:]:
-            model.add_adapter(name, make())
-        shapes.as_if_trained(model)
-        graphs, runs = [], []
+def graphs(method: str, adapters: int) -> dict[str, int]:
+    """How many graphs ``torch.compile`` makes, by what is done to a compiled model; and whether it runs compiled in the
+    end: behind ``torch._dynamo.config.recompile_limit``, 8, it does not."""
+    of, make = shapes.config("tiny"), METHODS[method]
+    assert make is not None
+    model: Any = shapes.with_method(shapes.base_model(of, torch.float32, "cpu"), method)
+    ids = shapes.text(of, 1, 16, "cpu")
+    names = ["default", *[f"adapter{number}" for number in range(2, adapters + 1)]]
+    for name in names[1:]:
+        model.add_adapter(name, make())
+    shapes.as_if_trained(model)
+    made, runs = [], []
 
-        def backend(graph: Any, inputs: Any, graphs: Any = graphs, runs: Any = runs) -> Callable[..., Any]:
-            graphs.append(graph)
-            return lambda *args: [runs.append(None), graph(*args)][1]
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        made.append(graph)
+        return lambda *args: [runs.append(None), graph(*args)][1]
 
-        torch.compiler.reset()
-        compiled = torch.compile(model.eval(), backend=backend)
-
-        def made(*steps: Callable[[], Any], model: Any = compiled, graphs: Any = graphs) -> int:
-            """Graphs, in calls after each of ``steps``."""
-            before = len(graphs)
-            for step in steps:
-                step()
-                with torch.no_grad():
-                    model(input_ids=ids, use_cache=False)
-            return len(graphs) - before
-
-        def switch(name: str, model: Any = model) -> Callable[[], None]:
-            return lambda: model.set_adapter(name)
-
-        row = {"first call": made(switch("default")), "second adapter": made(switch(names[1]))}
-        row["back and forth"] = made(switch("default"), switch(names[1]))
-        if method == MEMORY:
-            row["three scales"] = made(*[lambda s=s: set_scale(model, s) for s in (0.5, 0.25, 0.125)])  # type: ignore[misc]
-        row[f"adapters 3 to {adapters}"] = made(*[switch(name) for name in names[2:]])
-        before = len(runs)
-        made(switch(names[-1]))
-        found[method] = row | {f"adapter {adapters} runs compiled": int(len(runs) > before)}
     torch.compiler.reset()
-    return found
+    compiled = torch.compile(model.eval(), backend=backend)
+
+    def switched(*to: str) -> int:
+        """Graphs, in calls after each switch."""
+        return sum(call(lambda name=name: model.set_adapter(name)) for name in to)  # type: ignore[misc]
+
+    def call(step: Callable[[], Any]) -> int:
+        before = len(made)
+        step()
+        with torch.no_grad():
+            compiled(input_ids=ids, use_cache=False)
+        return len(made) - before
+
+    row = {"first call": switched("default"), "second adapter": switched(names[1])}
+    row["back and forth"] = switched("default", names[1])
+    if method == MEMORY:
+        row["three scales"] = sum(call(lambda s=s: set_scale(model, s)) for s in (0.5, 0.25, 0.125))  # type: ignore[misc]
+    row["further adapters"] = switched(*names[2:])
+    before = len(runs)
+    switched(names[-1])
+    torch.compiler.reset()
+    return row | {f"the {adapters}th runs compiled": int(len(runs) > before)}
 
 
 def measure(chosen: Namespace) -> dict[str, Any]:
     """All three."""
-    found = {"rows": in_rows(chosen), "compilations": compilations(3 if chosen.quick else 12), "loading": {}}
+    found: dict[str, Any] = {"rows": in_rows(chosen), "loading": {}}
     for method, numbers in LOADED.items():
-        few = numbers[:1] if chosen.quick else numbers
-        found["loading"] |= load(method, few, "tiny" if chosen.quick else "8b")
-    return found
+        found["loading"] |= load(method, numbers[: 1 if chosen.quick else None], "tiny" if chosen.quick else "8b")
+    number = 3 if chosen.quick else 12
+    return found | {"compilations": {method: graphs(method, number) for method in (MEMORY, LORA_QV)}}
 
 
 def tables(record: Mapping[str, Any]) -> str:
