@@ -17,6 +17,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,17 @@ def load(method: str, numbers: Sequence[int], shape: str) -> dict[str, dict[str,
         def reading() -> Any:
             return [tensor.clone() for tensor in load_file(file).values()]
 
+        def loading(number: int) -> Any:
+            return model.load_adapter(folder, f"adapter{number}", torch_device="cpu")
+
         for number in range(1, max(numbers) + 1):
-            loading = measuring.seconds(lambda n=number: model.load_adapter(folder, f"adapter{n}"), "cpu")  # type: ignore[misc]
+            loaded = measuring.seconds(partial(loading, number), "cpu")
             if number in numbers:
                 read = statistics.median(measuring.seconds(reading, "cpu") for _ in range(5))
                 switching = statistics.median(_switch(model, other) for other in range(max(1, number - 5), number + 1))
                 found[f"{method}, n={number}"] = {
-                    "file, MB": file.stat().st_size / 1e6, "load, s": loading, "read, s": read,
-                    "load / read": loading / read, "switch, ms": 1000 * switching,
+                    "file, MB": file.stat().st_size / 1e6, "load, s": loaded, "read, s": read,
+                    "load / read": loaded / read, "switch, ms": 1000 * switching,
                 }  # fmt: skip
                 print(f"adapters: {method}, {number} loaded", file=sys.stderr, flush=True)
     return found
@@ -195,7 +199,7 @@ def graphs(method: str, adapters: int) -> dict[str, int]:
     before = len(runs)
     switched(names[-1])
     torch.compiler.reset()
-    return row | {f"the {adapters}th runs compiled": int(len(runs) > before)}
+    return row | {f"number {adapters} runs compiled": int(len(runs) > before)}
 
 
 def measure(chosen: Namespace) -> dict[str, Any]:
@@ -203,8 +207,8 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": in_rows(chosen), "loading": {}}
     for method, numbers in LOADED.items():
         found["loading"] |= load(method, numbers[: 1 if chosen.quick else None], "tiny" if chosen.quick else "8b")
-    number = 3 if chosen.quick else 12
-    return found | {"compilations": {method: graphs(method, number) for method in (MEMORY, LORA_QV)}}
+    methods, number = ((MEMORY,), 2) if chosen.quick else ((MEMORY, LORA_QV), 12)
+    return found | {"compilations": {method: graphs(method, number) for method in methods}}
 
 
 def tables(record: Mapping[str, Any]) -> str:

@@ -62,7 +62,7 @@ def length(record: Mapping[str, Any], file: Path) -> None:
     check_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import StrMethodFormatter
 
     found, said = record["length"]["lengths"], record["options"]["length"]
     lengths = [int(number) for number in found]
@@ -85,7 +85,7 @@ def length(record: Mapping[str, Any], file: Path) -> None:
                 cache = [found[str(n)][BARE]["cache, MiB"] for n in lengths]
                 axes.plot(lengths, cache, color="#888888", label="the text's keys and values")
                 axes.set_yscale("log")
-                axes.yaxis.set_major_formatter(ScalarFormatter())
+                axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             else:
                 axes.axhline(1, color="#333333", lw=0.8)
             axes.set_xscale("log", base=2)

@@ -40,6 +40,7 @@ class Bench:
     def __init__(self, chosen: Namespace) -> None:
         self.device, self.of, self.rows = chosen.device, shapes.config(chosen.shape), chosen.rows
         self.tokens, self.front = chosen.tokens, chosen.front
+        self.room = chosen.front + 24 * (chosen.rounds + 2)  # in a static cache, for all that will be decoded
         base = shapes.base_model(self.of, getattr(torch, chosen.dtype), self.device)
         self.ids = shapes.text(self.of, chosen.rows, chosen.tokens, self.device)
         self.prompt = shapes.text(self.of, chosen.rows, chosen.front, self.device)
@@ -102,7 +103,7 @@ class Bench:
         from transformers import StaticCache
 
         def started() -> Any:
-            cache = StaticCache(config=self.of, max_cache_len=max(2 * self.front, self.front + 4096))
+            cache = StaticCache(config=self.of, max_cache_len=self.room)
             model(input_ids=self.prompt[:1], past_key_values=cache, logits_to_keep=1)
             return cache
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +22,7 @@ from benchmarks import measuring, shapes
 
 from prefixmemory.tuner.layer import memory_layers
 
+ROOT = Path(__file__).parent.parent
 MEMORIES = ["default memory", "memory in full", "the paper's form", "memory, activated"]
 ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
     "output": lambda answer: 1.01 * answer,
@@ -99,3 +104,35 @@ def test_a_floor_is_what_pytorch_counts(method: str) -> None:
     least = bare + attention - 2 * of.hidden_size * of.vocab_size
     floor = shapes.floors(model, method, of, tokens, 64, 8)["prefill"]
     assert (operations(model) - bare) / least == pytest.approx(floor - 1, rel=0.02)
+
+
+def run(*arguments: str) -> str:
+    """A benchmark in a process of its own: compilers and the tests' shape checks do not go together."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-W", "ignore", "-m", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(record: Any) -> list[float]:
+    if isinstance(record, dict):
+        return [number for value in record.values() for number in numbers(value)]
+    return [record] if isinstance(record, float) else []
+
+
+def test_one_command_writes_the_record_and_the_figures(tmp_path: Path) -> None:
+    run("benchmarks", "--quick", "--output", str(tmp_path / "bench.json"), "--images", str(tmp_path))
+    record = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert {"overhead", "adapters", "length", "commit", "versions", "hardware", "options"} <= record.keys()
+    assert record["options"]["overhead"]["seed"] == 0
+    for part in ("overhead", "adapters", "length"):
+        found = numbers(record[part])
+        assert found and all(math.isfinite(number) and number >= 0 for number in found)
+    for figure in ("benchmarks.png", "length.png"):
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_checkout_is_measured_in_turn() -> None:
+    said = run("benchmarks.overhead", "--quick", "--methods", "default memory", "--against", str(ROOT / "src"))
+    assert "this checkout" in said and "the other one" in said
