@@ -26,6 +26,7 @@ def main() -> None:
     chosen = parser.parse_args()
     made_with = provenance()  # now: the checkout may be another one in the end
     record: dict[str, Any] = {"options": {}, **made_with}
+    tables = ""
     for name in chosen.only:
         part = PARTS[name]
         arguments = ["--device", chosen.device, "--seed", str(chosen.seed), "--impl", chosen.impl]
@@ -36,14 +37,17 @@ def main() -> None:
         own = part.options(arguments)
         record["options"][name] = {key: value for key, value in vars(own).items() if not isinstance(value, Path)}
         record[name] = part.measure(own)
-        print(part.tables(record[name]), flush=True)
-    folder = Path("runs/bench") if chosen.quick else measuring.RESULTS
-    write_json(chosen.output or folder / "bench.json", record)
-    images = chosen.images or (Path("runs/bench") if chosen.quick else measuring.ROOT / "docs" / "images")
+        tables += part.tables(record[name]) + "\n"
+    print(aims(record), tables, sep="\n")
+    scratch = Path("runs/bench") if chosen.quick else None
+    write_json(chosen.output or (scratch or measuring.RESULTS) / "bench.json", record)
+    images = chosen.images or scratch or measuring.ROOT / "docs" / "images"
     if "overhead" in record:
         figures.ratios(record, images / "benchmarks.png")
     if "length" in record:
         figures.length(record, images / "length.png")
+    if scratch is None and chosen.output is None:
+        write_document(record, tables)
 
 
 if __name__ == "__main__":
