@@ -67,17 +67,12 @@ class Reader:
         return step
 
 
-def cache_bytes(cache: Any) -> int:
-    """Size of the keys and values of a cache."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
 def first(reader: Reader, ids: Any, device: str) -> tuple[Any, dict[str, dict[str, float]]]:
     """The cache of a text and the prompt behind it, with the seconds that reading took, and bytes."""
     read: list[Any] = []
     seconds = measuring.seconds(lambda: read.append(reader.read(ids)), device)
     cache = read[0]
-    taken = {reader.method: {"read": seconds, "cache": cache_bytes(cache), "adapter": reader.adapter}}
+    taken = {reader.method: {"read": seconds, "cache": measuring.cache_bytes(cache), "adapter": reader.adapter}}
     if reader.method == ACTIVATED:
         taken[SECOND] = {"read": measuring.seconds(lambda: reader.go_on(copy.deepcopy(cache)), device)}
     return reader.go_on(cache), taken

@@ -144,6 +144,11 @@ def kept_bytes(model: torch.nn.Module, step: Callable[[], Tensor]) -> int:
     return total
 
 
+def cache_bytes(cache: Any) -> int:
+    """Size of the keys and values of a cache."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
 class PeakBytes(TorchDispatchMode):
     """Counts the storages that operations return, while they live: the most of them at once.
 
