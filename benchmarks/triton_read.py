@@ -63,7 +63,8 @@ class Read:
         return read(query, self.outputs, self.factors, F.elu, self.mean, LIMIT)
 
     def by_triton(self) -> Tensor:
-        return triton_read.read(self.query, self.outputs, Product(self.factors, "elu", "none", self.mean), LIMIT)
+        product = Product(self.factors, F.elu, self.mean, ("elu", "none"))
+        return triton_read.read(self.query, self.outputs, product, LIMIT)
 
     def by_reference(self) -> tuple[Tensor, ...]:
         """Output and gradients, in float32."""

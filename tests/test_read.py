@@ -48,9 +48,11 @@ def query_of(made: dict[str, Tensor]) -> Tensor:
     return made["fused"][..., : HEADS * QUERY].unflatten(-1, (HEADS, QUERY))
 
 
-def by_kernel(made: dict[str, Tensor], phi: Callable[[Tensor], Tensor], limit: float | None, scale: float) -> Tensor:
+def by_kernel(
+    made: dict[str, Tensor], phi: Callable[[Tensor], Tensor], limit: float | None, scale: float, keep: bool = True
+) -> Tensor:
     factors = (made["M"],) if "M" in made else (made["A"], made["B"])
-    return read(query_of(made), made["own"], factors, phi, made.get("mean"), limit, scale)
+    return read(query_of(made), made["own"], factors, phi, made.get("mean"), limit, scale, keep=keep)
 
 
 def gradients(output: Tensor, made: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,11 +61,12 @@ def gradients(output: Tensor, made: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(leaves, torch.autograd.grad((output * weights).sum(), leaves.values()), strict=True))
 
 
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("length", [1, 7])
 @pytest.mark.parametrize(("phi", "rank", "groups", "mean", "limit"), CASES)
-def test_outputs_and_gradients_are_those_of_the_reference(phi, rank, groups, mean, limit, length):
+def test_outputs_and_gradients_are_those_of_the_reference(phi, rank, groups, mean, limit, length, keep):
     made = tensors(groups, rank, mean, length)
-    ours, theirs = by_kernel(made, MAPS[phi], limit, 0.7), by_reference(made, MAPS[phi], limit, 0.7)
+    ours, theirs = by_kernel(made, MAPS[phi], limit, 0.7, keep), by_reference(made, MAPS[phi], limit, 0.7)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
     expected = gradients(theirs, made)
     for name, gradient in gradients(ours, made).items():
@@ -100,3 +103,47 @@ def test_weights_of_one_dtype_and_outputs_of_another_keep_the_outputs_dtype():
     assert found.dtype == torch.bfloat16
     exact = read(query, own.float(), (matrix,), F.elu, limit=0.5)
     torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0.01)
+
+
+def kept(work: Callable[[], Tensor]) -> set[int]:
+    """Addresses of the storages that autograd keeps for the backward pass."""
+    found: set[int] = set()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: found.add(x.untyped_storage().data_ptr()) or x, lambda x: x
+    ):
+        work()
+    return found
+
+
+@pytest.mark.parametrize("rank", ["full", "low rank"])
+def test_what_is_not_kept_is_all_but_the_arguments(rank):
+    made = tensors(HEADS, rank, mean=True, length=7)
+    given = {tensor.untyped_storage().data_ptr() for tensor in made.values()}
+    assert kept(lambda: by_kernel(made, F.elu, 0.5, 1.0, keep=False)) <= given
+    assert len(kept(lambda: by_kernel(made, F.elu, 0.5, 1.0, keep=True)) - given) >= 5  # the control
+
+
+def test_what_is_computed_again_is_computed_in_autocasts_dtype():
+    made = {
+        name: tensor.detach().float().requires_grad_(name != "mean")
+        for name, tensor in tensors(HEADS, "low rank", True, 7).items()
+    }
+    found = []
+    for keep in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = by_kernel(made, F.elu, 0.5, 1.0, keep)
+        found.append(gradients(output, made))  # outside of it, as in a training step
+    exact = gradients(by_kernel(made, F.elu, 0.5, 1.0, keep=False), made)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-5)
+        assert (exact[name] - gradient).abs().max() > 1e-4
+
+
+def test_a_memory_that_did_not_keep_learns_where_the_query_wants_no_gradient():
+    made = tensors(HEADS, "low rank", mean=True, length=7)
+    made["fused"].requires_grad_(False)
+    ours = gradients(by_kernel(made, F.elu, 0.5, 0.7, keep=False), made)
+    theirs = gradients(by_reference(made, F.elu, 0.5, 0.7), made)
+    assert set(ours) == {"own", "A", "B"}
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name])

@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -61,7 +62,7 @@ def check(heads: int, groups: int, size: int, rank: int | None, dtype: torch.dty
     query, outputs = (torch.zeros(2, 64, heads, size, dtype=dtype, requires_grad=True) for _ in range(2))
     shapes = [(groups, size, size)] if rank is None else [(groups, size, rank), (groups, rank, size)]
     factors = tuple(torch.zeros(shape, dtype=weights, requires_grad=True) for shape in shapes)
-    product = Product(factors, "elu", "none", torch.zeros(groups, size, dtype=weights))
+    product = Product(factors, F.elu, torch.zeros(groups, size, dtype=weights), ("elu", "none"))
     triton_read.read(query, outputs, product, 0.5).sum().backward()
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prefixmemory._shapes import Float
 from prefixmemory.errors import PrefixMemoryError, check_choice
+from prefixmemory.kernels.read import FeatureMapFn
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -51,18 +52,34 @@ _MOST_BYTES = 32 * 1024
 
 @dataclass(frozen=True)
 class Product:
-    """A memory that is nothing but a product with features: what :mod:`triton_read` needs of it.
+    """A memory that is nothing but a product with features.
 
     Attributes:
         factors: ``(M,)`` or ``(A, B)``, as in :func:`~prefixmemory.kernels.read.memory_output`.
-        feature_map, normalize: φ by its names in the config.
-        mean: μ.
+        phi: φ.
+        mean: μ. Factors and means of several memories stand along a first axis.
+        form: the names of its map and normalisation in the config, where the kernel knows both (``KINDS``, ``NORMS``)
+            and φ has no parameters; ``None``: PyTorch computes the features, and the kernel reads those.
     """
 
     factors: tuple[Tensor, ...]
-    feature_map: str
-    normalize: str = "none"
-    mean: Float[Tensor, "g f"] | None = None
+    phi: FeatureMapFn
+    mean: Float[Tensor, "*s g f"] | None = None
+    form: tuple[str, str] | None = None
+
+    def is_like(self, other: Product) -> bool:
+        """Whether they differ in numbers alone: one φ serves both, and their tensors can be stacked."""
+        mine, theirs = [*self.factors, self.mean], [*other.factors, other.mean]
+        return self.form == other.form is not None and [_kind(x) for x in mine] == [_kind(x) for x in theirs]
+
+
+def known(feature_map: str, normalize: str = "none") -> tuple[str, str] | None:
+    """The form of a product with this φ."""
+    return (feature_map, normalize) if feature_map in KINDS else None
+
+
+def _kind(x: Tensor | None) -> object:
+    return None if x is None else (x.shape, x.dtype, x.device)
 
 
 _impl = cast(Impl, os.environ.get("PREFIXMEMORY_IMPL", "auto"))  # looked at when a memory is read
@@ -79,25 +96,22 @@ def set_impl(impl: Impl) -> None:
     _impl = impl
 
 
-def fused(product: Callable[[], Product | str | None], *like: Tensor) -> Product | None:
-    """What the Triton kernel is to read; ``None``: PyTorch asks the memory.
+def fused(product: Product | str | None, *like: Tensor) -> bool:
+    """Whether the Triton kernel reads it.
 
     Args:
-        product: returns what the memory is, or the reason why it is no mere product; ``None``: it wants to be asked.
+        product: the memory, or the reason why it is no mere product; ``None``: it wants to be asked.
         like: tensors that would be read beside it.
 
     Raises:
         PrefixMemoryError: ``triton`` was asked for, and cannot; says why.
     """
-    if not _is_asked(like[0].device.type):
-        return None
-    given = product()
-    found = given if given is None else _covered(given, like)
-    if found is None or isinstance(found, Product):
-        return found
-    if _impl == "triton":
+    if product is None or not _is_asked(like[0].device.type):
+        return False
+    found = _covered(product, like)
+    if isinstance(found, str) and _impl == "triton":
         raise PrefixMemoryError(f"impl='triton' cannot read this memory: {found}. Give impl='auto'.")
-    return None
+    return isinstance(found, Product)
 
 
 def serves(device: str) -> bool:
@@ -135,8 +149,6 @@ def _covered(product: Product | str, like: tuple[Tensor, ...]) -> Product | str:
     if isinstance(product, str):
         return product
     tensors = (*like, *product.factors)
-    if product.feature_map not in KINDS:
-        return f"the kernel has no feature_map={product.feature_map!r}"
     if wrong := [x.dtype for x in tensors if x.dtype not in _DTYPES]:
         return f"the kernel takes no {str(wrong[0]).removeprefix('torch.')}"
     if len({x.device for x in tensors}) > 1:

@@ -11,6 +11,7 @@ Nothing here knows modules, adapters or calls. Symbols are those of ``reference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ def memory_output(
     query: Float[Tensor, "*b h d"],
     factors: Sequence[Tensor],
     feature_map: FeatureMapFn,
-    mean: Float[Tensor, "g f"] | None = None,
+    mean: Float[Tensor, "*s g f"] | None = None,
 ) -> Float[Tensor, "*b h v"]:
     """(φ(q) − μ)ᵀM, with M the product of ``factors``.
 
@@ -39,35 +40,33 @@ def memory_output(
 
     Args:
         query: of every token and head, in the dtype of the factors.
-        factors: ``(M,)`` with M ``[g, f, v]``, or ``(A, B)`` with ``[g, f, r]`` and ``[g, r, v]``.
+        factors: ``(M,)`` with M ``[g, f, v]``, or ``(A, B)`` with ``[g, f, r]`` and ``[g, r, v]``; with one more axis
+            in front, of as many memories as the first axis of ``query`` has rows: each row reads its own.
         feature_map: φ.
         mean: μ of each memory, a constant; ``None``: zero.
     """
-    groups, size = factors[0].shape[:2]
+    groups, size = factors[0].shape[-3:-1]
     heads = query.shape[-2]
-    if query.numel() == heads * query.shape[-1]:  # one token: operations cost more than their arithmetic
-        rows = feature_map(query.reshape(groups, heads // groups, -1))
-        if mean is not None:
-            rows = rows - mean.to(rows.dtype).unsqueeze(1)
-        return _product(rows, factors).reshape(*query.shape[:-1], -1)
-    features = feature_map(query.unflatten(-2, (groups, -1)))
-    by_token = features.flatten(end_dim=-4)  # [tokens, groups, repeat, features]
-    tokens, _, repeat, _ = by_token.shape
-    by_group = by_token.transpose(0, 1)
-    rows = by_group[:, :, 0] if repeat == 1 else by_group.reshape(groups, -1, size)  # one is a view
-    if mean is None:
-        output = _product(rows, factors)
-    else:
-        constant = torch.bmm(mean.to(rows.dtype).unsqueeze(1), factors[0])
-        output = _product(torch.baddbmm(constant, rows, factors[0], beta=-1), factors[1:])
-    answer: Tensor = output.unflatten(1, (tokens, repeat)).transpose(0, 1)
-    return answer.reshape(*query.shape[:-1], output.shape[-1])
-
-
-def _product(rows: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    own = 1  # rows that have memories of their own
+    if factors[0].ndim == 4:
+        own = len(factors[0])
+        factors = [factor.flatten(end_dim=1) for factor in factors]
+        mean = mean if mean is None else mean.flatten(end_dim=1)
+    tokens, repeat = math.prod(query.shape[:-2]) // own, heads // groups
+    features = feature_map(query.reshape(own, tokens, groups, repeat, query.shape[-1]))
+    by_memory = features if tokens == 1 else features.transpose(1, 2)
+    rows = by_memory.reshape(own * groups, tokens * repeat, size)
+    if mean is not None:
+        centre = mean.to(rows.dtype).unsqueeze(1)
+        if tokens == 1:  # operations cost more than their arithmetic
+            rows = rows - centre
+        else:
+            rows, factors = torch.baddbmm(torch.bmm(centre, factors[0]), rows, factors[0], beta=-1), factors[1:]
     for factor in factors:
         rows = torch.bmm(rows, factor)
-    return rows
+    if tokens != 1:
+        rows = rows.view(own, groups, tokens, repeat, rows.shape[-1]).transpose(1, 2)
+    return rows.reshape(*query.shape[:-1], rows.shape[-1])
 
 
 def add(
@@ -160,6 +159,43 @@ def read(
     limit: float | None = None,
     scale: float = 1.0,
     onto: Float[Tensor, "*b h v"] | None = None,
+    keep: bool = True,
 ) -> Float[Tensor, "*b h v"]:
-    """What the heads say with their memories: :func:`memory_output` of ``query``, by :func:`add` to ``outputs``."""
-    return add(outputs, memory_output(query, factors, feature_map, mean), limit, scale, onto)
+    """What the heads say with their memories: :func:`memory_output` of ``query``, by :func:`add` to ``outputs``.
+
+    Args:
+        query, outputs, factors, feature_map, mean, limit, scale, onto: as there.
+        keep: whether features, hidden vectors and memory outputs are kept for the backward pass. If not, they are
+            computed again there, which takes no longer than to keep them; φ must have no parameters and draw nothing
+            at random. A compiler decides that by itself.
+    """
+    if keep or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return add(outputs, memory_output(query, factors, feature_map, mean), limit, scale, onto)
+    rest = feature_map, limit, scale
+    return cast(Tensor, _Read.apply(rest, query, outputs, onto, mean, *factors))  # type: ignore[no-untyped-call]
+
+
+class _Read(torch.autograd.Function):
+    """:func:`read` that keeps its arguments alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: Any, query: Tensor, outputs: Tensor, onto: Any, mean: Any, *factors: Tensor) -> Tensor:
+        feature_map, limit, scale = ctx.rest = rest
+        kind = query.device.type
+        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.save_for_backward(query, outputs, onto, mean, *factors)
+        return read(query, outputs, factors, feature_map, mean, limit, scale, onto)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        pairs = zip(ctx.saved_tensors, needed, strict=True)
+        given: list[Any] = [x if x is None else x.detach().requires_grad_(n) for x, n in pairs]
+        query, outputs, onto, mean, *factors = given
+        feature_map, limit, scale = ctx.rest
+        kind, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(kind, dtype, enabled):
+            new = read(query, outputs, factors, feature_map, mean, limit, scale, onto)
+        found = iter(torch.autograd.grad(new, [x for x, n in zip(given, needed, strict=True) if n], gradient))
+        return None, *[next(found) if n else None for n in needed]

@@ -65,12 +65,15 @@ def read(
     onto: Float[Tensor, "*b h v"] | None = None,
 ) -> Float[Tensor, "*b h v"]:
     """As :func:`prefixmemory.kernels.read.read`, in the dtype of ``onto``, or else ``outputs``."""
-    kind, norm = KINDS.index(product.feature_map), NORMS.index(product.normalize)
+    if product.form is None:
+        groups, dtype = len(product.factors[0]), product.factors[0].dtype
+        query = product.phi(query.to(dtype).unflatten(-2, (groups, -1))).flatten(-3, -2)
+    name, norm = product.form or ("identity", "none")
     A, B = (*product.factors, None)[:2]
     A, B, mean = (None if x is None else x[None] for x in (A, B, product.mean))  # a bank of one
     new: Tensor = torch.ops.prefixmemory.read(
         _flat(query), _flat(outputs), None if onto is None else _flat(onto), A, B, mean, [],
-        _tightness(limit), scale, kind, norm, _dot_dtype(product.factors[0]),
+        _tightness(limit), scale, KINDS.index(name), NORMS.index(norm), _dot_dtype(product.factors[0]),
     )  # fmt: skip
     return new.view(outputs.shape)
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from prefixmemory._shapes import Float
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.kernels.impl import Product
+from prefixmemory.kernels.impl import Product, known
 from prefixmemory.kernels.read import memory_output
 from prefixmemory.memories.feature_maps import build_feature_map
 from prefixmemory.memories.registry import MemorySite, register_memory
@@ -97,20 +97,16 @@ class MatrixMemory(nn.Module):
 
     def forward(self, query: Float[Tensor, "*b h d"]) -> Float[Tensor, "*b h v"]:
         """(φ(q) − μ)ᵀM for every token and head, computed in the dtype of the memory (autocast applies)."""
-        factors = self.factors
-        query = query.to(factors[0].dtype)
-        if self.dropout and self.training:
-            return memory_output(query, factors, self._dropped)
-        return memory_output(query, factors, self.features, self.mean)
+        product = self.product()
+        query = query.to(product.factors[0].dtype)
+        return memory_output(query, product.factors, product.phi, product.mean)
 
-    def product(self) -> Product | str:
-        """What a fused kernel reads in the place of ``forward``, or why none can."""
+    def product(self) -> Product:
+        """What is read, for a fused kernel too."""
         if self.dropout and self.training:
-            return f"dropout={self.dropout} draws features at random"
-        if next(self.feature_map.parameters(), None) is not None:
-            return f"feature_map={self.map_name!r} has parameters"
+            return Product(self.factors, self._dropped)
         norm = "none" if self.normalize == "feature_mean" else self.normalize
-        return Product(self.factors, self.map_name, norm, self.mean)
+        return Product(self.factors, self.features, self.mean, known(self.map_name, norm))
 
     def _dropped(self, query: Tensor) -> Tensor:
         """Centred features, some of them dropped."""

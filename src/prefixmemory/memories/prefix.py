@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prefixmemory._shapes import Float
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.kernels.impl import Product
+from prefixmemory.kernels.impl import Product, known
 from prefixmemory.memories.feature_maps import build_feature_map
 from prefixmemory.memories.registry import AUTO, MemorySite, register_memory
 
@@ -137,9 +137,7 @@ class PrefixVectors(nn.Module):
         """What a fused kernel reads in the place of ``forward``, or why none can."""
         if self.feature_map is None or self.normalizer:
             return "its output is divided by a sum over the prefix"
-        if next(self.feature_map.parameters(), None) is not None:
-            return f"feature_map={self.map_name!r} has parameters"
-        return Product((self.matrix(),), self.map_name)
+        return Product((self.matrix(),), self.feature_map, form=known(self.map_name))
 
     def kernel(self) -> tuple[Float[Tensor, "g f v"], Float[Tensor, "g f"]]:
         """B = Σ_p φ(k_p)v_pᵀ and n = Σ_p φ(k_p): all that the kernel form needs, whatever the prefix's length."""

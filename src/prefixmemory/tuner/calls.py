@@ -25,12 +25,14 @@ class RowAdapters:
         names: one adapter for each row that the caller gave.
         beams: how many rows generate() makes of each; batches have this many times more rows than there are names.
         plans: what each layer has to do for these adapters.
+        stacks: of a plan, its memories as one; ``by_row.py`` keeps them here.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names, self.beams = list(names), 1
         self.distinct = list(dict.fromkeys(self.names))
         self.plans: dict[nn.Module, Any] = {}
+        self.stacks: dict[Any, Any] = {}
         self._of_batch: dict[tuple[int, torch.device], Groups] = {}
 
     def check(self, batch: int) -> None:
@@ -75,6 +77,8 @@ class Groups:
             self.slices.append((name, start, start + len(rows)))
             start += len(rows)
         self._has: dict[str, Tensor] = {}
+        self._places: dict[tuple[str, ...], Tensor] = {}
+        self._index: dict[tuple[str, ...], Tensor | None] = {}
         self.order: Tensor | None = None
         self.back: Tensor | None = None
         if order != sorted(order):
@@ -87,6 +91,21 @@ class Groups:
         if name not in self._has:
             self._has[name] = torch.tensor([row == name for row in self.row], device=self.device)
         return self._has[name]
+
+    def places(self, names: tuple[str, ...]) -> Tensor:
+        """For each row of the batch, the place of its adapter in ``names``, int64 ``[batch]``; -1: none of them."""
+        if names not in self._places:
+            found = [names.index(row) if row in names else -1 for row in self.row]
+            self._places[names] = torch.tensor(found, device=self.device)
+        return self._places[names]
+
+    def index_of(self, names: tuple[str, ...]) -> Tensor | None:
+        """Which rows have one of the adapters ``names``, int64; ``None``: all have."""
+        if names not in self._index:
+            found = [place for place, row in enumerate(self.row) if row in names]
+            all_have = len(found) == len(self.row)
+            self._index[names] = None if all_have else torch.tensor(found, device=self.device)
+        return self._index[names]
 
 
 class Call:

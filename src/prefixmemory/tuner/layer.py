@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import takewhile
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from prefixmemory.memories.mixing import Mixing
 from prefixmemory.memories.registry import MemorySite, ask, is_inside, lacks_mean, queries_of, whole
 from prefixmemory.tuner.activation import Listener, ModelPass, current_pass
 from prefixmemory.tuner.active_tokens import ActiveTokens
+from prefixmemory.tuner.by_row import add_by_row
 from prefixmemory.tuner.calls import Call, RowAdapters, close_call, current_call, open_call, row_adapters
 from prefixmemory.tuner.plan import Plan, Step, score_bias
 from prefixmemory.tuner.tensor_parallel import HeadShare
@@ -259,7 +260,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             for step, tokens in zip(call.plan.outside, active, strict=True):
                 new = step.add_to(new, outputs, queries, tokens)
         else:
-            new = _add_by_row(call.plan, call.rows, outputs, queries, model_pass)
+            new = add_by_row(call.plan, call.rows, outputs, queries, model_pass)
         return (new.reshape(heads.shape), *rest)
 
     def _query(self, call: Call, kind: str, heads: Tensor) -> Tensor:
@@ -336,7 +337,16 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             self.set_scale(name, float(scale))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        BaseTunerLayer.set_adapter(self, adapter_names, inference_mode)
+        """As in PEFT, whose own takes as long for each adapter that is loaded as for the one that becomes active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for bank in (self.prefix_memory_bank, self.prefix_memory_mixing):
+            for name, memory in bank.items():
+                learns = name in names and not inference_mode
+                for parameter in _parameters(memory):
+                    if parameter.requires_grad != learns:
+                        parameter.requires_grad_(learns)
+        self._freeze_non_trainable_peft_weights(names)
+        self._active_adapter = names
         self._replan()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -349,8 +359,8 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         """PEFT calls this wherever it has let all parameters of adapters learn."""
-        for adapter_name, parameters in self.fixed.items():
-            for name in parameters:
+        for adapter_name in self.fixed if adapter_names is None else adapter_names:
+            for name in self.fixed.get(adapter_name, ()):
                 self.memory(adapter_name).get_parameter(name).requires_grad_(False)
 
     def get_base_layer(self) -> nn.Module:
@@ -392,29 +402,33 @@ def _vectors(memory: Any) -> tuple[Tensor, Tensor]:
         hook.post_forward(memory, None)
 
 
-def _add_by_row(
-    plan: Plan, rows: RowAdapters, outputs: Tensor, queries: dict[str, Tensor], model_pass: ModelPass | None
-) -> Tensor:
-    """The heads' outputs with what each row's own adapter adds; ``model_pass``: on which tokens, ``None``: on all."""
-    groups = rows.groups(outputs.shape[0], outputs.device)
-    if groups.order is not None:
-        outputs = outputs.index_select(0, groups.order)
-        queries = {kind: query.index_select(0, groups.order) for kind, query in queries.items()}
-    parts = []
-    for name, start, end in groups.slices:
-        part, step = outputs[start:end], plan.by_name.get(name)
-        if step is not None:
-            span, invocation = slice(start, end), step.invocation
-            active = None if model_pass is None else model_pass.active_in(groups, name, span, invocation)
-            part = step.add_to(part, part, {kind: query[span] for kind, query in queries.items()}, active)
-        parts.append(part)
-    new = torch.cat(parts)
-    return new if groups.back is None else new.index_select(0, groups.back)
+def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            yield parameter
+    for child in module._modules.values():
+        if child is not None:
+            yield from _parameters(child)
+
+
+def named_memory_layers(model: nn.Module) -> Iterator[tuple[str, PrefixMemoryLayer]]:
+    """All memory layers of a model by their dotted names, in its order; takes no longer for many adapters."""
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if isinstance(module, PrefixMemoryLayer):
+            yield name, module
+        elif module not in seen:
+            seen.add(module)
+            start = f"{name}." if name else ""
+            children = [(start + key, child) for key, child in module._modules.items() if child is not None]
+            waiting += reversed(children)
 
 
 def memory_layers(model: nn.Module) -> list[PrefixMemoryLayer]:
     """All memory layers of a model, in its order."""
-    return [module for module in model.modules() if isinstance(module, PrefixMemoryLayer)]
+    return [layer for _, layer in named_memory_layers(model)]
 
 
 def reads_by(model: nn.Module) -> str | None:
@@ -425,7 +439,7 @@ def reads_by(model: nn.Module) -> str | None:
 
 def holders(model: nn.Module) -> list[nn.Module]:
     """``model`` and the parts of it that hold all of its memory layers, from the outside in."""
-    paths = [name.split(".") for name, module in model.named_modules() if isinstance(module, PrefixMemoryLayer)]
+    paths = [name.split(".") for name, _ in named_memory_layers(model)]
     common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
     found = [model.get_submodule(".".join(common[:n])) for n in range(len(common) + 1)]
     return [module for module in found if not isinstance(module, nn.ModuleList | nn.ModuleDict)]

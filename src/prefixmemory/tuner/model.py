@@ -32,6 +32,7 @@ from prefixmemory.tuner.layer import (
     PrefixMemoryLayer,
     listen,
     memory_layers,
+    named_memory_layers,
     set_scale,
 )
 from prefixmemory.tuner.offloading import put_aside, put_back
@@ -147,8 +148,9 @@ class PrefixMemoryModel(BaseTuner):
 
     def _place(self, site: AttentionSite, adapter_name: str, layer: PrefixMemoryLayer | None) -> MemorySite:
         """What the class of a memory is told of ``site``."""
-        holders = self._layers_of(adapter_name)
-        first = (holders[0].memory(adapter_name),) if holders and holders[0] is not layer else ()
+        holders = (other for _, other in named_memory_layers(self.model) if adapter_name in other.prefix_memory_bank)
+        holder = next(holders, None)
+        first = () if holder is None or holder is layer else (holder.memory(adapter_name),)
         return MemorySite(site.heads, site.kv_heads, site.head_dim, site.value_dim, site.scaling, first)
 
     def inject_adapter(
@@ -170,6 +172,15 @@ class PrefixMemoryModel(BaseTuner):
         same_start(self.model, (layer.memory(adapter_name) for layer in layers))
         if any(getattr(layer.memory(adapter_name), "mean", None) is not None for layer in layers):
             FirstBatch(self.model, adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT, whose own walks through all modules twice, those of adapters that rest among them."""
+        if any(config.modules_to_save or config.trainable_token_indices for config in self.peft_config.values()):
+            super().set_adapter(adapter_name, inference_mode)
+            return
+        for layer in memory_layers(self.model):
+            layer.set_adapter(adapter_name, inference_mode)
+        self.active_adapter = adapter_name
 
     # Running
 
@@ -417,13 +428,14 @@ class PrefixMemoryModel(BaseTuner):
 def _tensors_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
     """The tensors of an adapter's memories and their names in the model, by their names in a checkpoint."""
     found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, PrefixMemoryLayer):  # a state dict of all would change what bitsandbytes has repacked
-            for key, tensor in module.state_dict(prefix=f"{path}.").items():
-                key = key.replace(WRAPPER, "")
-                stored = _stored(key, adapter_name)
-                if stored is not None:
-                    found[_bare(stored)] = key, tensor
+    for path, layer in named_memory_layers(model):
+        for place in layer.adapter_layer_names:
+            bank = getattr(layer, place)
+            if adapter_name in bank:
+                start = f"{path}.{place}.{adapter_name}."
+                for key, tensor in bank[adapter_name].state_dict(prefix=start).items():
+                    key = key.replace(WRAPPER, "")
+                    found[_bare(cast(str, _stored(key, adapter_name)))] = key, tensor
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
+from prefixmemory.tuner.layer import memory_layers, named_memory_layers
 
 
 def put_aside(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -21,17 +21,16 @@ def put_aside(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
     if not {"cpu", "disk"}.intersection(map(str, places.values())):
         return
-    for path, module in model.named_modules():
-        if isinstance(module, PrefixMemoryLayer):
-            start = f"{path}."
-            module.put_aside = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+    for path, layer in named_memory_layers(model):
+        start = f"{path}."
+        layer.put_aside = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
 
 
 def put_back(model: nn.Module) -> None:
     """Give memories what was put aside of them and has been taken away since."""
     for layer in memory_layers(model):
         kept, layer.put_aside = layer.put_aside, {}
-        if not any(parameter.is_meta for parameter in layer.parameters()):
+        if not kept or not any(parameter.is_meta for parameter in layer.parameters()):
             continue
         from accelerate.hooks import remove_hook_from_module
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from prefixmemory.kernels.impl import Product, fused, said
-from prefixmemory.kernels.read import add
+from prefixmemory.kernels.read import add, read
 from prefixmemory.memories.mixing import Mixing
 from prefixmemory.memories.registry import is_inside
 from prefixmemory.tuner.active_tokens import ActiveTokens, Invocation
@@ -69,7 +70,7 @@ class Step:
         return onto.flatten(end_dim=-3).index_copy(0, index, new[0]).view(onto.shape)
 
     def product(self) -> Product | str | None:
-        """What a fused kernel reads, or why none can; ``None``: hooks wait for the memory to be called, as those do
+        """The memory as a product, or why it is none; ``None``: hooks wait for the memory to be called, as those do
         that take the means of features."""
         memory = self.memory
         if memory._forward_hooks or memory._forward_pre_hooks or hasattr(memory, "_hf_hook"):
@@ -88,12 +89,17 @@ class Step:
         return said(self.product, next(self.memory.parameters(), torch.empty(0)))
 
     def _added(self, onto: Tensor, outputs: Tensor, queries: Mapping[str, Tensor]) -> Tensor:
-        if (product := fused(self.product, outputs, onto, queries[self.queries[0]])) is not None:
+        product, joined = self.product(), None if onto is outputs else onto
+        query = queries[self.queries[0]]
+        if fused(product, outputs, onto, query):
             from prefixmemory.kernels import triton_read
 
-            (kind,) = self.queries
-            joined = None if onto is outputs else onto
-            return triton_read.read(queries[kind], outputs, product, self.limit, self.scale, joined)
+            return triton_read.read(query, outputs, cast(Product, product), self.limit, self.scale, joined)
+        if isinstance(product, Product):
+            factors, phi = product.factors, product.phi
+            keep = product.form is None  # φ may be anything
+            query = query.to(factors[0].dtype)
+            return read(query, outputs, factors, phi, product.mean, self.limit, self.scale, joined, keep)
         answer = self.ask(*[queries[kind] for kind in self.queries])
         if self.mixing is not None:
             answer = self.mixing(answer, outputs)

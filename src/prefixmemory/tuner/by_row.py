@@ -1,0 +1,110 @@
+"""Each row of a batch its own adapter: memories that differ in numbers alone are read together, others one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from prefixmemory.kernels.impl import Product, fused
+from prefixmemory.kernels.read import add, memory_output
+from prefixmemory.tuner.activation import ModelPass
+from prefixmemory.tuner.calls import Groups, RowAdapters
+from prefixmemory.tuner.plan import Plan, Step
+
+#: Rows an adapter, on average, up to which each row is given a copy of its memory: it costs less than further reads.
+SHARED = 4
+
+
+def add_by_row(
+    plan: Plan, rows: RowAdapters, outputs: Tensor, queries: dict[str, Tensor], model_pass: ModelPass | None
+) -> Tensor:
+    """The heads' outputs with what each row's own adapter adds; ``model_pass``: on which tokens, ``None``: on all."""
+    groups = rows.groups(outputs.shape[0], outputs.device)
+    on_all = model_pass is None or all([model_pass.active(step.invocation) is None for step in plan.outside])
+    if on_all and len(groups.row) <= SHARED * len(plan.outside):
+        if plan not in rows.stacks:
+            rows.stacks[plan] = Stack.of(plan.outside)
+        stack: Stack | None = rows.stacks[plan]
+        if stack is not None:
+            return stack.add_to(outputs, queries, groups)
+    return _one_by_one(plan, groups, outputs, queries, model_pass)
+
+
+class Stack:
+    """Memories that differ in numbers alone.
+
+    Attributes:
+        steps: by adapter.
+        first: one of them; queries, limit and scale are those of all.
+        names: the adapters.
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.steps, self.first = {step.name: step for step in steps}, steps[0]
+        self.names = tuple(self.steps)
+
+    @classmethod
+    def of(cls, steps: Sequence[Step]) -> Stack | None:
+        """These memories as one; ``None`` if they are not alike."""
+        first, product = steps[0], steps[0].product()
+        for step in steps:
+            other = step.product()
+            if not isinstance(product, Product) or not isinstance(other, Product) or not other.is_like(product):
+                return None
+            if (step.queries, step.limit, step.scale) != (first.queries, first.limit, first.scale):
+                return None
+        return cls(steps)
+
+    def add_to(self, outputs: Tensor, queries: dict[str, Tensor], groups: Groups) -> Tensor:
+        """The heads' ``outputs`` with what each row's memory adds; rows that have none stay as they are."""
+        query = queries[self.first.queries[0]]
+        if fused(self.first.product(), outputs, query):
+            return self._fused(query, outputs, groups)
+        own, index = outputs, groups.index_of(self.names)
+        if index is not None:
+            query, own = query.index_select(0, index), outputs.index_select(0, index)
+        stacked = self._stacked([name for name in groups.row if name in self.steps])
+        answer = memory_output(query.to(stacked.factors[0].dtype), stacked.factors, stacked.phi, stacked.mean)
+        new = add(own, answer, self.first.limit, self.first.scale)
+        return new if index is None else outputs.index_copy(0, index, new)
+
+    def _fused(self, query: Tensor, outputs: Tensor, groups: Groups) -> Tensor:
+        from prefixmemory.kernels import triton_read
+
+        stacked, count = self._stacked(self.names), len(self.names)
+        assert stacked.form is not None
+        slots = groups.places(self.names)[:, None].expand(outputs.shape[:-2])
+        limits, scales, forms = [self.first.limit] * count, [self.first.scale] * count, [stacked.form] * count
+        bank = triton_read.Bank.of(limits, scales, forms, outputs.device)
+        return triton_read.read_bank(query, outputs, stacked.factors, slots, bank, stacked.mean)
+
+    def _stacked(self, names: Sequence[str]) -> Product:
+        """The memories of these adapters, one behind the other."""
+        products = {name: cast(Product, step.product()) for name, step in self.steps.items()}
+        chosen = [products[name] for name in names]
+        factors = [torch.stack(each) for each in zip(*[product.factors for product in chosen], strict=True)]
+        means = [product.mean for product in chosen if product.mean is not None]
+        return replace(chosen[0], factors=tuple(factors), mean=torch.stack(means) if means else None)
+
+
+def _one_by_one(
+    plan: Plan, groups: Groups, outputs: Tensor, queries: dict[str, Tensor], model_pass: ModelPass | None
+) -> Tensor:
+    """Adapter after adapter, each on its rows."""
+    if groups.order is not None:
+        outputs = outputs.index_select(0, groups.order)
+        queries = {kind: query.index_select(0, groups.order) for kind, query in queries.items()}
+    parts = []
+    for name, start, end in groups.slices:
+        part, step = outputs[start:end], plan.by_name.get(name)
+        if step is not None:
+            span, invocation = slice(start, end), step.invocation
+            active = None if model_pass is None else model_pass.active_in(groups, name, span, invocation)
+            part = step.add_to(part, part, {kind: query[span] for kind, query in queries.items()}, active)
+        parts.append(part)
+    new = torch.cat(parts)
+    return new if groups.back is None else new.index_select(0, groups.back)
