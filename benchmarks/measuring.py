@@ -82,7 +82,7 @@ def seconds(function: Callable[[], object], device: torch.device | str, repeats:
 
 
 def in_turn(
-    calls: Mapping[str, Callable[[], object]], device: torch.device | str, blocks: int = 12, repeats: int = 2
+    calls: Mapping[str, Callable[[], object]], device: torch.device | str, blocks: int = 10, repeats: int = 2
 ) -> dict[str, float]:
     """Seconds of each of several short calls, in short blocks in turn: a machine's speed drifts within seconds."""
     taken = dict.fromkeys(calls, 0.0)

@@ -184,7 +184,7 @@ def measure(chosen: Namespace, arguments: Sequence[str] = ()) -> dict[str, Any]:
     benches: dict[str, Bench | Elsewhere] = {"this checkout": bench}
     if chosen.against:
         benches["the other one"] = Elsewhere(chosen.against, arguments)
-    bench.round()  # warm-up
+    sizes = bench.bytes()  # it warms up, too
     rounds: dict[str, list[Any]] = {name: [] for name in benches}
     for number in range(chosen.rounds):
         for name, each in benches.items():
@@ -192,7 +192,7 @@ def measure(chosen: Namespace, arguments: Sequence[str] = ()) -> dict[str, Any]:
         print(f"overhead: round {number + 1} of {chosen.rounds}", file=sys.stderr, flush=True)
     found = {name: _ratios(taken) for name, taken in rounds.items()}
     floors = bench.floors()
-    return {"ratios": found, "floors": floors, "bytes": bench.bytes(), "read_by": bench.read_by, "seconds": rounds}
+    return {"ratios": found, "floors": floors, "bytes": sizes, "read_by": bench.read_by, "seconds": rounds}
 
 
 def _ratios(rounds: list[Any]) -> dict[str, dict[str, Any]]:
@@ -212,7 +212,7 @@ def tables(record: Mapping[str, Any]) -> str:
 
 
 def options(arguments: Sequence[str] | None = None) -> Namespace:
-    parser = measuring.options(__doc__)
+    parser = measuring.options(__doc__, rounds=4)
     parser.add_argument("--against", type=Path, help="src folder of another checkout")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--tokens", type=int, default=512, help="of a training step and a prefill")
