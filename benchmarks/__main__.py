@@ -8,14 +8,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import adapters, figures, length, measuring, overhead
+from benchmarks.shapes import MEMORY
 
-from prefixmemory.files.records import provenance, write_json
+from prefixmemory.files.records import provenance, write_json, write_text
 
 PARTS: dict[str, Any] = {"overhead": overhead, "adapters": adapters, "length": length}
+DOCUMENT = measuring.ROOT / "docs" / "benchmarks.md"
+#: In ``DOCUMENT``, what stands behind it is written here.
+MARK = "<!-- from here on written by python -m benchmarks -->\n"
+ROWS, LOADING = ("adapters", "rows", f"{MEMORY}, 8 rows"), ("adapters", "loading")
+#: What is aimed at: at most so much, and where in the record it is.
+AIMS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "8 rows with 8 adapters, decoding, ratio to one adapter": (1.15, (*ROWS, "decode, each")),
+    "the same, prefill": (1.15, (*ROWS, "prefill, each")),
+    "switching, one adapter loaded, ms": (5, (*LOADING, f"{MEMORY}, n=1", "switch, ms")),
+    "switching, 64 loaded, ms": (5, (*LOADING, f"{MEMORY}, n=64", "switch, ms")),
+    "loading the first adapter, ratio to reading its file": (2, (*LOADING, f"{MEMORY}, n=1", "load / read")),
+    "loading the 64th": (2, (*LOADING, f"{MEMORY}, n=64", "load / read")),
+}
+
+
+def aims(record: Mapping[str, Any]) -> str:
+    """A table of what is aimed at and what was found."""
+    rows = {}
+    for name, (bound, path) in AIMS.items():
+        found: Any = record
+        for key in path:
+            found = found.get(key, {})
+        if found != {}:
+            rows[name] = {"aim, at most": bound, "found": found}
+    return measuring.table("the default memory", rows)
+
+
+def write_document(record: Mapping[str, Any], tables: str) -> None:
+    """Put aims and tables into ``docs/benchmarks.md``."""
+    text, mark, _ = DOCUMENT.read_text(encoding="utf-8").partition(MARK)
+    said = f"Commit {str(record['commit'])[:7]}, {record['hardware']}, torch {record['versions']['torch']}."
+    write_text(DOCUMENT, f"{text}{mark}\n{said}\n\n{aims(record)}\n{tables.strip()}\n")
 
 
 def main() -> None:
