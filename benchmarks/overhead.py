@@ -30,8 +30,8 @@ from benchmarks.shapes import BARE, BIAS, HOOKS, METHODS
 from prefixmemory.tuner.layer import memory_layers, reads_by
 
 TRAIN = "training step"
-#: Ways that are compiled: each takes minutes on a CPU.
-COMPILED = (BARE, BIAS, "default memory", "the paper's form", "LoRA q, v r=8")
+#: Methods that are compiled: each takes more than a minute on a CPU, its training step several.
+COMPILED = (BARE, BIAS, "default memory", "LoRA q, v r=8")
 
 
 class Bench:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is no installed package
 
+from benchmarks import __main__ as command
 from benchmarks import measuring, shapes
 
 from prefixmemory.tuner.layer import memory_layers
@@ -131,6 +132,22 @@ def test_one_command_writes_the_record_and_the_figures(tmp_path: Path) -> None:
         assert found and all(math.isfinite(number) and number >= 0 for number in found)
     for figure in ("benchmarks.png", "length.png"):
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_document_keeps_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = command.DOCUMENT.read_text(encoding="utf-8")
+    assert written.count(command.MARK) == 1
+    copy = tmp_path / "benchmarks.md"
+    copy.write_text(written, encoding="utf-8")
+    monkeypatch.setattr(command, "DOCUMENT", copy)
+    row = {"decode, each": {"median": 1.2345, "low": 1.2, "high": 1.3}}
+    record = {"commit": None, "hardware": "a machine", "versions": {"torch": "2"}}
+    record |= {"adapters": {"rows": {"default memory, 8 rows": row}}}
+    for tables in ("first", "second"):
+        command.write_document(record, tables)
+    text = copy.read_text(encoding="utf-8")
+    assert text.startswith(written.partition(command.MARK)[0])
+    assert "| 1.15 | 1.234 (1.200 to 1.300) |" in text and "second" in text and "first\n" not in text
 
 
 def test_another_checkout_is_measured_in_turn() -> None:
