@@ -49,8 +49,8 @@ kills: $(VENV)/.dev ## kill and resume a run of 90 steps at 30 random moments (a
 crowds: $(VENV)/.dev ## two and three runs on one folder in all 108 combinations, one killed (about 10 minutes)
 	$(BIN)/python tests/crowds.py $(ARGS)
 
-bench: $(VENV)/.dev ## measure what a memory costs beside the bare model and LoRA (about 20 minutes)
-	$(BIN)/python benchmarks/overhead.py --compiled $(ARGS)
+bench: $(VENV)/.dev ## measure what memories, LoRA and prefix tuning cost, write docs/benchmarks.md (about 40 minutes; ARGS=--quick)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks --compiled $(ARGS)
 
 browser: ## install Debian's Chromium, in which the tests open the pages (without it they are skipped)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \

@@ -1,6 +1,6 @@
 """One long text in front, eight adapters: one prefill for all of them, beside a prefill for each.
 
-    python benchmarks/context_reuse.py      # prints a table, writes results/benchmarks/context_reuse.json
+    python -m benchmarks.context_reuse      # prints a table, writes results/benchmarks/context_reuse.json
 
 SmolLM2-135M-Instruct on one thread, greedy answers of eight tokens. Memories that speak from the prompt's end on leave
 the keys and values of the text in front as the base model's, so that each adapter goes on from a copy of one cache.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.measuring import RESULTS, cache_bytes
 from peft import get_peft_model
 
 from prefixmemory import PrefixMemoryConfig, invocation_tokens
@@ -25,13 +26,8 @@ from prefixmemory.models.loading import load_model, load_tokenizer, smollm2
 from prefixmemory.rows.rendering import chat_prompt
 from prefixmemory.rows.unrelated_text import unrelated_text
 
-RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "context_reuse.json"
+RESULT = RESULTS / "context_reuse.json"
 NEW = 8
-
-
-def cache_bytes(cache: Any) -> int:
-    """Size of the keys and values of a cache."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The fused read on a GPU beside PyTorch's, eager and compiled, and beside the bytes that it cannot do without.
 
-    python benchmarks/triton_read.py                       # prints a table, writes results/benchmarks/triton_read.json
-    TRITON_INTERPRET=1 python benchmarks/triton_read.py --device cpu    # runs through, at sizes that mean nothing
+    python -m benchmarks.triton_read                       # prints a table, writes results/benchmarks/triton_read.json
+    TRITON_INTERPRET=1 python -m benchmarks.triton_read --device cpu    # runs through, at sizes that mean nothing
 
 One layer at the shapes of models of 3B and 8B, bfloat16, 4,096 tokens: rank 8 in float32 as it is trained, the same
 in bfloat16, and M in full, shared by the query heads of a key/value head; forward, and forward with backward. And a
@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from benchmarks.measuring import RESULTS, seconds
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,7 +31,7 @@ from prefixmemory.kernels.read import read
 from prefixmemory.serving.bank import LayerBank, Step
 from prefixmemory.serving.served import Manner, ServedLayer
 
-RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "triton_read.json"
+RESULT = RESULTS / "triton_read.json"
 LIMIT = 0.5
 #: Query heads, key/value heads, size of a head.
 SHAPES = {"3B": (24, 8, 128), "8B": (32, 8, 128)}
@@ -137,21 +137,6 @@ class Served:
         return 3 * self.query.nbytes + bank.A.nbytes + bank.B.nbytes
 
 
-def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of one call, the mean of ``repeats``."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / repeats
-
-
 def bytes_a_second(device: torch.device) -> float:
     """At which a copy reads and writes."""
     source = torch.zeros(2**28 if device.type == "cuda" else 2**20, device=device)
@@ -162,11 +147,11 @@ def bytes_a_second(device: torch.device) -> float:
 def measure(calls: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Seconds of every way in every round, in turn."""
     for call in calls.values():
-        seconds(call, device, 3)  # warm-up, and what is compiled
+        seconds(call, device)  # warm-up, and what is compiled
     taken: dict[str, list[float]] = {way: [] for way in calls}
     for _ in range(rounds):
         for way, call in calls.items():
-            taken[way].append(seconds(call, device, 20))
+            taken[way].append(seconds(call, device, 20 if device.type == "cuda" else 1))
     return taken
 
 
