@@ -29,6 +29,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prefixmemory import set_scale
+from prefixmemory.serving.bank import LayerBank, Step
+from prefixmemory.serving.served import HeadSizes, read_memory
 from prefixmemory.tuner.layer import memory_layers
 
 FULL, LORA_QV, LORA = "memory in full", "LoRA q, v r=8", "LoRA all linear r=16"
@@ -143,12 +145,47 @@ def load(method: str, numbers: Sequence[int], shape: str) -> dict[str, dict[str,
             if number in numbers:
                 read = statistics.median(measuring.seconds(reading, "cpu") for _ in range(5))
                 switching = statistics.median(_switch(model, other) for other in range(max(1, number - 5), number + 1))
-                found[f"{method}, n={number}"] = {
-                    "file, MB": file.stat().st_size / 1e6, "load, s": loaded, "read, s": read,
-                    "load / read": loaded / read, "switch, ms": 1000 * switching,
-                }  # fmt: skip
+                found[f"{method}, n={number}"] = _loaded(file, loaded, read, switching)
                 print(f"adapters: {method}, {number} loaded", file=sys.stderr, flush=True)
     return found
+
+
+def into_slots(numbers: Sequence[int], shape: str) -> dict[str, dict[str, Any]]:
+    """The same of a server's slots (``serving/bank.py``): file to slot, checked; a switch is another index."""
+    of, found = shapes.config(shape), {}
+    size, heads = of.head_dim or of.hidden_size // of.num_attention_heads, of.num_attention_heads
+    sizes, cpu = HeadSizes(heads, of.num_key_value_heads, size, size), torch.device("cpu")
+    layers, rows = of.num_hidden_layers, 8
+    banks = [LayerBank(max(numbers), 8, heads, size, size, torch.float32, cpu) for _ in range(layers)]
+    step = Step(rows, heads * size, torch.float32, cpu)
+    with tempfile.TemporaryDirectory() as folder:
+        model: Any = get_peft_model(hollow(shape), METHODS[MEMORY]())  # type: ignore[misc]
+        shapes.as_if_trained(model)
+        model.save_pretrained(folder)
+        file = Path(folder) / "adapter_model.safetensors"
+
+        def reading() -> Any:
+            return [tensor.clone() for tensor in load_file(file).values()]
+
+        def loading(slot: int) -> None:
+            for number, layer in read_memory(Path(folder), sizes, layers, 8).items():
+                banks[number].put(slot, layer)
+
+        for number in range(1, max(numbers) + 1):
+            loaded = measuring.seconds(partial(loading, number - 1), "cpu")
+            if number in numbers:
+                read = statistics.median(measuring.seconds(reading, "cpu") for _ in range(5))
+                slots = torch.full((rows,), number - 1)
+                switching = statistics.median(measuring.seconds(lambda s=slots: step.point(s), "cpu") for _ in range(5))  # type: ignore[misc]
+                found[f"{MEMORY}, a server's slot {number}"] = _loaded(file, loaded, read, switching)
+    return found
+
+
+def _loaded(file: Path, loaded: float, read: float, switching: float) -> dict[str, float]:
+    return {
+        "file, MB": file.stat().st_size / 1e6, "load, s": loaded, "read, s": read,
+        "load / read": loaded / read, "switch, ms": 1000 * switching,
+    }  # fmt: skip
 
 
 def _switch(model: Any, other: int) -> float:
@@ -160,9 +197,11 @@ def _switch(model: Any, other: int) -> float:
 # Compiling again
 
 
-def graphs(method: str, adapters: int) -> dict[str, int]:
-    """How many graphs ``torch.compile`` makes, by what is done to a compiled model; and whether it runs compiled in the
-    end: behind ``torch._dynamo.config.recompile_limit``, 8, it does not."""
+def graphs(method: str, adapters: int, below: bool) -> dict[str, int]:
+    """How many graphs ``torch.compile`` makes, by what is done to a compiled model: PEFT's, or what lies ``below`` it.
+
+    And whether it runs compiled in the end: behind ``torch._dynamo.config.recompile_limit``, 8, it does not.
+    """
     of, make = shapes.config("tiny"), METHODS[method]
     assert make is not None
     model: Any = shapes.with_method(shapes.base_model(of, torch.float32, "cpu"), method)
@@ -178,7 +217,8 @@ def graphs(method: str, adapters: int) -> dict[str, int]:
         return lambda *args: [runs.append(None), graph(*args)][1]
 
     torch.compiler.reset()
-    compiled = torch.compile(model.eval(), backend=backend)
+    model.eval()
+    compiled = torch.compile(model.get_base_model() if below else model, backend=backend)
 
     def switched(*to: str) -> int:
         """Graphs, in calls after each switch."""
@@ -207,8 +247,10 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": in_rows(chosen), "loading": {}}
     for method, numbers in LOADED.items():
         found["loading"] |= load(method, numbers[: 1 if chosen.quick else None], "tiny" if chosen.quick else "8b")
+    found["loading"] |= into_slots((1, 2) if chosen.quick else (1, 8, 64), "tiny" if chosen.quick else "8b")
     methods, number = ((MEMORY,), 2) if chosen.quick else ((MEMORY, LORA_QV), 12)
-    return found | {"compilations": {method: graphs(method, number) for method in methods}}
+    whats = {f"{method}, {what}": (method, what == "below it") for method in methods for what in ("PEFT", "below it")}
+    return found | {"compilations": {name: graphs(method, number, below) for name, (method, below) in whats.items()}}
 
 
 def tables(record: Mapping[str, Any]) -> str:
