@@ -160,6 +160,36 @@ def check_hotswap() -> None:
     print("ok: hotswap_adapter, no recompilation")
 
 
+def check_switch() -> None:
+    """Adapters alike share a graph of the model below PEFT's, whose forward names the adapter; all scales but 1 one."""
+    torch._dynamo.reset()
+    model, ids = with_memory(build("llama_gqa"), **DEFAULT), tokens(2, 11)
+    names = ["default", *(f"other{n}" for n in range(10))]  # more than dynamo's limit of graphs
+    for seed, name in enumerate(names[1:], start=3):
+        model.add_adapter(name, PrefixMemoryConfig(task_type="CAUSAL_LM", **DEFAULT))
+        randomize(model, name, seed)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model.get_base_model(), backend=counter, fullgraph=True)
+    seen: list[Tensor] = []
+
+    def answers(name: str, scale: float) -> None:
+        model.set_adapter(name)
+        model.set_scale(scale)
+        found, expected = (m(input_ids=ids, use_cache=False).logits for m in (compiled, model))
+        torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+        assert all((found - other).abs().max() > 10 * TOLERANCE for other in seen), (name, scale)
+        seen.append(found)
+
+    with torch.no_grad():
+        for name in names:
+            answers(name, 1.0)
+        assert counter.frame_count == 1, f"{counter.frame_count} graphs after switching"
+        for scale in (0.5, 0.3, 0.2):
+            answers("default", scale)
+        assert counter.frame_count == 2, f"{counter.frame_count} graphs after three scales"
+    print("ok: switching is no graph more, a scale that is no longer 1 is one, whichever it is")
+
+
 def main(query: str, backend: str) -> None:
     torch.set_num_threads(1)
     check_first_calls()
@@ -172,6 +202,7 @@ def main(query: str, backend: str) -> None:
             check_training(second)
         check_activation()
         check_hotswap()
+        check_switch()
         for fields in ({}, {"scale": 0.5}):
             check_whole(placement="inside", prefix_length=3, **fields)
         check_whole(prefix_length=3, similarity="softmax", mixing="head")

@@ -147,3 +147,20 @@ def test_a_memory_that_did_not_keep_learns_where_the_query_wants_no_gradient():
     assert set(ours) == {"own", "A", "B"}
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name])
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_what_others_have_added_passes_its_gradient_on(limit):
+    made = tensors(HEADS, "low rank", mean=True, length=7) | {
+        "onto": torch.randn(2, 7, HEADS, VALUE, dtype=torch.float64)
+    }
+    made["onto"].requires_grad_()
+    arguments = query_of(made), made["own"], (made["A"], made["B"]), F.elu, made["mean"], limit, 0.7, made["onto"]
+    leaves, found = [made[name] for name in ("fused", "own", "A", "B", "onto")], []
+    for keep in (True, False):
+        output = read(*arguments, keep=keep)
+        weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+        found.append(torch.autograd.grad((output * weights).sum(), leaves, allow_unused=True, materialize_grads=True))
+    assert torch.equal(found[1][-1].flatten(), weights.flatten()) and found[1][1].any() == (limit is not None)
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -197,5 +197,6 @@ class _Read(torch.autograd.Function):
         kind, dtype, enabled = ctx.autocast
         with torch.enable_grad(), torch.autocast(kind, dtype, enabled):
             new = read(query, outputs, factors, feature_map, mean, limit, scale, onto)
-        found = iter(torch.autograd.grad(new, [x for x, n in zip(given, needed, strict=True) if n], gradient))
+        leaves = [x for x, n in zip(given, needed, strict=True) if n]
+        found = iter(torch.autograd.grad(new, leaves, gradient, allow_unused=True))  # o, without a limit
         return None, *[next(found) if n else None for n in needed]

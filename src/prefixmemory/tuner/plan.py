@@ -66,7 +66,9 @@ class Step:
         def chosen(x: Tensor) -> Tensor:
             return x.flatten(end_dim=-3).index_select(0, index)[None]
 
-        new = self._added(chosen(onto), chosen(outputs), {kind: chosen(query) for kind, query in queries.items()})
+        own = chosen(outputs)
+        joined = own if onto is outputs else chosen(onto)
+        new = self._added(joined, own, {kind: chosen(query) for kind, query in queries.items()})
         return onto.flatten(end_dim=-3).index_copy(0, index, new[0]).view(onto.shape)
 
     def product(self) -> Product | str | None:
