@@ -160,9 +160,9 @@ def _switch(model: Any, other: int) -> float:
 # Compiling again
 
 
-def graphs(method: str, adapters: int) -> dict[str, int]:
-    """How many graphs ``torch.compile`` makes, by what is done to a compiled model; and whether it runs compiled in the
-    end: behind ``torch._dynamo.config.recompile_limit``, 8, it does not."""
+def graphs(method: str, adapters: int, below: bool) -> dict[str, int]:
+    """How many graphs ``torch.compile`` makes, by what is done to a compiled model, PEFT's or the one ``below`` it; and
+    whether it runs compiled in the end: behind ``torch._dynamo.config.recompile_limit``, 8, it does not."""
     of, make = shapes.config("tiny"), METHODS[method]
     assert make is not None
     model: Any = shapes.with_method(shapes.base_model(of, torch.float32, "cpu"), method)
@@ -170,7 +170,7 @@ def graphs(method: str, adapters: int) -> dict[str, int]:
     names = ["default", *[f"adapter{number}" for number in range(2, adapters + 1)]]
     for name in names[1:]:
         model.add_adapter(name, make())
-    shapes.as_if_trained(model)
+    shapes.as_if_trained(model.eval())
     made, runs = [], []
 
     def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
@@ -178,7 +178,7 @@ def graphs(method: str, adapters: int) -> dict[str, int]:
         return lambda *args: [runs.append(None), graph(*args)][1]
 
     torch.compiler.reset()
-    compiled = torch.compile(model.eval(), backend=backend)
+    compiled = torch.compile(model.get_base_model() if below else model, backend=backend)
 
     def switched(*to: str) -> int:
         """Graphs, in calls after each switch."""
@@ -207,8 +207,19 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": in_rows(chosen), "loading": {}}
     for method, numbers in LOADED.items():
         found["loading"] |= load(method, numbers[: 1 if chosen.quick else None], "tiny" if chosen.quick else "8b")
-    methods, number = ((MEMORY,), 2) if chosen.quick else ((MEMORY, LORA_QV), 12)
-    return found | {"compilations": {method: graphs(method, number) for method in methods}}
+    cases = (
+        [(MEMORY, True)]
+        if chosen.quick
+        else [(method, below) for method in (MEMORY, LORA_QV) for below in (True, False)]
+    )
+    return found | {
+        "compilations": {
+            f"{method}, {'the model below' if below else 'PEFT model'}": graphs(
+                method, 2 if chosen.quick else 12, below
+            )
+            for method, below in cases
+        }
+    }
 
 
 def tables(record: Mapping[str, Any]) -> str:

@@ -84,7 +84,7 @@ def seconds(function: Callable[[], object], device: torch.device | str, repeats:
 def in_turn(
     calls: Mapping[str, Callable[[], object]], device: torch.device | str, blocks: int = 10, repeats: int = 2
 ) -> dict[str, float]:
-    """Seconds of each of several short calls: the median of short blocks, taken in turn, since a machine's speed drifts."""
+    """Seconds of each of several short calls: the median of short blocks, in turn, since a machine's speed drifts."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(blocks):
         for name, call in calls.items():
