@@ -209,7 +209,7 @@ def graphs(method: str, adapters: int, below: bool) -> dict[str, int]:
     names = ["default", *[f"adapter{number}" for number in range(2, adapters + 1)]]
     for name in names[1:]:
         model.add_adapter(name, make())
-    shapes.as_if_trained(model)
+    shapes.as_if_trained(model.eval())
     made, runs = [], []
 
     def backend(graph: Any, inputs: Any) -> Callable[..., Any]:

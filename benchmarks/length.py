@@ -86,7 +86,7 @@ def at(readers: Sequence[Reader], ids: Any, device: str) -> dict[str, dict[str, 
         cache, found = first(reader, ids, device)
         taken |= found
         steps[reader.method] = reader.decoding(cache)
-    for method, seconds in measuring.in_turn(steps, device, blocks=6, repeats=1).items():
+    for method, seconds in measuring.in_turn(steps, device, blocks=40, repeats=1).items():
         taken[method]["token"] = seconds
     return taken
 

@@ -84,12 +84,12 @@ def seconds(function: Callable[[], object], device: torch.device | str, repeats:
 def in_turn(
     calls: Mapping[str, Callable[[], object]], device: torch.device | str, blocks: int = 10, repeats: int = 2
 ) -> dict[str, float]:
-    """Seconds of each of several short calls, in short blocks in turn: a machine's speed drifts within seconds."""
-    taken = dict.fromkeys(calls, 0.0)
+    """Seconds of each of several short calls: the median of short blocks, in turn, since a machine's speed drifts."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(blocks):
         for name, call in calls.items():
-            taken[name] += seconds(call, device, repeats) / blocks
-    return taken
+            taken[name].append(seconds(call, device, repeats))
+    return {name: statistics.median(found) for name, found in taken.items()}
 
 
 def middle(values: Sequence[float]) -> dict[str, float]:
