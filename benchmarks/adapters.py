@@ -217,7 +217,6 @@ def graphs(method: str, adapters: int, below: bool) -> dict[str, int]:
         return lambda *args: [runs.append(None), graph(*args)][1]
 
     torch.compiler.reset()
-    model.eval()
     compiled = torch.compile(model.get_base_model() if below else model, backend=backend)
 
     def switched(*to: str) -> int:

@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -48,6 +49,7 @@ def _installed() -> Iterator[tuple[str, str]]:
             yield name, version(name)
 
 
+@cache  # of the code that is running, whatever is edited meanwhile
 def _commit() -> str | None:
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]
