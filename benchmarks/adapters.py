@@ -207,19 +207,13 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": in_rows(chosen), "loading": {}}
     for method, numbers in LOADED.items():
         found["loading"] |= load(method, numbers[: 1 if chosen.quick else None], "tiny" if chosen.quick else "8b")
-    cases = (
-        [(MEMORY, True)]
-        if chosen.quick
-        else [(method, below) for method in (MEMORY, LORA_QV) for below in (True, False)]
-    )
-    return found | {
-        "compilations": {
-            f"{method}, {'the model below' if below else 'PEFT model'}": graphs(
-                method, 2 if chosen.quick else 12, below
-            )
-            for method, below in cases
-        }
+    number, methods, models = (2, (MEMORY,), (True,)) if chosen.quick else (12, (MEMORY, LORA_QV), (True, False))
+    found["compilations"] = {
+        f"{method}, {'the model below' if below else 'PEFT model'}": graphs(method, number, below)
+        for method in methods
+        for below in models
     }
+    return found
 
 
 def tables(record: Mapping[str, Any]) -> str:
