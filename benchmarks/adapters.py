@@ -31,7 +31,7 @@ from torch import nn
 from prefixmemory import set_scale
 from prefixmemory.serving.bank import LayerBank, Step
 from prefixmemory.serving.served import HeadSizes, read_memory
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 FULL, LORA_QV, LORA = "memory in full", "LoRA q, v r=8", "LoRA all linear r=16"
 IN_ROWS = (MEMORY, FULL, LORA_QV)

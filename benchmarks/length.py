@@ -24,7 +24,7 @@ import torch
 from benchmarks import measuring, shapes
 from benchmarks.shapes import BARE, MEMORY
 
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 ACTIVATED, SECOND = "memory, activated", "a second adapter, activated"
 METHODS = (BARE, MEMORY, ACTIVATED, "LoRA q, v r=8", "LoRA all linear r=16", "prefix tuning, 32 tokens")

@@ -27,7 +27,7 @@ import torch
 from benchmarks import measuring, shapes
 from benchmarks.shapes import BARE, BIAS, HOOKS, METHODS
 
-from prefixmemory.tuner.layer import memory_layers, reads_by
+from prefixmemory.tuner.layers import memory_layers, reads_by
 
 TRAIN = "training step"
 #: Methods that are compiled: each takes more than a minute on a CPU, its training step several.

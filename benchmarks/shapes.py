@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prefixmemory import PrefixMemoryConfig, reference, set_scale
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 #: Vocabulary, width, width between, layers, heads, key/value heads, size of a head, whether the embeddings are tied.
 SHAPES = {

@@ -21,7 +21,7 @@ from prefixmemory.files.records import provenance
 from prefixmemory.models.loading import load_model, load_tokenizer, smollm2
 from prefixmemory.rows.rendering import render
 from prefixmemory.tasks import load_task
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 RESULTS = Path(__file__).parent.parent / "results" / "analysis" / "feature_mean.jsonl"
 

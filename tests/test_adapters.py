@@ -26,7 +26,7 @@ import prefixmemory.memories.peft_type
 import tiny
 from close import close_logits, same_parameters
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, PrefixMemoryModel, register_feature_map
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 # PEFT says so whenever the active adapter is deleted and another one takes its place.
 ACTIVE_DELETED = "Adapter .* was active which is now deleted"

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is no instal
 from benchmarks import __main__ as command
 from benchmarks import measuring, shapes
 
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 ROOT = Path(__file__).parent.parent
 MEMORIES = ["default memory", "memory in full", "the paper's form", "memory, activated"]

@@ -18,7 +18,7 @@ from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, calibrate
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 from processes import start
 
 

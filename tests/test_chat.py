@@ -14,7 +14,7 @@ import tiny
 from command_line import call, jsonl, save_talker
 from prefixmemory.adapters.chat import chat
 from prefixmemory.adapters.loading import load_adapter
-from prefixmemory.tuner.layer import set_scale
+from prefixmemory.tuner.layers import set_scale
 
 TOKENIZER = tiny.tokenizer()
 ROWS = {

@@ -22,7 +22,7 @@ import test_fidelity as fidelity
 from prefixmemory import PrefixMemoryConfig, reference
 from prefixmemory.memories.prefix import PrefixVectors
 from prefixmemory.memories.registry import MemorySite
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 from test_fidelity import PLAIN_MAPS, TOLERANCE, Oracle, Result, difference, family_model, padded_batch, run_adapter
 from tiny import memory_parameters, with_memory
 

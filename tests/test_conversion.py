@@ -16,7 +16,7 @@ import tiny
 from close import close_logits, same_parameters
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.tuner.conversion import kernel_from_prefix, memory_from_prefix, prefix_from_peft
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 from test_context_methods import BACKENDS
 from test_fidelity import family_model
 from tiny import build, memory_parameters, randomize, tokens, with_memory

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache, pipeline
 import tiny
 from close import close_logits
 from prefixmemory import PrefixMemoryConfig
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 #: ``mistral`` and ``gemma3`` have sliding windows of 6 tokens, the prompts are longer.
 FAMILIES = ("llama_gqa", "mistral", "gemma3", "qwen3")

@@ -20,7 +20,7 @@ from close import close_figures
 from command_line import call, files_of, jsonl, save_talker, work_in_copy
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.training.card import is_ours
-from prefixmemory.tuner.layer import set_scale
+from prefixmemory.tuner.layers import set_scale
 
 TOKENIZER = tiny.tokenizer()
 #: Texts of unlike lengths, so that batches are padded.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import tiny
 from close import close_logits, same_parameters
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, reference
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 # The name that Trainer, TRL and most scripts call; the new one does not exist in every supported transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import tiny
 from close import close_logits, same_parameters
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 from processes import run_python
 
 WEIGHTS = "adapter_model.safetensors"

@@ -27,7 +27,7 @@ from prefixmemory.analysis import readout, spectrum, tradeoff
 from prefixmemory.analysis.inputs import token_ids
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.registry import MEMORIES
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 from processes import run_python
 
 TEXT = (Path(__file__).parent.parent / "docs" / "guides" / "build-your-own.md").read_text(encoding="utf-8")

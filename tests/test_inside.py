@@ -20,7 +20,7 @@ from transformers import DynamicCache, StaticCache
 import tiny
 from close import close_logits, same_parameters
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 from test_fidelity import family_model
 from tiny import build, memory_parameters, randomize, tokens, with_memory
 

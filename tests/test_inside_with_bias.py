@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, DiffLlamaC
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, reference
 from prefixmemory.attention.interface import OBSERVERS
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # experiments is no installed package
 from experiments.models.kinds import Kind, build_case, by_name

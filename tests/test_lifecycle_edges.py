@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, register_memory
 from prefixmemory.memories.registry import MEMORIES
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 IDS = tiny.tokens(2, 9)
 

@@ -29,7 +29,7 @@ import tiny
 from close import close_logits, same_parameters
 from family_models import CASES, Case
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 # Old configs speak of their generation settings; the name that Trainer, TRL and most scripts call is deprecated.
 pytestmark = [

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from close import close_logits, same_parameters
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 ON_DISK = {
     **dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"), "cpu"),

@@ -22,7 +22,7 @@ from prefixmemory.adapters.loading import load_adapter
 from prefixmemory.memories.checkpoint import check_config_file
 from prefixmemory.memories.registry import MEMORIES
 from prefixmemory.training.methods import method_config
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 from processes import run_python
 
 # The name that Trainer, TRL and most scripts call; the new one does not exist in every supported transformers.

@@ -20,7 +20,7 @@ from prefixmemory.analysis import ablate, readout, shift, spectrum, tradeoff
 from prefixmemory.analysis.readout import text_loss
 from prefixmemory.memories.registry import MEMORIES, memory_kind
 from prefixmemory.tuner.conversion import memory_from_prefix
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 # --- refusals ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 
 def model(**fields: object) -> PeftModel:

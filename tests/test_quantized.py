@@ -43,7 +43,7 @@ from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.models.loading import load_model
 from prefixmemory.models.quantization import REPACKS, is_repacked, set_repacking
 from prefixmemory.tuner import model as tuner
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 from processes import run_python
 from tiny import memory_parameters, randomize, tokenizer, tokens
 

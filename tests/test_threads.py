@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import tiny
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.tuner import calls
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 THREADS, FORWARDS = 8, 200
 

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, calibrate
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 # TRL 1.16 switches gradient checkpointing on and off under the names that transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`gradient_checkpointing(_\w+)?` is deprecated:FutureWarning")

@@ -25,7 +25,7 @@ from prefixmemory.kernels import impl, triton_read
 from prefixmemory.kernels.impl import KINDS, NORMS, Product
 from prefixmemory.serving.bank import LayerBank, forms
 from prefixmemory.serving.served import read_memory
-from prefixmemory.tuner.layer import reads_by
+from prefixmemory.tuner.layers import reads_by
 from processes import run_python
 from tiny import DEFAULT, build, memory_parameters, tokens, with_memory
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 import compile_checks
-from prefixmemory.tuner.layer import reads_by
+from prefixmemory.tuner.layers import reads_by
 from tiny import DEFAULT, build, with_memory
 
 

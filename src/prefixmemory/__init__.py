@@ -16,7 +16,7 @@ from prefixmemory.memories.registry import MemorySite, register_memory
 from prefixmemory.rows.invocation import invocation_tokens
 from prefixmemory.tuner.activation import activation
 from prefixmemory.tuner.calibration import calibrate
-from prefixmemory.tuner.layer import set_scale
+from prefixmemory.tuner.layers import set_scale
 from prefixmemory.tuner.model import PrefixMemoryModel
 from prefixmemory.tuner.registration import register
 

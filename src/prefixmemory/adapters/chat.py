@@ -15,7 +15,7 @@ from prefixmemory.rows.collator import padding_id
 from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.rows.rendering import chat_prompt, has_chat_template, render_prompt
 from prefixmemory.scoring.generation import GREEDY, Sampling, end_tokens, room_for_answer
-from prefixmemory.tuner.layer import set_scale
+from prefixmemory.tuner.layers import set_scale
 
 HELP = "/base switches the adapter off and on, /scale X sets a memory's scale, /reset forgets, /quit ends."
 

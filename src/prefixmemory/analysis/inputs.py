@@ -22,7 +22,8 @@ from prefixmemory.memories.registry import is_inside
 from prefixmemory.rows.data import northline
 from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.tuner.activation import activation
-from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
+from prefixmemory.tuner.layer import PrefixMemoryLayer
+from prefixmemory.tuner.layers import memory_layers
 
 
 def base_of(model: nn.Module) -> nn.Module:

@@ -18,7 +18,8 @@ from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.registry import matrix_of
 from prefixmemory.tuner.activation import activation
-from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
+from prefixmemory.tuner.layer import PrefixMemoryLayer
+from prefixmemory.tuner.layers import memory_layers
 
 DEFINITION = (
     "right singular vectors of a head's memory, sent through the head's part of the output projection, {norm} and the "

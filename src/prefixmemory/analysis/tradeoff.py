@@ -22,7 +22,7 @@ from prefixmemory.analysis.observe import Call, observe
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.registry import is_inside
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 
 DEFINITIONS = {
     "share": "α: share of a head's attention that goes to the prefix's keys, mean over the last queries of the input",

@@ -43,7 +43,7 @@ from prefixmemory.training.output import Output, remove_run
 from prefixmemory.training.preferences import check_trl, preference_trainer
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.record import RunRecord, plan_of_run
-from prefixmemory.tuner.layer import reads_by
+from prefixmemory.tuner.layers import reads_by
 
 
 def quiet_libraries() -> None:

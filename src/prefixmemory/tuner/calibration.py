@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.registry import lacks_mean, whole
-from prefixmemory.tuner.layer import PrefixMemoryLayer, holders, memory_layers
+from prefixmemory.tuner.layer import PrefixMemoryLayer
+from prefixmemory.tuner.layers import holders, memory_layers
 
 
 class FirstBatch:

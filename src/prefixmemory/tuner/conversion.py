@@ -25,7 +25,8 @@ from prefixmemory.memories.checkpoint import check_config_file
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.matrix import MatrixMemory
 from prefixmemory.memories.prefix import PrefixVectors
-from prefixmemory.tuner.layer import PrefixMemoryLayer, memory_layers
+from prefixmemory.tuner.layer import PrefixMemoryLayer
+from prefixmemory.tuner.layers import memory_layers
 
 # Along the path: step 1 or 2 -> step 3 -> step 4
 

@@ -26,33 +26,17 @@ from prefixmemory.tuner import weighted_adapter
 from prefixmemory.tuner.activation import PACKED, activation, generating
 from prefixmemory.tuner.calibration import FirstBatch
 from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters, thread
-from prefixmemory.tuner.layer import (
-    BASE_MODEL,
-    WHY_NOT_MERGED,
-    PrefixMemoryLayer,
-    listen,
-    memory_layers,
-    named_memory_layers,
-    set_scale,
-)
+from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer
+from prefixmemory.tuner.layers import listen, memory_layers, named_memory_layers, set_scale
 from prefixmemory.tuner.offloading import put_aside, put_back
 from prefixmemory.tuner.targets import check_targets, is_target, shortest_names
+from prefixmemory.tuner.tensor_names import bare, embeddings_of, stored_name, tensors_of
 from prefixmemory.tuner.tensor_parallel import head_share, same_start
 
 logger = logging.getLogger(__name__)
 
-#: Where the tensors of an adapter lie, below their attention module. In the model the adapter's name follows; in a
-#: checkpoint it is left out.
-PLACES = tuple(f".{CHILD}.{place}." for place in PrefixMemoryLayer.adapter_layer_names)
-
-#: What torch's activation checkpointing adds to the names of modules and parameters, not to those in a state dict.
-WRAPPER = "_checkpoint_wrapped_module."
-
 #: Why a memory that does not speak from the start has no place there.
 ENCODER = "it belongs to the encoder, and from where a memory speaks is counted in the decoder"
-
-#: Names of the one child of modules that wrap a model or a layer.
-WRAPPERS = ("_orig_mod", "module", "base_layer")
 
 
 class PrefixMemoryModel(BaseTuner):
@@ -362,7 +346,7 @@ class PrefixMemoryModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return _stored(key, adapter_name) or key
+        return stored_name(key, adapter_name) or key
 
     @classmethod
     def _get_adapter_state_dict(
@@ -378,8 +362,10 @@ class PrefixMemoryModel(BaseTuner):
         Raises:
             PrefixMemoryError: the tensors hold some of the adapter's, and lack others.
         """
-        found = {key: tensor for key, tensor in state_dict.items() if _stored(key, adapter_name) is not None}
-        missing = _tensors_of(model, adapter_name).keys() - {_bare(_stored(key, adapter_name) or key) for key in found}
+        found = {key: tensor for key, tensor in state_dict.items() if stored_name(key, adapter_name) is not None}
+        missing = tensors_of(model, adapter_name).keys() - {
+            bare(stored_name(key, adapter_name) or key) for key in found
+        }
         if found and missing:  # a process that does not write has none
             raise PrefixMemoryError(
                 f"{min(missing)} is not among the tensors that are to be saved. Under DeepSpeed ZeRO-3, make the model "
@@ -400,14 +386,14 @@ class PrefixMemoryModel(BaseTuner):
 
         A refused checkpoint takes its half-made adapter with it, so that the model stays as it was.
         """
-        own = _tensors_of(model, adapter_name)
+        own = tensors_of(model, adapter_name)
         others: set[str] = set()
-        embeddings = _embeddings(model) if config.resized_vocabulary else []  # PEFT saves them then
+        embeddings = embeddings_of(model) if config.resized_vocabulary else []  # PEFT saves them then
         for path, module in model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper) or module in embeddings:  # saved in full, or some rows
-                others |= {_bare(f"{path}.{name}") for name, _ in module.named_parameters()}
+                others |= {bare(f"{path}.{name}") for name, _ in module.named_parameters()}
         try:
-            found = {_bare(key): tensor for key, tensor in state_dict.items()}
+            found = {bare(key): tensor for key, tensor in state_dict.items()}
             expected = {stored: tensor for stored, (_, tensor) in own.items()}
             checkpoint.check_state_dict(found, expected, also_known=others)
         except PrefixMemoryError:
@@ -415,7 +401,7 @@ class PrefixMemoryModel(BaseTuner):
                 _discard(model, adapter_name)
             raise
         config.awaits_weights = False
-        loaded = {own[_bare(key)][0] if _bare(key) in own else key: tensor for key, tensor in state_dict.items()}
+        loaded = {own[bare(key)][0] if bare(key) in own else key: tensor for key, tensor in state_dict.items()}
         put_aside(model, loaded)
         return loaded
 
@@ -423,39 +409,6 @@ class PrefixMemoryModel(BaseTuner):
         """As in PEFT, which calls this last when it loads an adapter."""
         put_back(self.model)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-
-
-def _tensors_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
-    """The tensors of an adapter's memories and their names in the model, by their names in a checkpoint."""
-    found = {}
-    for path, layer in named_memory_layers(model):
-        for place in layer.adapter_layer_names:
-            bank = getattr(layer, place)
-            if adapter_name in bank:
-                start = f"{path}.{place}.{adapter_name}."
-                for key, tensor in bank[adapter_name].state_dict(prefix=start).items():
-                    key = key.replace(WRAPPER, "")
-                    found[_bare(cast(str, _stored(key, adapter_name)))] = key, tensor
-    return found
-
-
-def _bare(key: str) -> str:
-    """A tensor's name without what wrappers around the base model put into it: PEFT, ``torch.compile``, DDP."""
-    return ".".join(part for part in key.replace("base_model.model.", "").split(".") if part not in WRAPPERS)
-
-
-def _embeddings(model: nn.Module) -> list[nn.Module]:
-    """The input and output embeddings of a model, as far as it has them."""
-    getters = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
-    return [module for get in getters if get is not None and (module := get()) is not None]
-
-
-def _stored(key: str, adapter_name: str) -> str | None:
-    """The name that a tensor of an adapter has in a checkpoint; ``None`` if it is not this adapter's."""
-    for place in PLACES:
-        if f"{place}{adapter_name}." in key:
-            return key.replace(f"{place}{adapter_name}.", place)
-    return None
 
 
 def _discard(model: nn.Module, adapter_name: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixmemory.tuner.layer import memory_layers, named_memory_layers
+from prefixmemory.tuner.layers import memory_layers, named_memory_layers
 
 
 def put_aside(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

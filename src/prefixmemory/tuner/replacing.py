@@ -19,7 +19,7 @@ from prefixmemory.memories.checkpoint import same_base_model
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.tuner import weighted_adapter
-from prefixmemory.tuner.layer import memory_layers
+from prefixmemory.tuner.layers import memory_layers
 from prefixmemory.tuner.model import PrefixMemoryModel
 
 #: What would change the answers of the same weights.
