@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
+from peft import get_peft_model
 
 import compared
 import tiny
 from close import close_figures
 from command_line import call, jsonl, save_talker
+from prefixmemory import PrefixMemoryConfig
 from prefixmemory.compare import engines
 from prefixmemory.compare import runs as plan
 from prefixmemory.compare.engines import one_worker
@@ -29,6 +31,7 @@ from prefixmemory.compare.suite import Loaded, load_suite
 from prefixmemory.compare.work import checksums
 from prefixmemory.compare.worker import Worker
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.tuner.plan import Step
 
 pytestmark = [
     # PEFT's methods with virtual tokens count positions on their own.
@@ -181,6 +184,17 @@ def test_in_context_examples_stand_in_front(made):
     assert worker.examples(task, rows, 1).count("Label:") == 3 and worker.examples(task, rows, 2).count("Label:") == 6
     for row in rows[:1]:
         assert f"Text: {row['text']}\nLabel: {row['label']}\n\n" in worker.examples(task, rows, 2)
+
+
+def test_decoding_is_timed_while_a_memory_speaks_though_no_invocation_was_read(made, monkeypatch):
+    folder, _ = made
+    worker = Worker(loaded_store(folder / "suite.yaml"), None)
+    config = {"task_type": "CAUSAL_LM", "active_from": "invocation", "invocation_tokens": [5, 6]}
+    model = get_peft_model(worker.models.base, PrefixMemoryConfig(**config))
+    spoken: list[Any] = []
+    monkeypatch.setattr(Step, "add_to", lambda self, onto, own, queries, active=None: [spoken.append(active), onto][1])
+    assert worker._decoding(model).tokens_a_second > 0
+    assert spoken and all(active is None for active in spoken)  # on all tokens
 
 
 def test_a_full_run_trains_every_weight_and_leaves_the_base_as_it_was(tmp_path):

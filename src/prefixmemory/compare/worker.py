@@ -30,7 +30,7 @@ from prefixmemory.tasks.scoring import score
 from prefixmemory.tasks.task import sample_rows
 from prefixmemory.training.interrupt import Interrupted
 from prefixmemory.training.settings import TrainingSettings
-from prefixmemory.tuner.activation import unfinished_text
+from prefixmemory.tuner.activation import activation, unfinished_text
 
 LONGEST_ANSWER = 256  # tokens of a free answer, where the task does not say
 NEUTRAL_TOKENS = 1024  # of the shipped essay: what an adapter forgets is read off its likelihood
@@ -194,14 +194,18 @@ class Worker:
 
     @torch.inference_mode()
     def _decoding(self, model: PreTrainedModel | PeftModel) -> Decoding:
-        """Greedy tokens per second for 8 short rows, with the adapter and without, one behind the other."""
+        """Greedy tokens per second for 8 short rows, with the adapter and without, one behind the other.
+
+        A memory speaks on all tokens here: there is no invocation in them.
+        """
         rows = self.models.tokenizer(["The keeper of the light"] * 8, return_tensors="pt").to(self.models.base.device)
 
         def speed(of: Any) -> float:
             options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-            of.generate(**rows, **{**options, "max_new_tokens": 2, "min_new_tokens": 2})  # warm
-            started = time.perf_counter()
-            of.generate(**rows, **options)
+            with activation([0] * 8):
+                of.generate(**rows, **{**options, "max_new_tokens": 2, "min_new_tokens": 2})  # warm
+                started = time.perf_counter()
+                of.generate(**rows, **options)
             return round(8 * 16 / (time.perf_counter() - started), 1)
 
         if model is self.models.base:
