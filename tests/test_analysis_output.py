@@ -15,7 +15,7 @@ from prefixmemory.analysis import ablate, effective_rank, readout, spectrum
 from prefixmemory.analysis.inputs import text_sites
 from prefixmemory.analysis.readout import final_norm, memories, text_loss
 from prefixmemory.analysis.spectrum import biases
-from prefixmemory.kernels.read import add
+from prefixmemory.kernels.read import read
 
 FAMILIES = ("llama_gqa", "qwen3", "gemma2", "gpt2", "gpt_neox", "phi3")
 
@@ -52,12 +52,12 @@ def test_the_bias_of_a_memory_is_its_answer_behind_the_output_projection(
     found = biases(model, ids)
     added: list[torch.Tensor] = []
 
-    def look(outputs: torch.Tensor, *rest: Any) -> torch.Tensor:
-        after = add(outputs, *rest)
+    def look(query: torch.Tensor, outputs: torch.Tensor, *rest: Any) -> torch.Tensor:
+        after = read(query, outputs, *rest)
         added.append((after - outputs).reshape(2, 9, -1))
         return after
 
-    monkeypatch.setattr("prefixmemory.tuner.plan.add", look)
+    monkeypatch.setattr("prefixmemory.tuner.plan.read", look)
     with torch.no_grad():
         model(ids)
     answers = dict(zip(text_sites(model), added, strict=True))  # the layers are called in order
