@@ -12,6 +12,7 @@ from close import close_logits
 from prefixmemory import PrefixMemoryConfig, set_impl, set_scale
 from prefixmemory.tuner import by_row
 from prefixmemory.tuner.by_row import SHARED, Stack
+from prefixmemory.tuner.layers import memory_layers
 from tiny import DEFAULT, build, memory_parameters, randomize, tokens, with_memory
 
 ROWS = ["b", "default", "b", "c", "__base__"]
@@ -39,8 +40,10 @@ def stacks(monkeypatch) -> list[int]:
     read = Stack.add_to
 
     def counted(self, *args):
-        counts.append(len(self.names))
-        return read(self, *args)
+        new = read(self, *args)
+        if new is not None:
+            counts.append(len(self.names))
+        return new
 
     monkeypatch.setattr(Stack, "add_to", counted)
     return counts
@@ -136,6 +139,20 @@ def test_a_memory_that_speaks_from_an_invocation_on_is_read_together_once_it_spe
     found = model(input_ids=ids[:, 6:], adapter_names=rows, past_key_values=cache).logits
     assert stacks == [3, 3]
     close_logits(found, logits(model, rows, ids)[:, 6:])
+
+
+def test_a_memory_that_hooks_have_come_to_wait_for_is_read_by_itself():
+    """Between two tokens of one generation, say."""
+    model, rows = three(), ["default", "b", "c"]
+    seen, expected = [], logits(model, rows)
+
+    def ids_and_hook(module, args):
+        if not seen:
+            memory_layers(model)[1].memory("b").register_forward_hook(lambda *given: seen.append(given[0]))
+
+    model.get_base_model().model.layers[1].register_forward_pre_hook(ids_and_hook)
+    close_logits(logits(model, rows), expected)
+    assert seen == [memory_layers(model)[1].memory("b")]
 
 
 def test_a_scale_that_changes_counts_from_the_next_call_on(stacks):

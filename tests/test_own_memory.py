@@ -20,6 +20,7 @@ from own_memories import FIELDS, GATED, OWN, Gated, different, logits, registere
 from prefixmemory import MemorySite, PrefixMemoryConfig, PrefixMemoryError, reference, register_memory, set_scale
 from prefixmemory.adapters.loading import load_adapter
 from prefixmemory.memories.checkpoint import check_config_file
+from prefixmemory.memories.matrix import MatrixMemory
 from prefixmemory.memories.registry import MEMORIES
 from prefixmemory.training.methods import method_config
 from prefixmemory.tuner.layers import memory_layers
@@ -450,3 +451,29 @@ def test_options_that_are_fields_of_the_config_are_given_as_such():
     register_memory("centred")(Centred)
     with pytest.raises(PrefixMemoryError, match="memory_options has 'rank', a field of the config: give rank=5"):
         PrefixMemoryConfig(memory="centred", memory_options={"rank": 5})
+
+
+def test_a_subclass_of_a_built_in_memory_is_called():
+    """It inherits what a fused kernel reads, and may answer otherwise."""
+
+    @register_memory("doubled")
+    class Doubled(MatrixMemory):
+        def forward(self, query):
+            return 2 * super().forward(query)
+
+    models = [
+        tiny.with_memory(tiny.build(), memory="doubled", rank=3),
+        tiny.with_memory(tiny.build(), rank=3, scale=2.0),
+    ]
+    found, expected = (model(input_ids=tiny.tokens()).logits for model in models)
+    close_logits(found, expected)
+    assert (found - tiny.with_memory(tiny.build(), rank=3)(input_ids=tiny.tokens()).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_memory_with_hooks_is_called(kind):
+    model, called = tiny.with_memory(tiny.build(), rank=3), []
+    memory = memory_layers(model)[1].memory("default")
+    getattr(memory, f"register_{kind}_hook")(lambda *given: called.append(given[0]))
+    model(input_ids=tiny.tokens(), labels=tiny.tokens()).loss.backward()
+    assert called == [memory]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prefixmemory import reference
+from prefixmemory.kernels import read as reading
 from prefixmemory.kernels.read import add, memory_output, read
 
 HEADS, QUERY, FEATURES, VALUE = 4, 6, 6, 5
@@ -164,3 +165,24 @@ def test_what_others_have_added_passes_its_gradient_on(limit):
     assert torch.equal(found[1][-1].flatten(), weights.flatten()) and found[1][1].any() == (limit is not None)
     for ours, theirs in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_without_a_limit_there_are_gradients_of_gradients(keep):
+    made = tensors(HEADS, "low rank", mean=True, length=7)
+    first = torch.autograd.grad(by_kernel(made, F.elu, None, 0.7, keep).pow(2).sum(), [made["B"]], create_graph=True)[0]
+    exact = torch.autograd.grad(by_reference(made, F.elu, None, 0.7).pow(2).sum(), [made["B"]], create_graph=True)[0]
+    names = ["fused", "own", "A", "B"]
+    found, expected = (torch.autograd.grad(x.pow(2).sum(), [made[name] for name in names]) for x in (first, exact))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_where_nothing_learns_no_function_of_autograd_stands_in_the_way(monkeypatch):
+    """Which transforms and tracers of PyTorch could not pass."""
+    made = tensors(HEADS, "low rank", mean=True, length=7)
+    monkeypatch.setattr(reading._Read, "apply", lambda *args: pytest.fail("it stands there"))
+    with pytest.raises(pytest.fail.Exception):
+        by_kernel(made, F.elu, None, 1.0, keep=False)
+    by_kernel({name: tensor.detach() for name, tensor in made.items()}, F.elu, None, 1.0, keep=False)

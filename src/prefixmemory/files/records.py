@@ -49,7 +49,7 @@ def _installed() -> Iterator[tuple[str, str]]:
             yield name, version(name)
 
 
-@cache  # of the code that is running, whatever is edited meanwhile
+@cache  # once a process: what is committed meanwhile is not what runs
 def _commit() -> str | None:
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]

@@ -70,7 +70,9 @@ class Product:
     def is_like(self, other: Product) -> bool:
         """Whether they differ in numbers alone: one φ serves both, and their tensors can be stacked."""
         mine, theirs = [*self.factors, self.mean], [*other.factors, other.mean]
-        return self.form == other.form is not None and [_kind(x) for x in mine] == [_kind(x) for x in theirs]
+        return (
+            self.form is not None and self.form == other.form and [_kind(x) for x in mine] == [_kind(x) for x in theirs]
+        )
 
 
 def known(feature_map: str, normalize: str = "none") -> tuple[str, str] | None:
@@ -153,10 +155,15 @@ def _covered(product: Product | str, like: tuple[Tensor, ...]) -> Product | str:
         return f"the kernel takes no {str(wrong[0]).removeprefix('torch.')}"
     if len({x.device for x in tensors}) > 1:
         return "it lies on another device"
-    size = max(factor[0].numel() * factor.element_size() for factor in product.factors)
+    size = max(padded(x.shape[-2]) * padded(x.shape[-1]) * x.element_size() for x in product.factors)
     if size > _MOST_BYTES:
-        return f"a factor of {size // 1024} KiB a head is too large for the kernel; give a lower rank"
+        return f"a factor of {size // 1024} KiB a head, padded, is too large for the kernel; give a lower rank"
     return why_not(tensors[0].device.type) or product
+
+
+def padded(size: int) -> int:
+    """The least size of a tile that holds ``size`` and that tensor cores take."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def why_not(device: str) -> str | None:

@@ -169,7 +169,9 @@ def read(
             computed again there, which takes no longer than to keep them; φ must have no parameters and draw nothing
             at random. A compiler decides that by itself.
     """
-    if keep or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    given = (query, outputs, onto, *factors)
+    learns = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in given])
+    if keep or not learns or torch.compiler.is_compiling():
         return add(outputs, memory_output(query, factors, feature_map, mean), limit, scale, onto)
     rest = feature_map, limit, scale
     return cast(Tensor, _Read.apply(rest, query, outputs, onto, mean, *factors))  # type: ignore[no-untyped-call]
@@ -187,16 +189,17 @@ class _Read(torch.autograd.Function):
         return read(query, outputs, factors, feature_map, mean, limit, scale, onto)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        pairs = zip(ctx.saved_tensors, needed, strict=True)
-        given: list[Any] = [x if x is None else x.detach().requires_grad_(n) for x, n in pairs]
+        needed, again = ctx.needs_input_grad[1:], torch.is_grad_enabled()  # for gradients of gradients
+        given: list[Any] = [
+            x if x is None else x.view_as(x) if again else x.detach().requires_grad_(n)
+            for x, n in zip(ctx.saved_tensors, needed, strict=True)
+        ]
         query, outputs, onto, mean, *factors = given
         feature_map, limit, scale = ctx.rest
         kind, dtype, enabled = ctx.autocast
         with torch.enable_grad(), torch.autocast(kind, dtype, enabled):
             new = read(query, outputs, factors, feature_map, mean, limit, scale, onto)
-        leaves = [x for x, n in zip(given, needed, strict=True) if n]
-        found = iter(torch.autograd.grad(new, leaves, gradient, allow_unused=True))  # o, without a limit
+        leaves = [x for x, n in zip(given, needed, strict=True) if n]  # o is not used without a limit
+        found = iter(torch.autograd.grad(new, leaves, gradient, allow_unused=True, create_graph=again))
         return None, *[next(found) if n else None for n in needed]

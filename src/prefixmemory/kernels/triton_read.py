@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefixmemory._shapes import Float, Int
 from prefixmemory.kernels import triton_kernels as kernels
-from prefixmemory.kernels.impl import KINDS, NORMS, Product
+from prefixmemory.kernels.impl import KINDS, NORMS, Product, padded
 
 _TRITON = {
     torch.float32: triton.language.float32,
@@ -148,11 +148,11 @@ class _Plan:
         self.memories, self.groups, _, rank = A.shape
         self.tokens = batch * self.length
         repeat, size = self.heads // self.groups, outputs.shape[-1]
-        rows = _padded(repeat)  # the fewest: with 32, backward passes of heads of 128 do not fit into registers
+        rows = padded(repeat)  # the fewest: with 32, backward passes of heads of 128 do not fit into registers
         per_block = 1 if bank and self.tokens <= FEW else rows // repeat
         self.grid = (math.ceil(self.tokens / per_block), self.groups)
         self.sizes: dict[str, Any] = {
-            "D": width, "V": size, "R": rank, "D_": _padded(width), "V_": _padded(size), "R_": _padded(rank),
+            "D": width, "V": size, "R": rank, "D_": padded(width), "V_": padded(size), "R_": padded(rank),
             "ROWS": rows, "TOKENS": per_block, "REPEAT": repeat, "KIND": kind, "NORM": norm,
             "CENTRE": int(mean is not None), "FULL": B is None, "BANK": bool(bank), "DOT": _TRITON[dot],
         }  # fmt: skip
@@ -279,11 +279,6 @@ def _flat(x: Tensor) -> Tensor:
     while x.ndim < 4:
         x = x[None]
     return x.flatten(end_dim=-4)
-
-
-def _padded(size: int) -> int:
-    """The least size of a tile that holds ``size`` and that tensor cores take."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def _inner(x: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class PrefixVectors(nn.Module):
         return read.flatten(-3, -2)
 
     def product(self) -> Product | str:
-        """What a fused kernel reads in the place of ``forward``, or why none can."""
+        """What is read in the place of ``forward``, or why it is no mere product."""
         if self.feature_map is None or self.normalizer:
             return "its output is divided by a sum over the prefix"
         return Product((self.matrix(),), self.feature_map, form=known(self.map_name))

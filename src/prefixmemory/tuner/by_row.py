@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +24,13 @@ def add_by_row(
 ) -> Tensor:
     """The heads' outputs with what each row's own adapter adds; ``model_pass``: on which tokens, ``None``: on all."""
     groups = rows.groups(outputs.shape[0], outputs.device)
-    on_all = model_pass is None or all([model_pass.active(step.invocation) is None for step in plan.outside])
-    if on_all and len(groups.row) <= SHARED * len(plan.outside):
+    if model_pass is None or all([model_pass.active(step.invocation) is None for step in plan.outside]):
         if plan not in rows.stacks:
             rows.stacks[plan] = Stack.of(plan.outside)
         stack: Stack | None = rows.stacks[plan]
-        if stack is not None:
-            return stack.add_to(outputs, queries, groups)
+        new = None if stack is None else stack.add_to(outputs, queries, groups)
+        if new is not None:
+            return new
     return _one_by_one(plan, groups, outputs, queries, model_pass)
 
 
@@ -41,11 +41,13 @@ class Stack:
         steps: by adapter.
         first: one of them; queries, limit and scale are those of all.
         names: the adapters.
+        bank: limits, scales and forms, where the Triton kernel reads.
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps, self.first = {step.name: step for step in steps}, steps[0]
         self.names = tuple(self.steps)
+        self.bank: Any = None
 
     @classmethod
     def of(cls, steps: Sequence[Step]) -> Stack | None:
@@ -59,36 +61,47 @@ class Stack:
                 return None
         return cls(steps)
 
-    def add_to(self, outputs: Tensor, queries: dict[str, Tensor], groups: Groups) -> Tensor:
-        """The heads' ``outputs`` with what each row's memory adds; rows that have none stay as they are."""
-        query = queries[self.first.queries[0]]
-        if fused(self.first.product(), outputs, query):
-            return self._fused(query, outputs, groups)
+    def add_to(self, outputs: Tensor, queries: dict[str, Tensor], groups: Groups) -> Tensor | None:
+        """The heads' ``outputs`` with what each row's memory adds; rows that have none stay as they are.
+
+        ``None``: they are better read one by one, since many rows share an adapter, or have to be, since hooks have
+        come to wait for a memory.
+        """
+        query, products = queries[self.first.queries[0]], {}
+        for name, step in self.steps.items():
+            product = step.product()
+            if not isinstance(product, Product):
+                return None
+            products[name] = product
+        if fused(products[self.first.name], outputs, query):
+            return self._fused(query, outputs, groups, list(products.values()))
+        if len(groups.row) > SHARED * len(self.steps):
+            return None
         own, index = outputs, groups.index_of(self.names)
         if index is not None:
             query, own = query.index_select(0, index), outputs.index_select(0, index)
-        stacked = self._stacked([name for name in groups.row if name in self.steps])
+        stacked = _stacked([products[name] for name in groups.row if name in products])
         answer = memory_output(query.to(stacked.factors[0].dtype), stacked.factors, stacked.phi, stacked.mean)
         new = add(own, answer, self.first.limit, self.first.scale)
         return new if index is None else outputs.index_copy(0, index, new)
 
-    def _fused(self, query: Tensor, outputs: Tensor, groups: Groups) -> Tensor:
+    def _fused(self, query: Tensor, outputs: Tensor, groups: Groups, products: Sequence[Product]) -> Tensor:
         from prefixmemory.kernels import triton_read
 
-        stacked, count = self._stacked(self.names), len(self.names)
+        stacked, count = _stacked(products), len(products)
         assert stacked.form is not None
+        if self.bank is None:
+            limits, scales = [self.first.limit] * count, [self.first.scale] * count
+            self.bank = triton_read.Bank.of(limits, scales, [stacked.form] * count, outputs.device)
         slots = groups.places(self.names)[:, None].expand(outputs.shape[:-2])
-        limits, scales, forms = [self.first.limit] * count, [self.first.scale] * count, [stacked.form] * count
-        bank = triton_read.Bank.of(limits, scales, forms, outputs.device)
-        return triton_read.read_bank(query, outputs, stacked.factors, slots, bank, stacked.mean)
+        return triton_read.read_bank(query, outputs, stacked.factors, slots, self.bank, stacked.mean)
 
-    def _stacked(self, names: Sequence[str]) -> Product:
-        """The memories of these adapters, one behind the other."""
-        products = {name: cast(Product, step.product()) for name, step in self.steps.items()}
-        chosen = [products[name] for name in names]
-        factors = [torch.stack(each) for each in zip(*[product.factors for product in chosen], strict=True)]
-        means = [product.mean for product in chosen if product.mean is not None]
-        return replace(chosen[0], factors=tuple(factors), mean=torch.stack(means) if means else None)
+
+def _stacked(products: Sequence[Product]) -> Product:
+    """All of them, one behind the other."""
+    factors = [torch.stack(each) for each in zip(*[product.factors for product in products], strict=True)]
+    means = [product.mean for product in products if product.mean is not None]
+    return replace(products[0], factors=tuple(factors), mean=torch.stack(means) if means else None)
 
 
 def _one_by_one(

@@ -13,19 +13,25 @@ from prefixmemory.tuner.activation import Listener
 from prefixmemory.tuner.layer import PrefixMemoryLayer
 
 
-def named_memory_layers(model: nn.Module) -> Iterator[tuple[str, PrefixMemoryLayer]]:
-    """All memory layers of a model by their dotted names, in its order; takes no longer for many adapters."""
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As ``model.named_modules()``, without what memory layers hold: it takes no longer for many adapters."""
     seen: set[nn.Module] = set()
     waiting = [("", model)]
     while waiting:
         name, module = waiting.pop()
-        if isinstance(module, PrefixMemoryLayer):
-            yield name, module
-        elif module not in seen:
-            seen.add(module)
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        if not isinstance(module, PrefixMemoryLayer):
             start = f"{name}." if name else ""
             children = [(start + key, child) for key, child in module._modules.items() if child is not None]
             waiting += reversed(children)
+
+
+def named_memory_layers(model: nn.Module) -> Iterator[tuple[str, PrefixMemoryLayer]]:
+    """All memory layers of a model by their dotted names, in its order."""
+    return ((name, module) for name, module in named_modules(model) if isinstance(module, PrefixMemoryLayer))
 
 
 def memory_layers(model: nn.Module) -> list[PrefixMemoryLayer]:

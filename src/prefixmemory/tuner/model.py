@@ -27,7 +27,7 @@ from prefixmemory.tuner.activation import PACKED, activation, generating
 from prefixmemory.tuner.calibration import FirstBatch
 from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters, thread
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer
-from prefixmemory.tuner.layers import listen, memory_layers, named_memory_layers, set_scale
+from prefixmemory.tuner.layers import listen, memory_layers, named_memory_layers, named_modules, set_scale
 from prefixmemory.tuner.offloading import put_aside, put_back
 from prefixmemory.tuner.targets import check_targets, is_target, shortest_names
 from prefixmemory.tuner.tensor_names import bare, embeddings_of, stored_name, tensors_of
@@ -159,7 +159,7 @@ class PrefixMemoryModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in PEFT, whose own walks through all modules twice, those of adapters that rest among them."""
-        if any(config.modules_to_save or config.trainable_token_indices for config in self.peft_config.values()):
+        if any(isinstance(module, AuxiliaryTrainingWrapper) for _, module in named_modules(self.model)):
             super().set_adapter(adapter_name, inference_mode)
             return
         for layer in memory_layers(self.model):

@@ -75,11 +75,14 @@ class Step:
         """The memory as a product, or why it is none; ``None``: hooks wait for the memory to be called, as those do
         that take the means of features."""
         memory = self.memory
-        if memory._forward_hooks or memory._forward_pre_hooks or hasattr(memory, "_hf_hook"):
+        hooks = (
+            memory._forward_hooks or memory._forward_pre_hooks or memory._backward_hooks or memory._backward_pre_hooks
+        )
+        if hooks or hasattr(memory, "_hf_hook"):
             return None
         if self.mixing is not None:
             return "its output is mixed with the heads' own"
-        if not hasattr(memory, "product"):
+        if "product" not in vars(type(memory)) or "forward" in vars(memory):  # a subclass may do anything
             return "it is code of its own"
         if self.ask is not memory:
             return "it is asked by code of its own, or its heads are divided among processes"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor, nn
 
 from prefixmemory.attention.sites import CHILD
@@ -31,7 +29,9 @@ def tensors_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Tens
                 start = f"{path}.{place}.{adapter_name}."
                 for key, tensor in bank[adapter_name].state_dict(prefix=start).items():
                     key = key.replace(WRAPPER, "")
-                    found[bare(cast(str, stored_name(key, adapter_name)))] = key, tensor
+                    stored = stored_name(key, adapter_name)
+                    if stored is not None:
+                        found[bare(stored)] = key, tensor
     return found
 
 
