@@ -202,7 +202,7 @@ def test_the_batch_may_have_one_row_an_adapter_and_still_be_wrong_if_rows_are_mi
     """The control: a stack that hands its memories to other rows is noticed."""
     model, rows = three(), ["default", "b", "c"]
     expected = logits(model, rows)
-    stacked = Stack._stacked
-    monkeypatch.setattr(by_row.Stack, "_stacked", lambda self, names: stacked(self, [*names[1:], names[0]]))
+    stacked = by_row._stacked
+    monkeypatch.setattr(by_row, "_stacked", lambda products: stacked([*products[1:], products[0]]))
     with pytest.raises(AssertionError):
         close_logits(logits(model, rows), expected)
