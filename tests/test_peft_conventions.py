@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, NoMatchingPeftModuleError, PeftModel, get_peft_model
+from peft import LoraConfig, NoMatchingPeftModuleError, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -171,3 +171,14 @@ def test_a_base_whose_vocabulary_was_extended_is_the_same_base(rows, tmp_path):
     other.resize_token_embeddings(rows + 7, mean_resizing=False)
     with pytest.raises(PrefixMemoryError, match="made for another base model"):
         PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`")
+def test_switching_switches_what_another_method_saves_in_full_as_peft_does():
+    base = tiny.build()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["lm_head"]), base)
+    model = get_peft_model(base, PrefixMemoryConfig(task_type="CAUSAL_LM", target_modules=["self_attn"]))
+    model.add_adapter("b", PrefixMemoryConfig(task_type="CAUSAL_LM", target_modules=["self_attn"]))
+    for name, active in (("b", []), ("default", ["default"])):
+        model.set_adapter(name)
+        assert base.lm_head.active_adapters == active
