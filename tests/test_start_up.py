@@ -170,8 +170,9 @@ def test_ctrl_c_is_one_line_where_python_runs_the_package(tmp_path, module):
 
 
 def test_ctrl_c_is_anothers_where_a_program_imports_the_package(tmp_path):
-    (tmp_path / "theirs.py").write_text("import prefixmemory")
-    _, said = interrupted_after("peft", ["-m", "theirs"], tmp_path)
+    # it waits in the end: in the midst of imports, a bare except of somebody's may swallow the signal
+    (tmp_path / "theirs.py").write_text("import prefixmemory, time\ntime.sleep(60)")
+    _, said = interrupted_after("prefixmemory", ["-m", "theirs"], tmp_path)
     assert "Stopped." not in said and "KeyboardInterrupt" in said
 
 
