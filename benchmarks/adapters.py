@@ -16,7 +16,8 @@ import statistics
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from benchmarks import measuring, shapes
 from benchmarks.shapes import MEMORY, METHODS
 from peft import get_peft_model
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from prefixmemory import set_scale
 from prefixmemory.serving.bank import LayerBank, Step
@@ -124,68 +125,71 @@ def hollow(shape: str) -> Any:
     return model
 
 
-def load(method: str, numbers: Sequence[int], shape: str) -> dict[str, dict[str, Any]]:
-    """CPU seconds of loading the n-th adapter and of reading its file; milliseconds of switching among n."""
-    make, found = METHODS[method], {}
+@contextmanager
+def saved(method: str, shape: str) -> Iterator[tuple[Any, Path]]:
+    """A hollow model with an adapter, and the folder that this is saved in."""
+    make = METHODS[method]
     assert make is not None
     with tempfile.TemporaryDirectory() as folder:
         model: Any = get_peft_model(hollow(shape), make())
         shapes.as_if_trained(model)
         model.save_pretrained(folder)
-        file = Path(folder) / "adapter_model.safetensors"
+        yield model, Path(folder)
 
-        def reading() -> Any:
-            return [tensor.clone() for tensor in load_file(file).values()]
 
-        def loading(number: int) -> Any:
-            return model.load_adapter(folder, f"adapter{number}", torch_device="cpu")
-
-        for number in range(1, max(numbers) + 1):
-            loaded = measuring.seconds(partial(loading, number), "cpu")
-            if number in numbers:
-                read = statistics.median(measuring.seconds(reading, "cpu") for _ in range(5))
-                switching = statistics.median(_switch(model, other) for other in range(max(1, number - 5), number + 1))
-                found[f"{method}, n={number}"] = _loaded(file, loaded, read, switching)
-                print(f"adapters: {method}, {number} loaded", file=sys.stderr, flush=True)
+def loaded(
+    folder: Path, numbers: Sequence[int], load: Callable[[int], Any], switch: Callable[[int], float]
+) -> dict[int, dict[str, float]]:
+    """CPU seconds of the n-th ``load`` and of reading the file; milliseconds of ``switch``, to one among n."""
+    file, found = folder / "adapter_model.safetensors", {}
+    for number in range(1, max(numbers) + 1):
+        taken = measuring.seconds(partial(load, number), "cpu")
+        if number in numbers:
+            reading = partial(_read, file)
+            read = statistics.median(measuring.seconds(reading, "cpu") for _ in range(5))
+            switching = statistics.median(switch(other) for other in range(max(1, number - 5), number + 1))
+            found[number] = {
+                "file, MB": file.stat().st_size / 1e6, "load, s": taken, "read, s": read,
+                "load / read": taken / read, "switch, ms": 1000 * switching,
+            }  # fmt: skip
+            print(f"adapters: {number} loaded", file=sys.stderr, flush=True)
     return found
 
 
-def into_slots(numbers: Sequence[int], shape: str) -> dict[str, dict[str, Any]]:
-    """The same of a server's slots (``serving/bank.py``): file to slot, checked; a switch is another index."""
-    of, found = shapes.config(shape), {}
-    size, heads = of.head_dim or of.hidden_size // of.num_attention_heads, of.num_attention_heads
-    sizes, cpu = HeadSizes(heads, of.num_key_value_heads, size, size), torch.device("cpu")
-    layers, rows = of.num_hidden_layers, 8
+def _read(file: Path) -> list[Tensor]:
+    return [tensor.clone() for tensor in load_file(file).values()]
+
+
+def into_model(method: str, numbers: Sequence[int], shape: str) -> dict[str, dict[str, float]]:
+    """By ``load_adapter``; a switch is ``set_adapter``."""
+    with saved(method, shape) as (model, folder):
+
+        def load(number: int) -> None:
+            model.load_adapter(folder, f"adapter{number}", torch_device="cpu")
+
+        found = loaded(folder, numbers, load, partial(_switch, model))
+    return {f"{method}, n={number}": row for number, row in found.items()}
+
+
+def into_slots(numbers: Sequence[int], shape: str) -> dict[str, dict[str, float]]:
+    """Into a server's slots (``serving/bank.py``), checked; a switch is another index for all rows."""
+    of, cpu, rows = shapes.config(shape), torch.device("cpu"), 8
+    heads, size, layers = of.num_attention_heads, of.head_dim, of.num_hidden_layers
+    sizes = HeadSizes(heads, of.num_key_value_heads, size, size)
     banks = [LayerBank(max(numbers), 8, heads, size, size, torch.float32, cpu) for _ in range(layers)]
     step = Step(rows, heads * size, torch.float32, cpu)
-    with tempfile.TemporaryDirectory() as folder:
-        model: Any = get_peft_model(hollow(shape), METHODS[MEMORY]())  # type: ignore[misc]
-        shapes.as_if_trained(model)
-        model.save_pretrained(folder)
-        file = Path(folder) / "adapter_model.safetensors"
+    with saved(MEMORY, shape) as (_, folder):
 
-        def reading() -> Any:
-            return [tensor.clone() for tensor in load_file(file).values()]
+        def load(number: int) -> None:
+            for place, layer in read_memory(folder, sizes, layers, 8).items():
+                banks[place].put(number - 1, layer)
 
-        def loading(slot: int) -> None:
-            for number, layer in read_memory(Path(folder), sizes, layers, 8).items():
-                banks[number].put(slot, layer)
+        def switch(number: int) -> float:
+            slots = torch.full((rows,), number - 1)
+            return measuring.seconds(lambda: step.point(slots), "cpu")
 
-        for number in range(1, max(numbers) + 1):
-            loaded = measuring.seconds(partial(loading, number - 1), "cpu")
-            if number in numbers:
-                read = statistics.median(measuring.seconds(reading, "cpu") for _ in range(5))
-                slots = torch.full((rows,), number - 1)
-                switching = statistics.median(measuring.seconds(lambda s=slots: step.point(s), "cpu") for _ in range(5))  # type: ignore[misc]
-                found[f"{MEMORY}, a server's slot {number}"] = _loaded(file, loaded, read, switching)
-    return found
-
-
-def _loaded(file: Path, loaded: float, read: float, switching: float) -> dict[str, float]:
-    return {
-        "file, MB": file.stat().st_size / 1e6, "load, s": loaded, "read, s": read,
-        "load / read": loaded / read, "switch, ms": 1000 * switching,
-    }  # fmt: skip
+        found = loaded(folder, numbers, load, switch)
+    return {f"{MEMORY}, a server's slot {number}": row for number, row in found.items()}
 
 
 def _switch(model: Any, other: int) -> float:
@@ -245,7 +249,7 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     """All three."""
     found: dict[str, Any] = {"rows": in_rows(chosen), "loading": {}}
     for method, numbers in LOADED.items():
-        found["loading"] |= load(method, numbers[: 1 if chosen.quick else None], "tiny" if chosen.quick else "8b")
+        found["loading"] |= into_model(method, numbers[: 1 if chosen.quick else None], "tiny" if chosen.quick else "8b")
     found["loading"] |= into_slots((1, 2) if chosen.quick else (1, 8, 64), "tiny" if chosen.quick else "8b")
     methods, number = ((MEMORY,), 2) if chosen.quick else ((MEMORY, LORA_QV), 12)
     whats = {f"{method}, {what}": (method, what == "below it") for method in methods for what in ("PEFT", "below it")}
@@ -274,13 +278,5 @@ def options(arguments: Sequence[str] | None = None) -> Namespace:
     return chosen
 
 
-def main() -> None:
-    chosen = options()
-    made_with = measuring.conditions(chosen)
-    record = measure(chosen)
-    print(tables(record))
-    measuring.write(chosen, record, made_with)
-
-
 if __name__ == "__main__":
-    main()
+    measuring.run(sys.modules[__name__])

@@ -144,13 +144,5 @@ def options(arguments: Sequence[str] | None = None) -> Namespace:
     return chosen
 
 
-def main() -> None:
-    chosen = options()
-    made_with = measuring.conditions(chosen)
-    record = measure(chosen)
-    print(tables(record))
-    measuring.write(chosen, record, made_with)
-
-
 if __name__ == "__main__":
-    main()
+    measuring.run(sys.modules[__name__])

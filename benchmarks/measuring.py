@@ -56,6 +56,15 @@ def conditions(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"options": said, **provenance()}
 
 
+def run(part: Any) -> None:
+    """A benchmark by itself: its options, measurement and tables; ``part`` is its module."""
+    chosen = part.options()
+    made_with = conditions(chosen)
+    record = part.measure(chosen)
+    print(part.tables(record))
+    write(chosen, record, made_with)
+
+
 def write(chosen: argparse.Namespace, record: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
     """The record of one benchmark, if a file is given for it."""
     if chosen.output is not None:

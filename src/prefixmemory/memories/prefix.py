@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prefixmemory._shapes import Float
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.kernels.impl import Product, known
+from prefixmemory.kernels.read import memory_output
 from prefixmemory.memories.feature_maps import build_feature_map
 from prefixmemory.memories.registry import AUTO, MemorySite, register_memory
 
@@ -119,19 +120,19 @@ class PrefixVectors(nn.Module):
 
     def forward(self, query: Float[Tensor, "*batch h d"]) -> Float[Tensor, "*batch h v"]:
         """Prefix attention normalised on its own (step 2), or its kernel form (step 3)."""
-        keys, values = self.vectors()
-        q = query.to(keys.dtype).unflatten(-2, (self.groups, -1))
         if self.feature_map is None:
+            keys, values = self.vectors()
+            q = query.to(keys.dtype).unflatten(-2, (self.groups, -1))
             weights = torch.softmax(torch.einsum("...grd,gpd->...grp", q, keys).float() * self.scaling, dim=-1)
             return torch.einsum("...grp,gpv->...grv", weights.to(values.dtype), values).flatten(-3, -2)
         bank, normaliser = self.kernel()
-        features = self.feature_map(q)
-        read = torch.einsum("...grf,gfv->...grv", features, bank)
+        query = query.to(bank.dtype)
+        output = memory_output(query, (bank,), self.feature_map)
         if self.normalizer:
-            total = torch.einsum("...grf,gf->...gr", features, normaliser).unsqueeze(-1)
+            total = memory_output(query, (normaliser.unsqueeze(-1),), self.feature_map)
             # zero where ReLU leaves query and keys nothing in common: the output is then zero too, not 0 / 0
-            read = read / torch.where(total.abs() < EPS, torch.full_like(total, EPS).copysign(total), total)
-        return read.flatten(-3, -2)
+            output = output / torch.where(total.abs() < EPS, torch.full_like(total, EPS).copysign(total), total)
+        return output
 
     def product(self) -> Product | str:
         """What is read in the place of ``forward``, or why it is no mere product."""
