@@ -15,6 +15,8 @@ from prefixmemory.compare.suite import load_suite
 from prefixmemory.rows.distractors import NOTES, Distractors
 from prefixmemory.rows.unrelated_text import ESSAY
 from prefixmemory.training.job import TrainingJob
+from prefixmemory.training.loop import completion_trainer, fit, training_arguments
+from prefixmemory.training.methods import attach
 from prefixmemory.training.recipe import load_recipe
 from prefixmemory.training.record import plan_of_run
 from prefixmemory.training.settings import TrainingSettings
@@ -29,14 +31,14 @@ def job(distractors: Distractors | None, rows=ROWS, config=None, **settings) -> 
     return TrainingJob("base", tiny.tokenizer(), rows, config, made, validation=rows[:4])
 
 
-def text_of(job: TrainingJob) -> list[str]:
-    return [job.tokenizer.decode(one.prompt) for one in job.tokens]
+def text_of(job: TrainingJob, epoch: int = 0) -> list[str]:
+    return [job.tokenizer.decode(one.prompt) for one in job.tokens_of(epoch)]
 
 
-def in_front(with_text: TrainingJob) -> list[str]:
+def in_front(with_text: TrainingJob, epoch: int = 0) -> list[str]:
     """What stands before each prompt, once the prompts themselves are seen to be the same."""
     plain = text_of(job(None, with_text.rows, objective=with_text.settings.objective))
-    found = text_of(with_text)
+    found = text_of(with_text, epoch)
     assert all(long.endswith(short) for long, short in zip(found, plain, strict=True))
     return [long[: len(long) - len(short)] for long, short in zip(found, plain, strict=True)]
 
@@ -58,7 +60,7 @@ def test_a_share_of_the_rows_stands_behind_passages_of_the_text(text):
 
 def test_answers_are_as_they_were_and_validation_rows_stand_behind_nothing(text):
     plain, distracted = job(None), job(Distractors(1.0, 30, text))
-    assert [one.completion for one in plain.tokens] == [one.completion for one in distracted.tokens]
+    assert [one.completion for one in plain.tokens] == [one.completion for one in distracted.tokens_of(0)]
     assert plain.validation_tokens == distracted.validation_tokens
     assert all(in_front(distracted))  # and training rows do
 
@@ -66,6 +68,43 @@ def test_answers_are_as_they_were_and_validation_rows_stand_behind_nothing(text)
 def test_the_seed_draws_rows_and_passages(text):
     one, again, other = (text_of(job(Distractors(0.5, 30, text), seed=seed)) for seed in (1, 1, 2))
     assert one == again and one != other
+
+
+def test_every_epoch_draws_anew_and_resumes_as_it_was(text):
+    one = job(Distractors(0.5, 30, text), seed=1)
+    fronts = [in_front(one, epoch) for epoch in range(8)]
+    assert all(sum(map(bool, front)) == 10 for front in fronts)
+    assert fronts == [in_front(job(Distractors(0.5, 30, text), seed=1), epoch) for epoch in range(8)]
+    rows = list(zip(*fronts, strict=True))
+    assert all("" in row and any(row) for row in rows)  # each is met both ways
+    assert sum(len(set(row)) > 3 for row in rows) > 10  # most of them behind several passages
+
+
+def test_no_epoch_has_a_row_longer_than_the_model_reads(text):
+    plain, with_text = job(None).longest, job(Distractors(1.0, 100, text), max_length=10_000)
+    assert all(len(one) <= with_text.longest for epoch in range(5) for one in with_text.tokens_of(epoch))
+    assert plain + 50 < with_text.longest < plain + 120
+
+
+def test_the_trainer_reads_the_rows_of_its_epoch(text, tmp_path):
+    one = job(Distractors(0.5, 30, text), epochs=3, batch_size=4)
+    model = attach(tiny.build(), one.config)
+    read: list[str] = []
+
+    def written(ids) -> str:
+        return one.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def look(module, args, kwargs):
+        if module.training:  # the pass that takes the means is not
+            batch = zip(kwargs["input_ids"], kwargs["attention_mask"].bool(), strict=True)
+            read.extend(written(ids[mask]) for ids, mask in batch)
+
+    model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
+    arguments = training_arguments(one.settings, tmp_path, evaluates=False) | {"save_strategy": "no"}
+    fit(completion_trainer(model, one.tokenizer, one.tokens_of, [], arguments), one.settings)
+    epochs = [sorted(written(row.prompt + row.completion) for row in one.tokens_of(epoch)) for epoch in range(3)]
+    assert [sorted(read[start : start + 20]) for start in (0, 20, 40)] == epochs
+    assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_every_method_reads_the_same(text):
@@ -76,7 +115,8 @@ def test_every_method_reads_the_same(text):
 def test_a_row_that_fits_is_never_cut_for_a_passage(text):
     longest = job(None).longest
     tight = job(Distractors(1.0, 100, text), max_length=longest + 12)
-    assert tight.rows_cut == 0 and tight.longest <= longest + 12
+    assert tight.rows_cut == 0 and tight.longest == longest + 12
+    assert all(len(one) <= longest + 12 and not one.cut for epoch in range(5) for one in tight.tokens_of(epoch))
     lengths = [len(front) for front in in_front(tight)]
     assert max(lengths) > 2 and min(lengths) < max(lengths)
 
@@ -101,7 +141,7 @@ def test_the_essay_itself_is_refused(tmp_path):
     copy = tmp_path / "copy.txt"
     copy.write_text(ESSAY.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(PrefixMemoryError, match=r"copy.txt' is the essay that tests put in front"):
-        _ = job(Distractors(file=str(copy))).tokens
+        _ = job(Distractors(file=str(copy))).tokens_of(0)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +159,7 @@ def test_numbers_out_of_range_are_refused(fields, said):
 
 def test_a_text_that_is_too_short_is_named(text):
     with pytest.raises(PrefixMemoryError, match=r"distractors\.tokens=5000, and the text has 320 tokens"):
-        _ = job(Distractors(tokens=5000, file=text)).tokens
+        _ = job(Distractors(tokens=5000, file=text)).tokens_of(0)
 
 
 def recipe(tmp_path: Path, distractors: str) -> Path:

@@ -28,8 +28,6 @@ from prefixmemory.compare.suite import load_suite
 from prefixmemory.kernels.read import add
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.rows.distractors import Distractors
-from prefixmemory.rows.encoding import tokenize
-from prefixmemory.rows.rendering import render
 from prefixmemory.rows.unrelated_text import unrelated_text
 from prefixmemory.tasks.scoring import score
 from prefixmemory.tasks.task import sample_rows
@@ -57,7 +55,7 @@ class Variant:
         extra: adds further trainable modules to an adapted model, and returns how to take them off again.
         extra_rate: of their parameters.
         training: other settings.
-        fresh: whether distractors are drawn anew in each epoch.
+        muon: whether memories take orthogonalised steps, of length ``rate`` in each direction, not Adam's.
     """
 
     adapter: dict[str, Any]
@@ -65,7 +63,7 @@ class Variant:
     extra: Callable[[nn.Module, tuple[int, ...] | None], Callable[[], None]] | None = None
     extra_rate: float = 3e-3
     training: dict[str, Any] = field(default_factory=dict)
-    fresh: bool = False
+    muon: bool = False
 
 
 class Beside(nn.Module):
@@ -178,12 +176,43 @@ def head_dropout(share: float) -> Callable[[nn.Module, tuple[int, ...] | None], 
     return install
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan et al., 2024), for stacks of matrices ``[memories, rows, columns]``."""
+
+    def __init__(self, parameters: Any, lr: float, momentum: float = 0.9) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            found = [p for p in group["params"] if p.grad is not None]
+            updates = []
+            for p in found:
+                before = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                before.lerp_(p.grad, 1 - group["momentum"])
+                updates.append(p.grad.lerp(before, group["momentum"]))
+            for p, step in zip(found, orthogonal(torch.cat(updates)).split([len(p) for p in found]), strict=True):
+                p.sub_(step, alpha=group["lr"])
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest orthogonal matrices, roughly, by Newton and Schulz's iteration of fifth order."""
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
 VARIANTS = {
     "full-question": Variant(FULL, 2e-3),
     "full-question-ff": Variant(FULL, 2e-3, beside(("mlp.down_proj",))),
-    "full-question-fresh": Variant(FULL, 2e-3, training={"distractors": FRONT}, fresh=True),
-    "lora-fresh": Variant(LORA, 3e-3, training={"distractors": FRONT}, fresh=True),
+    "full-question-fresh": Variant(FULL, 2e-3, training={"distractors": FRONT}),
+    "full-question-fresh-fast": Variant(FULL, 6e-3, training={"distractors": FRONT}),
+    "lora-fresh": Variant(LORA, 3e-3, training={"distractors": FRONT}),
     "rank8-question-ff": Variant(RANK8, 6e-3, beside(("mlp.down_proj",))),
+    "full-question-muon": Variant(FULL, 1.6e-2, muon=True),
+    "full-question-muon-low": Variant(FULL, 6e-3, muon=True),
     "full-question-identity": Variant({**FULL, "feature_map": "identity"}, 2e-3),
     "full-question-output": Variant(FULL, 2e-3, head_output, 2e-3),
     "full-question-head-dropout": Variant(FULL, 2e-3, head_dropout(0.3)),
@@ -191,24 +220,6 @@ VARIANTS = {
     "rank8-question": Variant(RANK8, 6e-3),
     "lora-low": Variant(LORA, 1e-3),
 }
-
-
-class EpochRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Training rows that are others in each epoch."""
-
-    column_names = ["input_ids"]
-
-    def __init__(self, epochs: list[list[dict[str, Any]]]) -> None:
-        self.epochs, self.epoch = epochs, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.epochs[0])
-
-    def __getitem__(self, index: Any) -> Any:
-        return [one["input_ids"] for one in self.epochs[0]] if index == "input_ids" else self.epochs[self.epoch][index]
 
 
 def run(name: str, task: Any, seed: int, loaded: Any, base: Any, tokenizer: Any, data: Path) -> dict[str, Any]:
@@ -223,21 +234,15 @@ def run(name: str, task: Any, seed: int, loaded: Any, base: Any, tokenizer: Any,
     invocation = None if job.invocation is None else tuple(job.invocation)
     remove = variant.extra(model, invocation) if variant.extra else lambda: None
     arguments = training_arguments(settings, Path("/tmp/screen"), False) | {"save_strategy": "no"}
-    trainer = completion_trainer(model, tokenizer, job.tokens, [], arguments)
-    if variant.fresh:
-        examples = render(split.train, tokenizer)
-        bare = tokenize(examples, tokenizer, settings.max_length)
-        epochs = []
-        for epoch in range(int(settings.epochs)):
-            behind = settings.distractors.in_front(examples, bare, tokenizer, settings.max_length, 1, 1000 * seed + epoch)
-            epochs.append([one.feature for one in tokenize(behind, tokenizer, settings.max_length)])
-        trainer.train_dataset = EpochRows(epochs)
+    trainer = completion_trainer(model, tokenizer, job.tokens_of, [], arguments)
     extra = [p for n, p in model.named_parameters() if "extra_" in n]
     if extra:
         own = {id(p) for p in extra}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         groups = [{"params": rest}, {"params": extra, "lr": variant.extra_rate}]
         trainer.optimizer = torch.optim.AdamW(groups, lr=variant.rate, weight_decay=settings.weight_decay)
+    if variant.muon:
+        trainer.optimizer = Muon([p for p in model.parameters() if p.requires_grad], variant.rate)
     metrics = fit(trainer, settings)
     model.eval()
     base.set_attn_implementation("sdpa")

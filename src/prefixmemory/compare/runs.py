@@ -44,7 +44,7 @@ def key(loaded: Loaded, run: Run, data: Mapping[str, str]) -> str:
         "validation_rows": suite.validation_rows,
     }
     if (front := loaded.settings(task, method, 1.0, run.seed).distractors) is not None:
-        parts |= {"distractors": front.checksum()}
+        parts |= {"distractors": front.checksum(), "drawn": "in every epoch"}  # once they were drawn once
     if suite.launcher is not None:  # its processes share the steps
         parts |= {"launcher": suite.launcher}
     if run.stage == "final":

@@ -25,7 +25,8 @@ NOTES = Path(str(files("prefixmemory") / "data" / "notes.txt"))
 class Distractors:
     """Unrelated text in front of a share of the training rows: ``distractors:`` in a recipe's ``training:``.
 
-    The run's seed draws the rows and a passage of the text for each; validation rows stay as they are.
+    The run's seed draws the rows and a passage of the text for each, anew in every epoch, so that a row is met both
+    ways; the pairs of preference objectives keep theirs. Validation rows stay as they are.
 
     Args:
         share: of the rows, in (0, 1].
@@ -71,6 +72,7 @@ class Distractors:
         max_length: int,
         answers: int,
         seed: int,
+        epoch: int = 0,
     ) -> list[Example]:
         """``examples``, a share of them behind a passage.
 
@@ -81,6 +83,7 @@ class Distractors:
             max_length: longest row, in tokens.
             answers: this many examples in a row share their prompt, and the passage.
             seed: of the draw.
+            epoch: which each have a draw of their own.
 
         Raises:
             PrefixMemoryError: the text has fewer tokens than the longest passage.
@@ -90,7 +93,7 @@ class Distractors:
             raise PrefixMemoryError(
                 f"distractors.tokens={self.tokens}, and the text has {len(ids):,} tokens. Give fewer, or a longer file."
             )
-        draw = random.Random(f"distractors {seed}")
+        draw = random.Random(f"distractors {seed}" + (f" {epoch}" if epoch else ""))
         groups = range(0, len(examples), answers)
         found = list(examples)
         for start in draw.sample(groups, round(self.share * len(groups))):

@@ -11,11 +11,11 @@ from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.distractors import Distractors
 from prefixmemory.rows.encoding import Tokens, tokenize
 from prefixmemory.rows.invocation import check_invoked, settle
-from prefixmemory.rows.rendering import render
+from prefixmemory.rows.rendering import Example, render
 from prefixmemory.rows.rows import Row, Rows, answers_a_row, check_objective, with_one_answer
+from prefixmemory.rows.unrelated_text import SEAM
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.settings import TrainingSettings
 
@@ -58,26 +58,45 @@ class TrainingJob:
 
     @cached_property
     def tokens(self) -> list[Tokens]:
-        """The training rows; those with several answers once for each.
+        """The training rows, without distractors; those with several answers once for each.
 
         Raises:
             PrefixMemoryError: an answer does not fit into ``max_length``, or a row cannot be rendered.
         """
-        return self._tokens(self.rows, self.settings.distractors)
+        return self._tokens(self.rows)
 
     @cached_property
     def validation_tokens(self) -> list[Tokens]:
         """The same of the validation rows."""
-        return self._tokens(self.validation, None)
+        return self._tokens(self.validation)
 
-    def _tokens(self, rows: Rows, distractors: Distractors | None) -> list[Tokens]:
-        several = 1 if self.settings.objective == "sft" else answers_a_row(rows)
-        rows = rows if self.settings.objective == "sft" else with_one_answer(rows)
-        examples = render(rows, self.tokenizer)
-        limits = self.tokenizer, self.settings.max_length, several
-        found = tokenize(examples, *limits)
-        if distractors is not None:
-            found = tokenize(distractors.in_front(examples, found, *limits, self.settings.seed), *limits)
+    def tokens_of(self, epoch: int) -> list[Tokens]:
+        """The training rows as an epoch reads them, a share of them behind distractors, where the settings ask for it.
+
+        Raises:
+            PrefixMemoryError: there is too little text to draw them from.
+        """
+        front = self.settings.distractors
+        if front is None:
+            return self.tokens
+        limits = self.tokenizer, self.settings.max_length, self._answers(self.rows)
+        examples = self._examples(self.rows)
+        behind = front.in_front(examples, self.tokens, *limits, self.settings.seed, epoch)
+        return self._checked(tokenize(behind, *limits), behind)
+
+    def _answers(self, rows: Rows) -> int:
+        """How many examples in a row share their prompt."""
+        return 1 if self.settings.objective == "sft" else answers_a_row(rows)
+
+    def _examples(self, rows: Rows) -> list[Example]:
+        return render(rows if self.settings.objective == "sft" else with_one_answer(rows), self.tokenizer)
+
+    def _tokens(self, rows: Rows) -> list[Tokens]:
+        examples = self._examples(rows)
+        limits = self.tokenizer, self.settings.max_length, self._answers(rows)
+        return self._checked(tokenize(examples, *limits), examples)
+
+    def _checked(self, found: list[Tokens], examples: list[Example]) -> list[Tokens]:
         if (invocation := self.invocation) is not None:
             check_invoked(found, invocation, [one.where for one in examples])
         return found
@@ -108,8 +127,12 @@ class TrainingJob:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest row, as it is trained on."""
-        return max(map(len, [*self.tokens, *self.validation_tokens]))
+        """Tokens of the longest row; with distractors, those that it may have in some epoch."""
+        front = self.settings.distractors
+        trained, validated = (max(map(len, part), default=0) for part in (self.tokens, self.validation_tokens))
+        if front is not None:
+            trained = min(trained + front.tokens + SEAM, self.settings.max_length)
+        return max(trained, validated)
 
     def check_context(self, config: PretrainedConfig) -> None:
         """Refuse rows that are longer than the base model of ``config`` can read."""

@@ -31,7 +31,7 @@ from prefixmemory.rows.encoding import Tokens, tokenize
 from prefixmemory.rows.rendering import Example
 from prefixmemory.training.checkpoints import last_complete_checkpoint
 from prefixmemory.training.interrupt import Interrupted, StopOnSignal
-from prefixmemory.training.sampler import LengthGroupedTrainer
+from prefixmemory.training.sampler import EpochRows, LengthGroupedTrainer, RowsOfEpoch
 from prefixmemory.training.saving import SaveByTime
 from prefixmemory.training.settings import TrainingSettings
 
@@ -97,7 +97,7 @@ def check_trackers(report_to: Sequence[str]) -> None:
 def completion_trainer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Tokens],
+    rows_of: RowsOfEpoch,
     validation: Sequence[Tokens],
     arguments: dict[str, Any],
 ) -> Trainer:
@@ -105,7 +105,7 @@ def completion_trainer(
     return LengthGroupedTrainer(
         model=model,
         args=TrainingArguments(**arguments, remove_unused_columns=False),
-        train_dataset=Dataset.from_list([one.feature for one in rows]),
+        train_dataset=EpochRows(rows_of),
         eval_dataset=Dataset.from_list([one.feature for one in validation]) if validation else None,
         data_collator=collator(model, tokenizer),
     )
@@ -208,7 +208,7 @@ def train(
     use_cache = getattr(model.config, "use_cache", None)
     try:
         rows = tokenize(examples, tokenizer, settings.max_length)
-        trainer = completion_trainer(model, tokenizer, rows, [], arguments)
+        trainer = completion_trainer(model, tokenizer, lambda epoch: rows, [], arguments)
         return fit(trainer, settings, resume, callbacks)
     finally:
         model.config.use_cache = use_cache  # the Trainer switches it off and leaves it so

@@ -35,7 +35,7 @@ def preference_trainer(model: PreTrainedModel, job: TrainingJob, arguments: dict
     check_trl(settings.objective)
     kind, make, more = _simpo(job.config, settings) if settings.objective == "simpo" else _trl(settings)
     columns = {"dpo": _dpo_rows, "simpo": _simpo_rows, "kto": _kto_rows}[settings.objective]
-    parts = ((job.rows, job.tokens), (job.validation, job.validation_tokens))
+    parts = ((job.rows, job.tokens_of(0)), (job.validation, job.validation_tokens))
     train, validation = (Dataset.from_list(columns(*part, settings)) if part[0] else None for part in parts)
     try:
         trainer: Trainer = make(

@@ -105,7 +105,7 @@ def _run(
     try:
         if settings.objective == "sft":
             adapted = attach(model, job.config)
-            trainer = completion_trainer(adapted, job.tokenizer, job.tokens, job.validation_tokens, arguments)
+            trainer = completion_trainer(adapted, job.tokenizer, job.tokens_of, job.validation_tokens, arguments)
         else:
             trainer = preference_trainer(model, job, arguments)
             adapted = trainer.model
@@ -178,7 +178,7 @@ def _run_recipe(recipe: Recipe, output: Output, resume: bool, overwrite: bool, c
     if first_process():
         say_loading(console, recipe.model)
     job = job_of(recipe, name, load_tokenizer(name), rows)
-    _ = job.tokens, job.validation_tokens  # refuses what does not fit
+    _ = job.tokens_of(0), job.validation_tokens  # refuses what does not fit
     model = load_model(name, recipe.dtype, recipe.attention, recipe.quantization)
     return run_training(model, job, output, resume, overwrite, console)
 

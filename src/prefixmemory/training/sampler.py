@@ -1,14 +1,37 @@
-"""The order of the rows: rows of like length together, the same in every process and after a resume."""
+"""The rows of an epoch and their order: the same in every process and after a resume."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
-from datasets import Dataset
+from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+
+from prefixmemory.rows.encoding import Tokens
+
+#: The rows of an epoch, by its number from 0 on: as many in each.
+RowsOfEpoch = Callable[[int], Sequence[Tokens]]
+
+
+class EpochRows(Dataset[dict[str, list[int]]]):
+    """Rows that may be others in every epoch."""
+
+    def __init__(self, rows_of: RowsOfEpoch) -> None:
+        self.rows_of, self.epoch, self.rows = rows_of, 0, rows_of(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the sampler, or by accelerate's data loader."""
+        if epoch != self.epoch:
+            self.epoch, self.rows = epoch, self.rows_of(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index].feature
 
 
 class EpochSampler(LengthGroupedSampler):
@@ -18,13 +41,14 @@ class EpochSampler(LengthGroupedSampler):
     on the order, and rows are met twice or never.
     """
 
-    def __init__(self, batch_size: int, dataset: Dataset, seed: int) -> None:
-        super().__init__(batch_size, dataset=dataset)
-        self.seed, self.epoch = seed, 0
+    def __init__(self, batch_size: int, dataset: EpochRows, seed: int) -> None:
+        super().__init__(batch_size, lengths=[len(one) for one in dataset.rows])
+        self.dataset, self.seed, self.epoch = dataset, seed, dataset.epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate's data loader."""
-        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+        self.lengths, self.epoch = [len(one) for one in self.dataset.rows], epoch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -36,5 +60,5 @@ class LengthGroupedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         args = self.args
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset = cast(EpochRows, self.train_dataset if train_dataset is None else train_dataset)
         return EpochSampler(args.train_batch_size * args.gradient_accumulation_steps, dataset, args.seed)
