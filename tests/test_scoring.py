@@ -22,6 +22,7 @@ import tiny
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.rendering import Example
 from prefixmemory.rows.rows import Row, check_row
+from prefixmemory.scoring.generation import repeated
 from prefixmemory.scoring.likelihood import likelihoods
 from prefixmemory.tasks import Task, scoring
 from prefixmemory.tasks.metrics import bleu, last_number, rouge_l, squad_exact_match, squad_f1
@@ -431,6 +432,23 @@ def test_the_loss_does_not_depend_on_how_rows_are_batched(monkeypatch):
         monkeypatch.setattr("prefixmemory.scoring.likelihood.TOKENS_A_BATCH", limit)
         parts = scored("loss", rows_of(*QUESTIONS), model)
         assert parts.points == pytest.approx(whole.points, rel=1e-5) and parts.score == pytest.approx(whole.score)
+
+
+def test_behind_a_long_text_few_rows_copy_its_cache_at_once(monkeypatch):
+    model, context = METHODS["memory"](), "a text in front of all\n\n"
+    examples = [Example(asked(f"why {'so ' * i}?"), "yes") for i in range(5)]
+    read: list[tuple[int, int]] = []
+
+    def copied(cache, rows):
+        read.append((rows, cache.get_seq_length()))
+        return repeated(cache, rows)
+
+    monkeypatch.setattr("prefixmemory.scoring.likelihood.repeated", copied)
+    whole = likelihoods(model, TOKENIZER, examples, context=context)
+    monkeypatch.setattr("prefixmemory.scoring.likelihood.CACHED_TOKENS", 2 * read[0][1] + 1)
+    parts = likelihoods(model, TOKENIZER, examples, context=context)
+    assert [rows for rows, _ in read] == [5, 2, 2, 1]
+    assert [one.nats for one in parts] == pytest.approx([one.nats for one in whole], rel=1e-5)
 
 
 def test_scoring_leaves_the_mode_of_the_model():

@@ -208,6 +208,10 @@ def test_rows_are_chosen_by_fields_labels_and_length(tmp_path):
     kept = load_task(str(file), {"where": {"part": "2"}, "labels": 2, "longest_text": 9}).rows(None, "train")
     expected = [row for row in rows if row["part"] == "2" and row["label"] in "xy" and len(row["text"]) + 2 <= 9]
     assert kept == expected and len(expected) == 2
+    last = load_task(str(file), {"first_label": 1}).rows(None, "train")
+    assert last == [row for row in rows if row["label"] in "yz"]
+    middle = load_task(str(file), {"first_label": 1, "labels": 1}).rows(None, "train")
+    assert middle == [row for row in rows if row["label"] == "y"]
 
 
 TYPOS = {
@@ -215,6 +219,7 @@ TYPOS = {
     "a scoring": ("per_label: 4", "scoring: exact_mtch", 7, ["scoring='exact_mtch'", "'exact_match'?"]),
     "a type": ("per_label: 4", "per_label: four", 7, ["per_label='four'"]),
     "a range": ("per_label: 4", "per_label: 0", 7, ["per_label=0", "above 0"]),
+    "no first label": ("per_label: 4", "first_label: -1", 7, ["first_label=-1"]),
     "a setting": ("{epochs: 5}", "{epoch: 5}", 8, ["epoch is no field of training", "'epochs'?"]),
     "a setting's value": ("{epochs: 5}", "{epochs: -1}", 8, ["training.epochs=-1"]),
     "what the protocol sets": ("{epochs: 5}", "{seed: 5}", 8, ["training.seed is what the protocol sets"]),
@@ -247,6 +252,7 @@ def test_a_typo_is_one_line_with_file_line_field_and_the_nearest(own, name):
         ({"where": {"lable": "apple"}}, ["where names 'lable'", "'label'?"]),
         ({"where": {"label": "aple"}}, ["label='aple'", "'apple'?"]),
         ({"where": {"label": "apple"}, "longest_text": 1}, ["no row of the train split is left"]),
+        ({"first_label": 3}, ["no row of the train split is left by where, first_label"]),
         (
             {"scoring": "number"},
             ["scoring='number' needs rows of the kind prompt or instruction", "is of the kind text"],

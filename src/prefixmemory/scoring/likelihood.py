@@ -19,6 +19,8 @@ from prefixmemory.scoring.generation import Progress, common_beginning, read_beg
 
 #: Logits of this many tokens are held at once, beside those of one long row.
 TOKENS_A_BATCH = 2048
+#: Each row of a batch has a copy of the cache of what all rows begin with: they hold this many tokens together.
+CACHED_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def likelihoods(
     shared = common_beginning([one.prompt for one in rows]) if context and not prepends else []
     cache = read_beginning(model, shared)
     length = len(shared)
+    batch_size = max(1, min(batch_size, CACHED_TOKENS // max(length, 1)))
     rows = [replace(one, prompt=one.prompt[length:]) for one in rows]
     device = next(model.parameters()).device
     found = [Likelihood(0.0, 0)] * len(rows)

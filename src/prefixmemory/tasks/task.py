@@ -56,7 +56,8 @@ class Task:
         hub_where: keep the rows whose columns have these values.
         columns: our field -> column of the files.
         where: keep the rows of the files whose fields have these values.
-        labels: keep this many labels, the first in alphabetical order.
+        labels: keep this many labels, in alphabetical order.
+        first_label: from this one on, counted from 0.
         longest_text: keep rows of at most this many characters, prompt and answer.
         per_label: training rows of each label, drawn with the run's seed.
         limit: training rows in all, drawn with the run's seed.
@@ -82,6 +83,7 @@ class Task:
     columns: dict[str, str] | None = None
     where: dict[str, str] = field(default_factory=dict)
     labels: int | None = None
+    first_label: int = 0
     longest_text: int | None = None
     per_label: int | None = None
     limit: int | None = None
@@ -97,6 +99,8 @@ class Task:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PrefixMemoryError(f"{name}={value} is out of range: give a number above 0.")
+        if self.first_label < 0:
+            raise PrefixMemoryError(f"first_label={self.first_label} is out of range: give a number from 0 on.")
         if (self.train is None) != (self.test is None):
             raise PrefixMemoryError(f"{'train' if self.train is None else 'test'} is missing: give both files.")
         if self.folder is None and self.train is None and self.hub is None:
@@ -143,7 +147,9 @@ class Task:
         self._check_kind(rows)
         kept = self._kept(rows, where)
         if not kept:
-            raise PrefixMemoryError(f"Task {self.name}: no row of the {split} split is left by where and longest_text.")
+            raise PrefixMemoryError(
+                f"Task {self.name}: no row of the {split} split is left by where, first_label and longest_text."
+            )
         return kept
 
     def _check_kind(self, rows: list[Row]) -> None:
@@ -154,8 +160,8 @@ class Task:
             raise PrefixMemoryError(
                 f"Task {self.name}: scoring={self.scoring!r} needs rows of the kind {wanted}; {found}"
             )
-        for name in ("labels", "per_label"):
-            if getattr(self, name) is not None and kind != "text":
+        for name in ("labels", "first_label", "per_label"):
+            if getattr(self, name) and kind != "text":
                 raise PrefixMemoryError(f"Task {self.name}: {name} needs rows with 'text' and 'label'; {found}")
 
     def _kept(self, rows: list[Row], where: Mapping[str, str]) -> list[Row]:
@@ -168,8 +174,8 @@ class Task:
                 hint = did_you_mean(value, values)
                 raise PrefixMemoryError(f"Task {self.name}: where asks for {name}={value!r}, which no row has.{hint}")
         rows = [row for row in rows if all(str(row.get(name)) == value for name, value in where.items())]
-        if self.labels is not None:
-            labels = sorted({row["label"] for row in rows})[: self.labels]
+        if self.labels is not None or self.first_label:
+            labels = sorted({row["label"] for row in rows})[self.first_label :][: self.labels]
             rows = [row for row in rows if row["label"] in labels]
         if self.longest_text is not None:
             rows = [row for row in rows if _length(row) <= self.longest_text]
