@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from prefixmemory.compare.suite import load_suite
 from prefixmemory.kernels.read import add
@@ -55,6 +56,7 @@ class Variant:
         extra: adds further trainable modules to an adapted model, and returns how to take them off again.
         extra_rate: of their parameters.
         training: other settings.
+        average: share of the steps, the last ones, whose weights are averaged in the end.
         muon: whether memories take orthogonalised steps, of length ``rate`` in each direction, not Adam's.
     """
 
@@ -63,6 +65,7 @@ class Variant:
     extra: Callable[[nn.Module, tuple[int, ...] | None], Callable[[], None]] | None = None
     extra_rate: float = 3e-3
     training: dict[str, Any] = field(default_factory=dict)
+    average: float = 0.0
     muon: bool = False
 
 
@@ -213,6 +216,8 @@ VARIANTS = {
     "rank8-question-ff": Variant(RANK8, 6e-3, beside(("mlp.down_proj",))),
     "full-question-muon": Variant(FULL, 1.6e-2, muon=True),
     "full-question-muon-low": Variant(FULL, 6e-3, muon=True),
+    "full-question-average": Variant(FULL, 6e-3, training={"scheduler": "constant"}, average=0.5),
+    "lora-average": Variant(LORA, 3e-3, training={"scheduler": "constant"}, average=0.5),
     "full-question-identity": Variant({**FULL, "feature_map": "identity"}, 2e-3),
     "full-question-output": Variant(FULL, 2e-3, head_output, 2e-3),
     "full-question-head-dropout": Variant(FULL, 2e-3, head_dropout(0.3)),
@@ -220,6 +225,25 @@ VARIANTS = {
     "rank8-question": Variant(RANK8, 6e-3),
     "lora-low": Variant(LORA, 1e-3),
 }
+
+
+class Average(TrainerCallback):
+    """The mean of the weights after each of the last steps."""
+
+    def __init__(self, parameters: list[Tensor], share: float) -> None:
+        self.parameters, self.share, self.count = parameters, share, 0
+        self.means = [torch.zeros_like(p) for p in parameters]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step > (1 - self.share) * state.max_steps:
+            self.count += 1
+            for mean, p in zip(self.means, self.parameters, strict=True):
+                mean += (p.detach() - mean) / self.count
+
+    @torch.no_grad()
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for mean, p in zip(self.means, self.parameters, strict=True):
+            p.copy_(mean)
 
 
 def run(name: str, task: Any, seed: int, loaded: Any, base: Any, tokenizer: Any, data: Path) -> dict[str, Any]:
@@ -243,7 +267,8 @@ def run(name: str, task: Any, seed: int, loaded: Any, base: Any, tokenizer: Any,
         trainer.optimizer = torch.optim.AdamW(groups, lr=variant.rate, weight_decay=settings.weight_decay)
     if variant.muon:
         trainer.optimizer = Muon([p for p in model.parameters() if p.requires_grad], variant.rate)
-    metrics = fit(trainer, settings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    metrics = fit(trainer, settings, callbacks=[Average(trained, variant.average)] if variant.average else [])
     model.eval()
     base.set_attn_implementation("sdpa")
     try:

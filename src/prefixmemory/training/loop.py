@@ -31,9 +31,10 @@ from prefixmemory.rows.encoding import Tokens, tokenize
 from prefixmemory.rows.rendering import Example
 from prefixmemory.training.checkpoints import last_complete_checkpoint
 from prefixmemory.training.interrupt import Interrupted, StopOnSignal
-from prefixmemory.training.sampler import EpochRows, LengthGroupedTrainer, RowsOfEpoch
+from prefixmemory.training.sampler import EpochRows, EpochSampler, RowsOfEpoch
 from prefixmemory.training.saving import SaveByTime
 from prefixmemory.training.settings import TrainingSettings
+from prefixmemory.training.silent_front import SilentFront
 
 #: transformers 5.23 renamed the argument.
 CHECKPOINTING = (
@@ -94,6 +95,25 @@ def check_trackers(report_to: Sequence[str]) -> None:
             raise PrefixMemoryError(f"report_to={tracker!r} needs the package: pip install {tracker}.")
 
 
+class CompletionTrainer(Trainer):
+    """Orders its rows with :class:`EpochSampler`, and reads what stands in front of all invocations without gradients:
+    :class:`SilentFront`."""
+
+    front: SilentFront | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        args = self.args
+        dataset = cast(EpochRows, self.train_dataset if train_dataset is None else train_dataset)
+        return EpochSampler(args.train_batch_size * args.gradient_accumulation_steps, dataset, args.seed)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        if model.training and torch.is_grad_enabled() and not getattr(self.args, CHECKPOINTING):  # which has no cache
+            self.front = self.front or SilentFront(model)
+            inputs = self.front.read(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
 def completion_trainer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,7 +122,7 @@ def completion_trainer(
     arguments: dict[str, Any],
 ) -> Trainer:
     """A Trainer for the likelihood of completions (``objective="sft"``)."""
-    return LengthGroupedTrainer(
+    return CompletionTrainer(
         model=model,
         args=TrainingArguments(**arguments, remove_unused_columns=False),
         train_dataset=EpochRows(rows_of),

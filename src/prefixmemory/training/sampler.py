@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from prefixmemory.rows.encoding import Tokens
@@ -53,12 +51,3 @@ class EpochSampler(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-class LengthGroupedTrainer(Trainer):
-    """A Trainer that orders its rows with :class:`EpochSampler`."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        args = self.args
-        dataset = cast(EpochRows, self.train_dataset if train_dataset is None else train_dataset)
-        return EpochSampler(args.train_batch_size * args.gradient_accumulation_steps, dataset, args.seed)
