@@ -35,7 +35,7 @@ def measure(chosen: Namespace) -> dict[str, Any]:
     """By number of tokens a row: seconds of a step, in rounds, and the bytes that it keeps and holds at most."""
     of = shapes.config(chosen.shape)
     base = shapes.base_model(of, getattr(torch, chosen.dtype), chosen.device)
-    models = {name: shapes.with_method(base, name).train() for name in ("memory, activated", LORA)}
+    memory, lora = (shapes.with_method(base, name).train() for name in ("memory, activated", LORA))
     found: dict[str, Any] = {}
     for tokens in [128] if chosen.quick else chosen.tokens:
         ids = shapes.text(of, 1, tokens, chosen.device)
@@ -49,7 +49,6 @@ def measure(chosen: Namespace) -> dict[str, Any]:
             "labels": labels,
             "logits_to_keep": labels.shape[1],
         }
-        memory, lora = models["memory, activated"], models[LORA]
         calibrate(memory, **batch)
         front = SilentFront(memory)
         losses: dict[str, Callable[[], Any]] = {
@@ -58,13 +57,13 @@ def measure(chosen: Namespace) -> dict[str, Any]:
             LORA: lambda batch=batch: lora(**batch, use_cache=False).loss,
         }
         _check(memory, losses)
-        steps = {name: _step(models[LORA] if name == LORA else memory, loss) for name, loss in losses.items()}
+        steps = {name: _step(lora if name == LORA else memory, loss) for name, loss in losses.items()}
         rounds = [
             {name: measuring.seconds(step, chosen.device) for name, step in steps.items()} for _ in range(chosen.rounds)
         ]
         sizes = {
             name: {
-                "kept": measuring.kept_bytes(models[LORA] if name == LORA else memory, loss),
+                "kept": measuring.kept_bytes(lora if name == LORA else memory, loss),
                 "peak": measuring.peak_bytes(steps[name], chosen.device),
             }
             for name, loss in losses.items()

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is no installed package
 
 from benchmarks import __main__ as command
-from benchmarks import measuring, shapes
+from benchmarks import measuring, shapes, silent_front
 
 from prefixmemory.tuner.layers import memory_layers
 
@@ -153,3 +153,21 @@ def test_the_document_keeps_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_another_checkout_is_measured_in_turn() -> None:
     said = run("benchmarks.overhead", "--quick", "--methods", "default memory", "--against", str(ROOT / "src"))
     assert "this checkout" in said and "the other one" in said
+
+
+def test_training_without_the_gradients_of_a_silent_front_is_checked_and_keeps_less(monkeypatch: Any) -> None:
+    record = silent_front.measure(silent_front.options(["--quick"]))
+    sizes = record["tokens"]["128"]["bytes"]
+    assert sizes[silent_front.PARTS]["kept"] < 0.75 * sizes[silent_front.ONE]["kept"]
+    assert silent_front.tables(record).count("\n") == 5
+    read = silent_front.SilentFront.read
+
+    def one_column_lost(self: Any, batch: Any) -> Any:
+        rest = dict(read(self, batch))
+        for layer in rest["past_key_values"].layers:
+            layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
+        return {**rest, "attention_mask": rest["attention_mask"][:, 1:]}
+
+    monkeypatch.setattr(silent_front.SilentFront, "read", one_column_lost)
+    with pytest.raises(SystemExit, match=r"the gradient of .* differs by .*: nothing is timed"):
+        silent_front.measure(silent_front.options(["--quick"]))

@@ -43,6 +43,8 @@ TASKS = ("banking77_20", "goemotions_12")
 FULL = {"name": "prefix_memory", "rank": None, "active_from": "question"}
 RANK8 = {"name": "prefix_memory", "active_from": "question"}
 LORA = {"name": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+ATTENTION = {"name": "lora", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+FEED_FORWARD = ("mlp.down_proj", "mlp.up_proj", "mlp.gate_proj")
 FRONT = Distractors(share=0.5, tokens=160)
 
 
@@ -212,6 +214,12 @@ VARIANTS = {
     "full-question-ff": Variant(FULL, 2e-3, beside(("mlp.down_proj",))),
     "full-question-fresh": Variant(FULL, 2e-3, training={"distractors": FRONT}),
     "full-question-fresh-fast": Variant(FULL, 6e-3, training={"distractors": FRONT}),
+    "full-start-ff-all-fresh": Variant(
+        {**FULL, "active_from": "start"}, 2e-3, beside(FEED_FORWARD), training={"distractors": FRONT}
+    ),
+    "full-question-ff-all-fresh": Variant(FULL, 2e-3, beside(FEED_FORWARD), training={"distractors": FRONT}),
+    "full-start-fresh": Variant({**FULL, "active_from": "start"}, 2e-3, training={"distractors": FRONT}),
+    "lora-attention-fresh": Variant(ATTENTION, 3e-3, training={"distractors": FRONT}),
     "lora-fresh": Variant(LORA, 3e-3, training={"distractors": FRONT}),
     "rank8-question-ff": Variant(RANK8, 6e-3, beside(("mlp.down_proj",))),
     "full-question-muon": Variant(FULL, 1.6e-2, muon=True),
@@ -221,7 +229,7 @@ VARIANTS = {
     "full-question-identity": Variant({**FULL, "feature_map": "identity"}, 2e-3),
     "full-question-output": Variant(FULL, 2e-3, head_output, 2e-3),
     "full-question-head-dropout": Variant(FULL, 2e-3, head_dropout(0.3)),
-    "full-question-ff-all": Variant(FULL, 2e-3, beside(("mlp.down_proj", "mlp.up_proj", "mlp.gate_proj"))),
+    "full-question-ff-all": Variant(FULL, 2e-3, beside(FEED_FORWARD)),
     "rank8-question": Variant(RANK8, 6e-3),
     "lora-low": Variant(LORA, 1e-3),
 }
