@@ -59,7 +59,7 @@ class Variant:
         extra_rate: of their parameters.
         training: other settings.
         average: share of the steps, the last ones, whose weights are averaged in the end.
-        muon: whether memories take orthogonalised steps, of length ``rate`` in each direction, not Adam's.
+        optimizer: of the memories in the place of AdamW.
     """
 
     adapter: dict[str, Any]
@@ -68,7 +68,7 @@ class Variant:
     extra_rate: float = 3e-3
     training: dict[str, Any] = field(default_factory=dict)
     average: float = 0.0
-    muon: bool = False
+    optimizer: type[torch.optim.Optimizer] | None = None
 
 
 class Beside(nn.Module):
@@ -200,6 +200,30 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(step, alpha=group["lr"])
 
 
+class Mini(torch.optim.Optimizer):
+    """Adam with one second moment for all entries of a parameter (Zhang et al., 2024): entries keep their proportions.
+
+    Adam gives every entry of a full memory a step of about the rate, whether its gradient is signal or noise.
+    """
+
+    def __init__(self, parameters: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["count"] = count = state.get("count", 0) + 1
+                mean = state.setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - first)
+                state["square"] = second * state.get("square", 0.0) + (1 - second) * p.grad.pow(2).mean()
+                size = (state["square"] / (1 - second**count)).sqrt() + 1e-12
+                p.sub_(mean / (1 - first**count) / size * group["lr"])
+
+
 def orthogonal(matrices: Tensor) -> Tensor:
     """The nearest orthogonal matrices, roughly, by Newton and Schulz's iteration of fifth order."""
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
@@ -222,10 +246,12 @@ VARIANTS = {
     "lora-attention-fresh": Variant(ATTENTION, 3e-3, training={"distractors": FRONT}),
     "lora-fresh": Variant(LORA, 3e-3, training={"distractors": FRONT}),
     "rank8-question-ff": Variant(RANK8, 6e-3, beside(("mlp.down_proj",))),
-    "full-question-muon": Variant(FULL, 1.6e-2, muon=True),
-    "full-question-muon-low": Variant(FULL, 6e-3, muon=True),
+    "full-question-muon": Variant(FULL, 1.6e-2, optimizer=Muon),
+    "full-question-muon-low": Variant(FULL, 6e-3, optimizer=Muon),
     "full-question-average": Variant(FULL, 6e-3, training={"scheduler": "constant"}, average=0.5),
     "lora-average": Variant(LORA, 3e-3, training={"scheduler": "constant"}, average=0.5),
+    "full-question-mini": Variant(FULL, 6e-3, optimizer=Mini),
+    "full-question-mini-fresh": Variant(FULL, 6e-3, optimizer=Mini, training={"distractors": FRONT}),
     "full-question-identity": Variant({**FULL, "feature_map": "identity"}, 2e-3),
     "full-question-output": Variant(FULL, 2e-3, head_output, 2e-3),
     "full-question-head-dropout": Variant(FULL, 2e-3, head_dropout(0.3)),
@@ -273,8 +299,8 @@ def run(name: str, task: Any, seed: int, loaded: Any, base: Any, tokenizer: Any,
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         groups = [{"params": rest}, {"params": extra, "lr": variant.extra_rate}]
         trainer.optimizer = torch.optim.AdamW(groups, lr=variant.rate, weight_decay=settings.weight_decay)
-    if variant.muon:
-        trainer.optimizer = Muon([p for p in model.parameters() if p.requires_grad], variant.rate)
+    if variant.optimizer:
+        trainer.optimizer = variant.optimizer([p for p in model.parameters() if p.requires_grad], variant.rate)
     trained = [p for p in model.parameters() if p.requires_grad]
     metrics = fit(trainer, settings, callbacks=[Average(trained, variant.average)] if variant.average else [])
     model.eval()
