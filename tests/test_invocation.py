@@ -16,6 +16,7 @@ from prefixmemory.rows.invocation import begins, check_invoked, settle
 from prefixmemory.rows.rendering import render
 from prefixmemory.scoring.generation import answers
 from prefixmemory.training.job import TrainingJob
+from prefixmemory.training.methods import attach, method_config
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory.tuner.active_tokens import speaking
 from tokenizers_of_all_kinds import ALL, build
@@ -107,6 +108,27 @@ def test_tokens_that_are_given_stay():
     config = PrefixMemoryConfig(active_from="question", invocation_tokens=[9])
     settle(config, tiny.tokenizer(), TEXTS)
     assert config.invocation_tokens == [9]
+
+
+def test_an_activated_lora_of_peft_finds_its_tokens_by_the_same_names():
+    tokenizer, section = tiny.tokenizer(), {"name": "lora", "target_modules": ["q_proj"]}
+    job = TrainingJob("base", tokenizer, TEXTS, method_config({**section, "alora_invocation_tokens": "answer"}))
+    assert job.config.alora_invocation_tokens == job.invocation == invocation_tokens("answer", tokenizer, "text")
+    assert TrainingJob("base", tokenizer, TEXTS, method_config(section)).invocation is None
+    model = attach(tiny.build(), job.config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.5)
+    ids = torch.tensor([job.tokens[0].prompt + job.tokens[0].completion])
+    place = begins(ids[0].tolist(), job.invocation)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+    assert torch.equal(logits[:, :place], base[:, :place]) and (logits - base)[:, place:].abs().amin(dim=1).max() > 0
+    with pytest.raises(PrefixMemoryError, match=r"method\.alora_invocation_tokens='anser'"):
+        method_config({**section, "alora_invocation_tokens": "anser"})
 
 
 def test_kinds_of_rows_with_other_tokens_are_refused_together():

@@ -103,6 +103,7 @@ def test_nothing_in_front_is_kept_for_the_backward_pass():
         (lambda model: learning(modules_to_save=["lm_head"]), "other parts learn"),
         (lambda model: invoked(fill=False), "waits for its first batch"),
         (lambda model: _disabled(model), "is switched off"),
+        (lambda model: _sharded(model), "parts are gathered and given back"),
     ],
 )
 def test_it_is_left_alone(change, why):
@@ -113,6 +114,11 @@ def test_it_is_left_alone(change, why):
 
 def _disabled(model):
     model.base_model.disable_adapter_layers()
+    return model
+
+
+def _sharded(model):
+    model.get_base_model().model.layers[0].reshard = lambda: None
     return model
 
 

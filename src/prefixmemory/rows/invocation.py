@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +15,8 @@ from prefixmemory.rows.rows import Rows, kind_of
 
 #: What the tokens are called that recipes find by themselves.
 NAMES = ("question", "answer")
+#: The field of PEFT's LoraConfig that makes it an activated LoRA (arXiv 2504.12397).
+ALORA = "alora_invocation_tokens"
 #: Questions that have no beginning and no end in common.
 QUESTIONS = ("green apples?", "Why 42")
 #: Texts in front of the prompt of a row that has no chat template.
@@ -78,22 +80,32 @@ def _common_end(rows: Sequence[list[int]]) -> list[int]:
 
 
 def settle(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> None:
-    """Give the config of a memory that names its invocation the tokens that it has in the prompts of ``rows``.
+    """Give a config that names its invocation the tokens that it has in the prompts of ``rows``: a memory's, or that of
+    PEFT's activated LoRA, whose ``alora_invocation_tokens`` may be a name here.
 
     Raises:
         PrefixMemoryError: they have none in common.
     """
-    active_from = getattr(config, "active_from", "start")
-    if active_from not in NAMES or config.invocation_tokens is not None:
-        return
+    if getattr(config, "active_from", None) in NAMES and config.invocation_tokens is None:
+        config.invocation_tokens = _in_rows(config.active_from, "active_from", tokenizer, rows)
+    if (name := getattr(config, ALORA, None)) in NAMES:
+        setattr(config, ALORA, _in_rows(cast(str, name), ALORA, tokenizer, rows))
+
+
+def invocation_of(config: Any) -> list[int] | None:
+    """The tokens from which on an adapter speaks; ``None``: from the start."""
+    return getattr(config, "invocation_tokens", None) or getattr(config, ALORA, None)
+
+
+def _in_rows(name: str, field: str, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[int]:
     kinds = {"text" if kind_of(row) == "text" else None for row in rows}  # others are written as conversations
-    found = {kind: invocation_tokens(active_from, tokenizer, kind) for kind in kinds}
+    found = {kind: invocation_tokens(name, tokenizer, kind) for kind in kinds}
     if len({tuple(tokens) for tokens in found.values()}) > 1:
         raise PrefixMemoryError(
-            f"active_from={active_from!r} has other tokens in rows with text and label than in conversations: "
+            f"{field}={name!r} has other tokens in rows with text and label than in conversations: "
             f"{found['text']} and {found[None]}. Train on one kind of rows, or give invocation_tokens."
         )
-    config.invocation_tokens = next(iter(found.values()))
+    return next(iter(found.values()))
 
 
 def begins(ids: Sequence[int], invocation: Sequence[int]) -> int | None:

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.encoding import Tokens, tokenize
-from prefixmemory.rows.invocation import check_invoked, settle
+from prefixmemory.rows.invocation import check_invoked, invocation_of, settle
 from prefixmemory.rows.rendering import Example, render
 from prefixmemory.rows.rows import Row, Rows, answers_a_row, check_objective, with_one_answer
 from prefixmemory.rows.unrelated_text import SEAM
@@ -103,8 +103,8 @@ class TrainingJob:
 
     @property
     def invocation(self) -> list[int] | None:
-        """The tokens from which on the memory speaks; ``None``: from the start."""
-        return getattr(self.config, "invocation_tokens", None)
+        """The tokens from which on the adapter speaks; ``None``: from the start."""
+        return invocation_of(self.config)
 
     @cached_property
     def rows_cut(self) -> int:

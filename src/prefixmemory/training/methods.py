@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import prefixmemory.tuner.registration
 from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
 from prefixmemory.memories.patterns import check_patterns
+from prefixmemory.rows.invocation import ALORA, NAMES
 
 prefixmemory.tuner.registration.register()
 
@@ -66,7 +67,8 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
     for field, value in values.items():
         if field not in known:
             raise PrefixMemoryError(f"method.{field} is no field of {name}.{did_you_mean(str(field), known)}")
-        _check_type(field, value, hints[field])
+        if field != ALORA or value not in NAMES:  # the tokens are found in the rows
+            _check_type(field, value, hints[field])
     try:
         config = kind(task_type="CAUSAL_LM", **values)
     except PrefixMemoryError:

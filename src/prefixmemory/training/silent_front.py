@@ -50,6 +50,7 @@ class SilentFront:
             and not base.config.is_encoder_decoder
             and not getattr(config, "output_router_logits", False)  # a loss of its own, over all tokens
             and all(id(p) in ours for p in model.parameters() if p.requires_grad)
+            and not any(hasattr(part, "reshard") for part in model.modules())  # FSDP2
         )
 
     def read(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
