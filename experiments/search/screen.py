@@ -241,6 +241,9 @@ VARIANTS = {
     "full-start-ff-all-fresh": Variant(
         {**FULL, "active_from": "start"}, 2e-3, beside(FEED_FORWARD), training={"distractors": FRONT}
     ),
+    "full-start-ff-all-fresh-low": Variant(
+        {**FULL, "active_from": "start"}, 7e-4, beside(FEED_FORWARD), 1e-3, training={"distractors": FRONT}
+    ),
     "full-question-ff-all-fresh": Variant(FULL, 2e-3, beside(FEED_FORWARD), training={"distractors": FRONT}),
     "full-start-fresh": Variant({**FULL, "active_from": "start"}, 2e-3, training={"distractors": FRONT}),
     "lora-attention-fresh": Variant(ATTENTION, 3e-3, training={"distractors": FRONT}),
