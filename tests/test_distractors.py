@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,25 +87,35 @@ def test_no_epoch_has_a_row_longer_than_the_model_reads(text):
     assert plain + 50 < with_text.longest < plain + 120
 
 
-def test_the_trainer_reads_the_rows_of_its_epoch(text, tmp_path):
-    one = job(Distractors(0.5, 30, text), epochs=3, batch_size=4)
+def read_in_training(one: TrainingJob, folder: Path, resume: bool = False) -> list[str]:
+    """The texts that training reads, in its order."""
     model = attach(tiny.build(), one.config)
     read: list[str] = []
-
-    def written(ids) -> str:
-        return one.tokenizer.decode(ids, skip_special_tokens=True)
 
     def look(module, args, kwargs):
         if module.training:  # the pass that takes the means is not
             batch = zip(kwargs["input_ids"], kwargs["attention_mask"].bool(), strict=True)
-            read.extend(written(ids[mask]) for ids, mask in batch)
+            read.extend(written(one, ids[mask]) for ids, mask in batch)
 
     model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
-    arguments = training_arguments(one.settings, tmp_path, evaluates=False) | {"save_strategy": "no"}
-    fit(completion_trainer(model, one.tokenizer, one.tokens_of, [], arguments), one.settings)
-    epochs = [sorted(written(row.prompt + row.completion) for row in one.tokens_of(epoch)) for epoch in range(3)]
+    arguments = training_arguments(one.settings, folder, evaluates=False) | {"save_total_limit": None}
+    fit(completion_trainer(model, one.tokenizer, one.tokens_of, [], arguments), one.settings, resume)
+    return read
+
+
+def written(one: TrainingJob, ids) -> str:
+    return one.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_trainer_reads_the_rows_of_its_epoch_and_goes_on_with_them(text, tmp_path):
+    one = job(Distractors(0.5, 30, text), epochs=3, batch_size=4, save_steps=7)
+    read = read_in_training(one, tmp_path)
+    epochs = [sorted(written(one, row.prompt + row.completion) for row in one.tokens_of(epoch)) for epoch in range(3)]
     assert [sorted(read[start : start + 20]) for start in (0, 20, 40)] == epochs
     assert epochs[0] != epochs[1] != epochs[2]
+    for step in (14, 15):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    assert read_in_training(one, tmp_path, resume=True) == read[4 * 7 :]  # from the midst of the second epoch on
 
 
 def test_every_method_reads_the_same(text):
