@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.compare.runs import key
 from prefixmemory.compare.suite import load_suite
 from prefixmemory.rows.distractors import NOTES, Distractors
+from prefixmemory.rows.encoding import Tokens
 from prefixmemory.rows.unrelated_text import ESSAY
 from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.loop import completion_trainer, fit, training_arguments
 from prefixmemory.training.methods import attach
+from prefixmemory.training.plan import plan_of
 from prefixmemory.training.recipe import load_recipe
 from prefixmemory.training.record import plan_of_run
+from prefixmemory.training.sampler import EpochRows, EpochSampler
 from prefixmemory.training.settings import TrainingSettings
 
 ROWS = [{"text": f"line {i}" + " again" * (i % 3), "label": "abc"[i % 3]} for i in range(20)]
@@ -116,6 +123,51 @@ def test_the_trainer_reads_the_rows_of_its_epoch_and_goes_on_with_them(text, tmp
     for step in (14, 15):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
     assert read_in_training(one, tmp_path, resume=True) == read[4 * 7 :]  # from the midst of the second epoch on
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_that_go_on_in_mid_epoch_read_each_row_once(processes):
+    def rows_of(epoch: int) -> list[Tokens]:
+        return [Tokens([1000 * epoch + i] * (1 + (7 * i + 3 * epoch) % 11), [1]) for i in range(24)]
+
+    def loader(process: int):
+        rows = EpochRows(rows_of)
+        sampler = EpochSampler(2, rows, 0)
+        batches = DataLoader(rows, 2, sampler=sampler, collate_fn=lambda batch: [one["input_ids"][0] for one in batch])
+        return prepare_data_loader(
+            batches, num_processes=processes, process_index=process, put_on_device=False, device=torch.device("cpu")
+        )
+
+    whole, behind = [], []
+    for process in range(processes):
+        unbroken = loader(process)
+        list(unbroken)
+        unbroken.set_epoch(1)
+        whole.append(list(unbroken))
+        going_on = skip_first_batches(loader(process), 3)
+        going_on.set_epoch(1)
+        behind.append(list(going_on))
+    assert behind == [batches[3:] for batches in whole]
+    assert sorted(row for batches in whole for batch in batches for row in batch) == list(range(1000, 1024))
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(tmp_path, text):
+    folder = tmp_path / "model"
+    tiny.build().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def plan(distractors: str):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(
+            f"model: {folder}\noutput: {tmp_path}/y\ndata: {{train: {tmp_path}/rows.jsonl}}\n"
+            f"training:\n  distractors: {distractors}\n"
+        )
+        return plan_of(load_recipe(file))
+
+    assert plan(f"{{file: {text}, tokens: 30}}").rows == 20
+    with pytest.raises(PrefixMemoryError, match=r"distractors\.tokens=5000, and the text has"):
+        plan(f"{{file: {text}, tokens: 5000}}")
 
 
 def test_every_method_reads_the_same(text):

@@ -20,7 +20,7 @@ from torch.nn.functional import log_softmax
 
 import tiny
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.rendering import Example
+from prefixmemory.rows.rendering import Example, render
 from prefixmemory.rows.rows import Row, check_row
 from prefixmemory.scoring.generation import repeated
 from prefixmemory.scoring.likelihood import likelihoods
@@ -28,6 +28,8 @@ from prefixmemory.tasks import Task, scoring
 from prefixmemory.tasks.metrics import bleu, last_number, rouge_l, squad_exact_match, squad_f1
 from prefixmemory.tasks.outputs import alpaca_eval, prompts
 from prefixmemory.tasks.scoring import Scored, score
+from prefixmemory.training.job import TrainingJob
+from prefixmemory.training.methods import attach, method_config
 from prefixmemory.training.settings import TrainingSettings
 
 pytestmark = [
@@ -449,6 +451,27 @@ def test_behind_a_long_text_few_rows_copy_its_cache_at_once(monkeypatch):
     parts = likelihoods(model, TOKENIZER, examples, context=context)
     assert [rows for rows, _ in read] == [5, 2, 2, 1]
     assert [one.nats for one in parts] == pytest.approx([one.nats for one in whole], rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 1])
+@pytest.mark.parametrize("name", ["question", "answer"])
+def test_an_activated_lora_speaks_behind_a_text_that_was_read_before(name, rows):
+    """PEFT looks for its invocation in the tokens of each pass alone; all rows may begin with it, or all of them."""
+    texts = [{"text": question, "label": "yes"} for question in ("why 1?", "how old", "green")]
+    section = {"name": "lora", "target_modules": ["q_proj", "v_proj"], "alora_invocation_tokens": name}
+    job = TrainingJob("base", TOKENIZER, texts, method_config(section))
+    model = attach(tiny.build(), job.config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_()
+    context, examples = f"a text\n\n{texts[0]['text']}\nText: of old\nLabel: no\n\n", render(texts, TOKENIZER)[:rows]
+    found = [one.nats for one in likelihoods(model, TOKENIZER, examples, context=context)]
+    whole = [Example(context + one.prompt, one.completion) for one in examples]
+    assert found == pytest.approx([one.nats for one in likelihoods(model, TOKENIZER, whole)], rel=1e-5)
+    with model.disable_adapter():
+        base = [one.nats for one in likelihoods(model, TOKENIZER, whole)]
+    assert all(abs(one - other) > 1e-3 for one, other in zip(found, base, strict=True))
 
 
 def test_scoring_leaves_the_mode_of_the_model():

@@ -10,10 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 import tiny
-from prefixmemory import calibrate
+from prefixmemory import PrefixMemoryConfig, activation, calibrate
 from prefixmemory.rows.collator import collator
 from prefixmemory.rows.encoding import Tokens
+from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.loop import completion_trainer, fit, training_arguments
+from prefixmemory.training.methods import attach
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory.training.silent_front import SilentFront
 from test_activation import INVOKED as INVOCATION
@@ -57,11 +59,73 @@ def test_loss_and_gradients_are_those_of_one_pass(family, kind):
     batch = batch_for(model)
     rest = SilentFront(model).read(batch)
     assert rest["input_ids"].shape == (3, 11) and rest["past_key_values"].get_seq_length() == 60
-    whole, parts = gradients(model, batch), gradients(model, rest)
+    _same(gradients(model, batch), gradients(model, rest))
+
+
+CONVERSATIONS = [
+    {
+        "messages": [
+            {"role": "user", "content": "what is the weather like there"},
+            {"role": "assistant", "content": "sunny and quite warm today"},
+            {"role": "user", "content": f"and tomorrow {number}?"},
+            {"role": "assistant", "content": "rain"},
+        ]
+    }
+    for number in range(3)
+]
+
+
+@pytest.mark.parametrize("active_from", ["question", "answer"])
+def test_earlier_questions_and_answers_are_silent_too(active_from):
+    config = PrefixMemoryConfig(task_type="CAUSAL_LM", active_from=active_from)
+    job = TrainingJob("base", tiny.tokenizer(), CONVERSATIONS, config)
+    model = attach(tiny.build(), job.config)
+    tiny.randomize(model, std=1.0)
+    model.train()
+    batch = collator(model, job.tokenizer)([one.feature for one in job.tokens])
+    calibrate(model, **batch)
+    rest = SilentFront(model).read(batch)
+    columns = rest["past_key_values"].get_seq_length()
+    assert columns > 50
+    front = {name: batch[name][:, :columns] for name in ("input_ids", "attention_mask", "position_ids")}
+    ids, (first, *_) = front["input_ids"][0].tolist(), job.invocation
+    assert first in ids  # the invocation of the turn before
+    with torch.no_grad(), model.disable_adapter():
+        base = model(**front, use_cache=True).past_key_values
+    for own, right in zip(rest["past_key_values"].layers, base.layers, strict=True):
+        assert torch.equal(own.keys, right.keys) and torch.equal(own.values, right.values)
+    _same(gradients(model, batch), gradients(model, rest))
+
+
+@pytest.mark.parametrize("again", [20, 66], ids=["in the prompt", "in the completion"])
+def test_the_last_of_several_invocations_counts(again):
+    model, ids = learning(), text(60, length=70)[0].tolist()
+    ids[again : again + 3] = INVOCATION["invocation_tokens"]
+    batch = collator(model, tiny.tokenizer())([Tokens(ids[:65], ids[65:]).feature])
+    rest = SilentFront(model).read(batch)
+    assert rest["past_key_values"].get_seq_length() >= 60
+    _same(gradients(model, batch), gradients(model, rest))
+
+
+def _same(whole, parts) -> None:
     assert parts[0] == pytest.approx(whole[0], rel=1e-5) and whole[1].keys() == parts[1].keys()
     for name, gradient in whole[1].items():
         assert gradient.abs().max() > 0
         assert (parts[1][name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
+
+
+def test_where_the_caller_says_where_memories_speak_and_in_packed_rows_it_is_left_alone():
+    model = learning()
+    batch = batch_for(model)
+    front = SilentFront(model)
+    given = {**batch, "active": torch.ones_like(batch["input_ids"], dtype=torch.bool)}
+    assert front.read(given) is given
+    with activation(given["active"]):
+        assert front.read(batch) is batch
+    positions = torch.cat([torch.arange(30), torch.arange(41)]).expand(3, -1)
+    packed = {**batch, "position_ids": positions, "attention_mask": torch.ones_like(positions)}
+    assert front.read(packed) is packed
+    assert front.read(batch) is not batch
 
 
 def test_it_would_be_seen_if_the_memory_spoke_in_front():

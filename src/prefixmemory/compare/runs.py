@@ -43,8 +43,11 @@ def key(loaded: Loaded, run: Run, data: Mapping[str, str]) -> str:
         "settings": _chosen(loaded.settings(task, method, run.learning_rate or 1.0, run.seed)),
         "validation_rows": suite.validation_rows,
     }
-    if (front := loaded.settings(task, method, 1.0, run.seed).distractors) is not None:
-        parts |= {"distractors": front.checksum(), "drawn": "in every epoch"}  # once they were drawn once
+    settings = loaded.settings(task, method, 1.0, run.seed)
+    if settings.distractors is not None:
+        parts |= {"distractors": settings.distractors.checksum()}
+        if settings.objective == "sft":
+            parts |= {"drawn": "in every epoch"}  # in the first records they were drawn once
     if suite.launcher is not None:  # its processes share the steps
         parts |= {"launcher": suite.launcher}
     if run.stage == "final":

@@ -25,8 +25,8 @@ NOTES = Path(str(files("prefixmemory") / "data" / "notes.txt"))
 class Distractors:
     """Unrelated text in front of a share of the training rows: ``distractors:`` in a recipe's ``training:``.
 
-    The run's seed draws the rows and a passage of the text for each, anew in every epoch, so that a row is met both
-    ways; the pairs of preference objectives keep theirs. Validation rows stay as they are.
+    The run's seed draws the rows and a passage of the text for each, anew in every epoch, so that a row may be met
+    both ways; the pairs of preference objectives keep theirs. Validation rows stay as they are.
 
     Args:
         share: of the rows, in (0, 1].

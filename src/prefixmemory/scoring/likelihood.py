@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.rows.collator import collator
 from prefixmemory.rows.encoding import IGNORED, Tokens, tokenize
+from prefixmemory.rows.invocation import ALORA, begins
 from prefixmemory.rows.rendering import Example
 from prefixmemory.scoring.generation import Progress, common_beginning, read_beginning, repeated
 
@@ -77,7 +80,10 @@ def likelihoods(
     collate = collator(model, tokenizer)
     prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     shared = common_beginning([one.prompt for one in rows]) if context and not prepends else []
-    cache = read_beginning(model, shared)
+    with nullcontext() if (invocation := _alora(model)) is None else cast(PeftModel, model).disable_adapter():
+        if invocation is not None:  # PEFT looks for it in each pass anew
+            shared = shared[: min(begins(one.prompt + one.completion, invocation) or 0 for one in rows)]
+        cache = read_beginning(model, shared)
     length = len(shared)
     batch_size = max(1, min(batch_size, CACHED_TOKENS // max(length, 1)))
     rows = [replace(one, prompt=one.prompt[length:]) for one in rows]
@@ -102,6 +108,11 @@ def likelihoods(
             progress(len(chosen))
     model.train(was_training)
     return found
+
+
+def _alora(model: PreTrainedModel | PeftModel) -> list[int] | None:
+    """The invocation of PEFT's activated LoRA; ``None``: the adapter is none."""
+    return getattr(model.active_peft_config, ALORA, None) if isinstance(model, PeftModel) else None
 
 
 def _batches(rows: Sequence[Tokens], batch_size: int, crop_logits: bool) -> Iterator[list[int]]:

@@ -11,6 +11,7 @@ from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.rows.distractors import Distractors
 from prefixmemory.rows.encoding import Tokens, tokenize
 from prefixmemory.rows.invocation import check_invoked, invocation_of, settle
 from prefixmemory.rows.rendering import Example, render
@@ -76,12 +77,18 @@ class TrainingJob:
         Raises:
             PrefixMemoryError: there is too little text to draw them from.
         """
-        front = self.settings.distractors
-        if front is None:
+        if self.settings.distractors is None:
             return self.tokens
+        return self._behind(self.settings.distractors, epoch) if epoch else self._first
+
+    @cached_property
+    def _first(self) -> list[Tokens]:
+        assert self.settings.distractors is not None
+        return self._behind(self.settings.distractors, 0)
+
+    def _behind(self, front: Distractors, epoch: int) -> list[Tokens]:
         limits = self.tokenizer, self.settings.max_length, self._answers(self.rows)
-        examples = self._examples(self.rows)
-        behind = front.in_front(examples, self.tokens, *limits, self.settings.seed, epoch)
+        behind = front.in_front(self._examples(self.rows), self.tokens, *limits, self.settings.seed, epoch)
         return self._checked(tokenize(behind, *limits), behind)
 
     def _answers(self, rows: Rows) -> int:

@@ -108,7 +108,8 @@ class CompletionTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers."""
-        if model.training and torch.is_grad_enabled() and not getattr(self.args, CHECKPOINTING):  # which has no cache
+        checkpointing = getattr(self.args, CHECKPOINTING)  # goes without a cache
+        if model.training and torch.is_grad_enabled() and not checkpointing:
             self.front = self.front or SilentFront(model)
             inputs = self.front.read(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)

@@ -86,7 +86,8 @@ def plan_of(recipe: Recipe) -> Plan:
     settings = recipe.training
     base_model = full_name(recipe.model)
     job = job_of(recipe, base_model, load_tokenizer(base_model), rows)
-    longest = job.longest  # what does not fit is refused here, as in the run
+    _ = job.tokens_of(0)  # what does not fit is refused here, as in the run
+    longest = job.longest
     name, file = location(base_model)
     try:
         config: Any = AutoConfig.from_pretrained(name, **file)
@@ -120,7 +121,7 @@ def plan_of(recipe: Recipe) -> Plan:
         weights=_weights(model, dtype, recipe.quantization),
         optimizer=(4 + 4 + 8) * sum(trained.values()),  # fp32 value, gradient, two moments of AdamW
         activations=_activations(config, settings, longest, dtype.itemsize),
-        active_from=getattr(job.config, "active_from", "start"),
+        active_from=getattr(job.config, "active_from", "invocation" if job.invocation else "start"),
         row=_marked(job),
     )
 

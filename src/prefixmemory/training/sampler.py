@@ -41,13 +41,13 @@ class EpochSampler(LengthGroupedSampler):
 
     def __init__(self, batch_size: int, dataset: EpochRows, seed: int) -> None:
         super().__init__(batch_size, lengths=[len(one) for one in dataset.rows])
-        self.dataset, self.seed, self.epoch = dataset, seed, dataset.epoch
+        self.dataset, self.seed = dataset, seed
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader."""
+        """Called by accelerate's data loader, which calls the data set instead where it goes on in mid-epoch."""
         self.dataset.set_epoch(epoch)
-        self.lengths, self.epoch = [len(one) for one in self.dataset.rows], epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        lengths = [len(one) for one in self.dataset.rows]
+        generator = torch.Generator().manual_seed(self.seed + self.dataset.epoch)
+        return iter(get_length_grouped_indices(lengths, self.batch_size, generator=generator))

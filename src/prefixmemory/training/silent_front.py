@@ -19,8 +19,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from prefixmemory.rows.encoding import IGNORED
-from prefixmemory.tuner.activation import unfinished_text
 from prefixmemory.tuner.active_tokens import speaking, text_numbers
+from prefixmemory.tuner.calls import thread
 from prefixmemory.tuner.layers import memory_layers
 
 #: A front of fewer columns, or of a smaller share of a batch, is not worth a second pass.
@@ -64,9 +64,10 @@ class SilentFront:
         if not columns:
             return batch
         front = {name: batch[name][:, :columns] for name in ("input_ids", "attention_mask", "position_ids")}
-        with torch.no_grad(), unfinished_text():
-            keep = {"logits_to_keep": 1} if "logits_to_keep" in batch else {}
-            cache = self.model(**front, **keep, use_cache=True).past_key_values
+        keep = {"logits_to_keep": 1} if "logits_to_keep" in batch else {}
+        silent = torch.zeros_like(front["input_ids"], dtype=torch.bool)  # earlier questions are not the last one
+        with torch.no_grad():
+            cache = self.model(**front, **keep, active=silent, use_cache=True).past_key_values
         if not _is_plain(cache):  # recurrent states and the like are written in place
             self.is_possible = False
             return batch
@@ -83,17 +84,26 @@ class SilentFront:
         """How many columns of ``batch`` are silent in all rows; 0: too few."""
         if any(layer.first_batch is not None for layer in self.layers):
             return 0  # which takes the means of features
+        if "active" in batch or thread.given is not None or _is_packed(batch):
+            return 0
         ids: Tensor = batch["input_ids"]
         length, labels = ids.shape[1], batch["labels"]
         plans = [plan for layer in self.layers if (plan := layer.plan(None)) is not None]
         steps = [step for plan in plans for step in (*plan.inside, *plan.outside)]
-        if not steps or any(step.invocation is None for step in steps):
+        invocations = {step.invocation for step in steps}
+        if not steps or None in invocations:
             return 0
         texts = text_numbers(ids, batch)
-        places = [speaking(ids, cast(Any, one), texts)[1].min() for one in {step.invocation for step in steps}]
+        places = [speaking(ids, cast(Any, one), texts)[1].min() for one in invocations]
         counted = (labels != IGNORED).any(dim=0).int().argmax()  # the first column of labels that any row has
         columns = min(int(torch.stack([*places, counted + (length - labels.shape[1] - 1)]).min()), length - 1)
         return columns if columns >= max(COLUMNS, SHARE * length) else 0
+
+
+def _is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether a row holds several texts: positions begin again, and not behind padding."""
+    begins_again, read = batch["position_ids"].diff(dim=1) <= 0, batch["attention_mask"].bool()
+    return bool((begins_again & read[:, 1:] & read[:, :-1]).any())
 
 
 def _is_plain(cache: Any) -> bool:
