@@ -2,12 +2,13 @@
 
     python experiments/search/screen.py ../shared/data results/compare/screen/records.jsonl [variant ...]
 
-The rule below was written down before any run; some variants came later (``docs/LOG.md``). Rows, seeds and settings are
-those of ``second.yaml`` (300 test rows, 150 of them behind 300 tokens, three seeds), on two of its tasks: dbpedia14 with
-7 labels is left out, since all methods of the first stage stand within two points there. An idea is built and goes on to
-the search if it gains 2 points of greedy match over the variant that it changes, on the mean of alone and behind text,
-or 0.03 nats, over the six runs; that is a filter with known leaks (the difference of six runs has a standard error of
-some 2 points), not a result. Several processes may run it together, each run is taken by one of them.
+The rule below was written down before any run; some variants came later (``docs/LOG.md``). Rows, seeds and settings
+are those of ``second.yaml`` (300 test rows, 150 of them behind 300 tokens, three seeds), on two of its tasks:
+dbpedia14 with 7 labels is left out, since all methods of the first stage stand within two points there. An idea is
+built and goes on to the search if it gains 2 points of greedy match over the variant that it changes, on the mean of
+alone and behind text, or 0.03 nats, over the six runs; that is a filter with known leaks (the difference of six runs
+has a standard error of some 2 points), not a result. Several processes may run it together, each run is taken by one
+of them.
 """
 
 from __future__ import annotations
@@ -340,9 +341,13 @@ def main(data: Path, output: Path, names: list[str]) -> None:
     base = load_model(full_name("smollm2"), "float32", "eager")
     claims = output.with_suffix(".claims")
     claims.mkdir(parents=True, exist_ok=True)
+    lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
+    done = {(one["variant"], one["task"], one["seed"]) for one in map(json.loads, lines)}
     for name in names or VARIANTS:
         for seed in loaded.suite.seeds:
             for task in TASKS:
+                if (name, task, seed) in done:
+                    continue
                 try:
                     os.close(os.open(claims / f"{name}.{task}.{seed}", os.O_CREAT | os.O_EXCL))
                 except FileExistsError:
