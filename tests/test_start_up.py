@@ -116,7 +116,7 @@ def test_the_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeyp
 
 
 def interrupted_after(module: str, start: list[str], folder: Path) -> tuple[int, str]:
-    """Exit code and stderr of ``python START``, a command that gets a ctrl-C as soon as ``module`` is imported."""
+    """Exit code and stderr of ``python START``, which gets a ctrl-C as soon as ``module`` is imported, or says so."""
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", *start],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder,
@@ -125,11 +125,11 @@ def interrupted_after(module: str, start: list[str], folder: Path) -> tuple[int,
     said, sent = "", False
     with process:
         for line in process.stderr:
-            if not line.startswith("import time:"):
-                said += line
-            elif line.split("|")[-1].strip() == module:
+            if line.split("|")[-1].strip() == module:
                 process.send_signal(signal.SIGINT)
                 sent = True
+            elif not line.startswith("import time:"):
+                said += line
     assert sent, said
     return process.returncode, said
 
@@ -170,9 +170,10 @@ def test_ctrl_c_is_one_line_where_python_runs_the_package(tmp_path, module):
 
 
 def test_ctrl_c_is_anothers_where_a_program_imports_the_package(tmp_path):
-    # it waits in the end: in the midst of imports, a bare except of somebody's may swallow the signal
-    (tmp_path / "theirs.py").write_text("import prefixmemory, time\ntime.sleep(60)")
-    _, said = interrupted_after("prefixmemory", ["-m", "theirs"], tmp_path)
+    # it says when it waits: in the midst of imports, a bare except of somebody's may swallow the signal
+    program = "import prefixmemory, sys, time\nprint('waiting', file=sys.stderr, flush=True)\ntime.sleep(60)"
+    (tmp_path / "theirs.py").write_text(program)
+    _, said = interrupted_after("waiting", ["-m", "theirs"], tmp_path)
     assert "Stopped." not in said and "KeyboardInterrupt" in said
 
 

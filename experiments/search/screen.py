@@ -1,6 +1,6 @@
 """Screens ideas for issue 13 before any of them is built into the package: each is a few lines here.
 
-    python experiments/search/screen.py ../shared/data results/compare/screen/records.jsonl [variant ...]
+    python experiments/search/screen.py ../shared/data results/screen/records.jsonl [variant ...]
 
 The rule below was written down before any run; some variants came later (``docs/LOG.md``). Rows, seeds and settings
 are those of ``second.yaml`` (300 test rows, 150 of them behind 300 tokens, three seeds), on two of its tasks:

@@ -1,6 +1,6 @@
 """The table of what was screened, beside the runs of the first stage on the same rows.
 
-python experiments/search/screened.py > results/compare/screen/table.md
+python experiments/search/screened.py > results/screen/table.md
 """
 
 import json
@@ -52,7 +52,7 @@ def runs() -> dict[str, dict[tuple[str, int], dict[str, Any]]]:
                 "nats": -record.test.score,
                 "nats_behind": -behind.score,
             }
-    for line in (RESULTS / "screen" / "records.jsonl").read_text().splitlines():
+    for line in (RESULTS.parent / "screen" / "records.jsonl").read_text().splitlines():
         record = json.loads(line)
         found.setdefault(record["variant"], {})[record["task"], record["seed"]] = record
     return found
