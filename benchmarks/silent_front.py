@@ -4,8 +4,7 @@
 
 Random weights of a known shape, one thread, rows whose last tokens alone are spoken on. The memory that waits for its
 invocation is trained as our Trainer does it (:class:`SilentFront`), and in one pass; LoRA cannot leave the text out,
-since what it changes there is what the answer reads. Losses and gradients of both ways must be the same, or nothing is
-timed.
+since what it changes there is what the answer reads. The gradients of both ways must be the same, or nothing is timed.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ def _check(model: Any, losses: dict[str, Callable[[], Any]]) -> None:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Ratios to the memory in one pass, and megabytes."""
+    """Ratios to LoRA, each within a round, and megabytes."""
     rows: dict[str, dict[str, Any]] = {}
     for tokens, found in record["tokens"].items():
         for name in (ONE, PARTS, LORA):

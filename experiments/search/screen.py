@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from prefixmemory.compare.suite import load_suite
+from prefixmemory.files.records import provenance
 from prefixmemory.kernels.read import add
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.rows.distractors import Distractors
@@ -330,6 +331,7 @@ def run(name: str, task: Any, seed: int, loaded: Any, base: Any, tokenizer: Any,
         "nats_behind": round(-behind_text.score, 4),
         "match_behind": round(behind_text.metrics["greedy match (%)"], 2),
         "cpu_seconds": round(time.process_time() - started, 1),
+        "made_with": provenance(),
     }
 
 

@@ -11,7 +11,6 @@ from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.distractors import Distractors
 from prefixmemory.rows.encoding import Tokens, tokenize
 from prefixmemory.rows.invocation import check_invoked, invocation_of, settle
 from prefixmemory.rows.rendering import Example, render
@@ -77,16 +76,9 @@ class TrainingJob:
         Raises:
             PrefixMemoryError: there is too little text to draw them from.
         """
-        if self.settings.distractors is None:
+        front = self.settings.distractors
+        if front is None:
             return self.tokens
-        return self._behind(self.settings.distractors, epoch) if epoch else self._first
-
-    @cached_property
-    def _first(self) -> list[Tokens]:
-        assert self.settings.distractors is not None
-        return self._behind(self.settings.distractors, 0)
-
-    def _behind(self, front: Distractors, epoch: int) -> list[Tokens]:
         limits = self.tokenizer, self.settings.max_length, self._answers(self.rows)
         behind = front.in_front(self._examples(self.rows), self.tokens, *limits, self.settings.seed, epoch)
         return self._checked(tokenize(behind, *limits), behind)

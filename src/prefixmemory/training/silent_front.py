@@ -54,11 +54,15 @@ class SilentFront:
         )
 
     def read(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """``batch`` without its silent front, whose keys and values come as ``past_key_values`` instead.
+        """Compute keys and values of the silent front of ``batch``, without gradients.
 
         Args:
             batch: of the collator: ``input_ids``, ``attention_mask``, ``position_ids`` ``[B, T]``, ``labels``
                 ``[B, K]`` of the last columns.
+
+        Returns:
+            For the same model: the last T − C columns of ids, positions and labels, the whole attention mask, and the C
+            columns of the front as ``past_key_values``; ``batch`` itself where C would be too small.
         """
         columns = self._columns(batch) if self.is_possible else 0
         if not columns:
