@@ -1,4 +1,5 @@
-"""PEFT's lifecycle on ten architectures, each with the default memory, a full one, and a prefix inside the softmax.
+"""PEFT's lifecycle on ten architectures, each with the default memory, a full one, a prefix inside the softmax, and
+memories in feed-forward blocks too.
 
 What PEFT asks of its own methods in ``tests/testing_common.py``, asked of memories. Other files look closer at one
 architecture; this one sees that no architecture falls out of it.
@@ -29,7 +30,7 @@ import tiny
 from close import close_logits, same_parameters
 from family_models import CASES, Case
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.tuner.layers import memory_layers
+from prefixmemory.tuner.layers import attention_layers, memory_layers
 
 # Old configs speak of their generation settings; the name that Trainer, TRL and most scripts call is deprecated.
 pytestmark = [
@@ -44,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "full": {"rank": None, "output_limit": None, "normalize": "none"},
     "inside": {"placement": "inside", "prefix_length": 3},
+    "feed forward": {"feed_forward": 4},
 }
 #: Their attention function cannot be reached.
 NOT_INSIDE = ("bloom", "deberta-v2")
@@ -51,7 +53,7 @@ CELLS = [(a, v) for a in ARCHITECTURES for v in VARIANTS if v != "inside" or a n
 everywhere = pytest.mark.parametrize(("architecture", "variant"), CELLS)
 FIRST = {a: next(i for i, cell in enumerate(CELLS) if cell[0] == a) for a in ARCHITECTURES}
 #: Where architecture and variant hardly meet: each architecture once, each variant several times.
-DIAGONAL = [CELLS[FIRST[a] + n % (2 if a in NOT_INSIDE else 3)] for n, a in enumerate(ARCHITECTURES)]
+DIAGONAL = [CELLS[FIRST[a] + n % (3 if a in NOT_INSIDE else 4)] for n, a in enumerate(ARCHITECTURES)]
 once = pytest.mark.parametrize(("architecture", "variant"), DIAGONAL)
 generators = pytest.mark.parametrize(("architecture", "variant"), [cell for cell in CELLS if cell[0] in GENERATORS])
 
@@ -289,7 +291,7 @@ def test_merging_is_refused_and_nothing_is_merged(architecture, variant):
 
 @everywhere
 def test_the_weighted_sum_is_both_at_once_or_refused(architecture, variant):
-    model = adapted(architecture, variant, **({"output_limit": None} if variant == "default" else {}))
+    model = adapted(architecture, variant, **({"output_limit": None} if variant in ("default", "feed forward") else {}))
     model.add_adapter("other", model.peft_config["default"])
     tiny.randomize(model, "other", seed=5)
     means = zip(tiny.means(model).values(), tiny.means(model, "other").values(), strict=True)
@@ -329,7 +331,7 @@ def test_each_row_has_its_adapter(architecture, variant):
 def test_it_says_what_it_holds(architecture, variant):
     model = adapted(architecture, variant)
     assert "PrefixMemoryLayer(" in repr(model) and f"heads={memory_layers(model)[0].site.heads}" in repr(model)
-    assert len(memory_layers(model)) == (4 if architecture in ("t5", "bart") else 2)
+    assert len(attention_layers(model)) == (4 if architecture in ("t5", "bart") else 2)
     status = model.get_model_status()
     assert status.num_adapter_layers == len(memory_layers(model))
     assert status.trainable_params == sum(p.numel() for p in tiny.memory_parameters(model).values())
@@ -353,7 +355,8 @@ def test_a_step_moves_what_requires_a_gradient_and_nothing_else(architecture, va
 def test_only_the_layers_that_are_asked_for_get_a_memory_and_learn(architecture, variant, tmp_path):
     model = adapted(architecture, variant, layers_to_transform=[1]).train()
     holders = [name for name, module in model.named_modules() if module in memory_layers(model)]
-    assert len(holders) == (2 if architecture in ("t5", "bart") else 1)
+    assert len(attention_layers(model)) == (2 if architecture in ("t5", "bart") else 1)
+    assert (len(holders) > len(attention_layers(model))) == (variant == "feed forward")
     assert all(".1." in name and ".0." not in name.replace(".layer.0.", ".") for name in holders)
     backward(model, architecture)
     assert {name for name, p in model.named_parameters() if p.grad is not None} == trained(model).keys()

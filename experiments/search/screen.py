@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import TrainerCallback
 
 from prefixmemory.compare.suite import load_suite
@@ -31,6 +32,7 @@ from prefixmemory.files.records import provenance
 from prefixmemory.kernels.read import add
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.rows.distractors import Distractors
+from prefixmemory.rows.encoding import IGNORED
 from prefixmemory.rows.unrelated_text import unrelated_text
 from prefixmemory.tasks.scoring import score
 from prefixmemory.tasks.task import sample_rows
@@ -38,6 +40,7 @@ from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.loop import completion_trainer, fit, training_arguments
 from prefixmemory.training.methods import attach, method_config
 from prefixmemory.training.run import quiet_libraries
+from prefixmemory.training.silent_front import SilentFront
 from prefixmemory.tuner.activation import current_pass
 
 HERE = Path(__file__).parent
@@ -47,6 +50,8 @@ RANK8 = {"name": "prefix_memory", "active_from": "question"}
 LORA = {"name": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 ATTENTION = {"name": "lora", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 FEED_FORWARD = ("mlp.down_proj", "mlp.up_proj", "mlp.gate_proj")
+READING = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+NOTHING = 1e-9  # the rate of memories that stay zero
 FRONT = Distractors(share=0.5, tokens=160)
 
 
@@ -62,6 +67,7 @@ class Variant:
         training: other settings.
         average: share of the steps, the last ones, whose weights are averaged in the end.
         optimizer: of the memories in the place of AdamW.
+        prompt_loss: weight of the likelihood of the prompt's tokens (those that are not read as a silent front).
     """
 
     adapter: dict[str, Any]
@@ -71,16 +77,41 @@ class Variant:
     training: dict[str, Any] = field(default_factory=dict)
     average: float = 0.0
     optimizer: type[torch.optim.Optimizer] | None = None
+    prompt_loss: float = 0.0
+
+
+def with_prompt_loss(trainer: Any, weight: float) -> Callable[..., Tensor]:
+    """The mean loss of answers and, ``weight`` times, that of prompts: a memory must not spoil how texts are read."""
+
+    def compute_loss(model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Tensor:
+        trainer.front = trainer.front or SilentFront(model)
+        read = {k: v for k, v in trainer.front.read(inputs).items() if k not in ("labels", "logits_to_keep")}
+        logits = model(**read).logits[:, :-1].float()
+        ids = read["input_ids"]
+        answers = functional.pad(inputs["labels"], (ids.shape[1], 0), value=IGNORED)[:, -ids.shape[1] :]
+        is_read = inputs["attention_mask"][:, -ids.shape[1] :].bool()
+        is_read[:, 1:] &= is_read[:, :-1].clone()  # what is predicted from padding does not count
+        prompts = ids.masked_fill(~is_read | (answers != IGNORED), IGNORED)
+        losses = [
+            functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+            for labels in (answers, prompts)
+        ]
+        return losses[0] + weight * losses[1]
+
+    return compute_loss
 
 
 class Beside(nn.Module):
     """(f − μ)AB for the input f of a linear module, no longer than half of that module's output."""
 
-    def __init__(self, linear: nn.Module, rank: int, invocation: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, linear: nn.Module, rank: int, invocation: tuple[int, ...] | None, plain: bool, limit: float | None
+    ) -> None:
         super().__init__()
+        self.limit = limit
         self.A = nn.Parameter(torch.randn(linear.in_features, rank) * linear.in_features**-0.5)
         self.B = nn.Parameter(torch.zeros(rank, linear.out_features))
-        self.mean: Tensor | None = None
+        self.mean: Tensor | float | None = 0.0 if plain else None
         self.invocation = invocation
 
     def hook(self, linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -95,18 +126,20 @@ class Beside(nn.Module):
         active = None if found is None or self.invocation is None else found.active(self.invocation)
         if active is not None:
             answer = answer * active.mask[..., None]
-        return add(output[..., None, :], answer[..., None, :], 0.5)[..., 0, :]
+        return add(output[..., None, :], answer[..., None, :], self.limit)[..., 0, :]
 
 
-def beside(names: tuple[str, ...], rank: int = 8) -> Callable[[nn.Module, tuple[int, ...] | None], Callable[[], None]]:
-    """A low-rank memory beside each linear module whose name ends so."""
+def beside(
+    names: tuple[str, ...], rank: int = 8, plain: bool = False, limit: float | None = 0.5
+) -> Callable[[nn.Module, tuple[int, ...] | None], Callable[[], None]]:
+    """A low-rank memory beside each linear module whose name ends so; ``plain``: of its input as it is, without μ."""
 
     def install(model: nn.Module, invocation: tuple[int, ...] | None) -> Callable[[], None]:
         found = [(name, module) for name, module in model.named_modules() if name.endswith(names)]
         handles = []
         for name, module in found:
             parent = model.get_submodule(name.rpartition(".")[0])
-            extra = Beside(module, rank, invocation)
+            extra = Beside(module, rank, invocation, plain, limit)
             setattr(parent, f"extra_{name.rpartition('.')[2]}", extra)
             handles.append(module.register_forward_hook(extra.hook))
 
@@ -247,6 +280,27 @@ VARIANTS = {
         {**FULL, "active_from": "start"}, 7e-4, beside(FEED_FORWARD), 1e-3, training={"distractors": FRONT}
     ),
     "full-question-ff-all-fresh": Variant(FULL, 2e-3, beside(FEED_FORWARD), training={"distractors": FRONT}),
+    "full-question-ff-all-fresh-mixed": Variant(FULL, 7e-4, beside(FEED_FORWARD), training={"distractors": FRONT}),
+    "ff-all-question-fresh": Variant(FULL, NOTHING, beside(FEED_FORWARD), training={"distractors": FRONT}),
+    "everywhere-question-fresh": Variant(
+        FULL, 7e-4, beside((*FEED_FORWARD, *READING)), training={"distractors": FRONT}
+    ),
+    "full-question-prompt-fresh": Variant(FULL, 2e-3, training={"distractors": FRONT}, prompt_loss=0.1),
+    "full-question-fresh-low": Variant(FULL, 7e-4, training={"distractors": FRONT}),
+    "lora-prompt-fresh": Variant(LORA, 3e-3, training={"distractors": FRONT}, prompt_loss=0.1),
+    "rank8-question-ff-all-fresh": Variant(RANK8, 3e-3, beside(FEED_FORWARD), training={"distractors": FRONT}),
+    "rank8-question-ff-plain-fresh": Variant(
+        RANK8, 3e-3, beside(FEED_FORWARD, plain=True), training={"distractors": FRONT}
+    ),
+    "rank8-everywhere-question-fresh": Variant(
+        RANK8, 3e-3, beside((*FEED_FORWARD, *READING)), training={"distractors": FRONT}
+    ),
+    "rank8-question-ff-prompt-fresh": Variant(
+        RANK8, 3e-3, beside(FEED_FORWARD), training={"distractors": FRONT}, prompt_loss=0.1
+    ),
+    "rank8-start-ff-all-fresh": Variant(
+        {"name": "prefix_memory"}, 3e-3, beside(FEED_FORWARD), training={"distractors": FRONT}
+    ),
     "full-start-fresh": Variant({**FULL, "active_from": "start"}, 2e-3, training={"distractors": FRONT}),
     "lora-attention-fresh": Variant(ATTENTION, 3e-3, training={"distractors": FRONT}),
     "lora-fresh": Variant(LORA, 3e-3, training={"distractors": FRONT}),
@@ -299,7 +353,12 @@ def run(name: str, task: Any, seed: int, loaded: Any, base: Any, tokenizer: Any,
     arguments = training_arguments(settings, Path("/tmp/screen"), False) | {"save_strategy": "no"}
     trainer = completion_trainer(model, tokenizer, job.tokens_of, [], arguments)
     extra = [p for n, p in model.named_parameters() if "extra_" in n]
+    if variant.prompt_loss:
+        trainer.compute_loss = with_prompt_loss(trainer, variant.prompt_loss)
     if extra:
+        if invocation is not None:  # they are silent in front, too
+            trainer.front = SilentFront(model)
+            trainer.front.is_possible = True
         own = {id(p) for p in extra}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         groups = [{"params": rest}, {"params": extra, "lr": variant.extra_rate}]

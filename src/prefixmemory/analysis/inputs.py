@@ -22,8 +22,8 @@ from prefixmemory.memories.registry import is_inside
 from prefixmemory.rows.data import northline
 from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.tuner.activation import activation
-from prefixmemory.tuner.layer import PrefixMemoryLayer
-from prefixmemory.tuner.layers import memory_layers
+from prefixmemory.tuner.in_attention import InAttention
+from prefixmemory.tuner.layers import attention_layers
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -47,11 +47,11 @@ def prefix_lengths(model: nn.Module) -> dict[str, int]:
     sites = text_sites(model)
     if isinstance(model, PeftModel) and model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
         return dict.fromkeys(sites, int(model.active_peft_config.num_virtual_tokens))
-    layers = {id(layer.site.module): layer for layer in memory_layers(model)}
+    layers = {id(layer.site.module): layer for layer in attention_layers(model)}
     return {name: _inside(layers[id(site.module)]) if id(site.module) in layers else 0 for name, site in sites.items()}
 
 
-def _inside(layer: PrefixMemoryLayer) -> int:
+def _inside(layer: InAttention) -> int:
     memories = [layer.memory(name) for name in layer.answering()]
     return sum(cast(PrefixVectors, memory).length for memory in memories if is_inside(memory))
 

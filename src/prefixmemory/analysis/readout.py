@@ -18,8 +18,8 @@ from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.registry import matrix_of
 from prefixmemory.tuner.activation import activation
-from prefixmemory.tuner.layer import PrefixMemoryLayer
-from prefixmemory.tuner.layers import memory_layers
+from prefixmemory.tuner.in_attention import InAttention
+from prefixmemory.tuner.layers import attention_layers
 
 DEFINITION = (
     "right singular vectors of a head's memory, sent through the head's part of the output projection, {norm} and the "
@@ -156,9 +156,9 @@ def memories(model: nn.Module) -> dict[str, tuple[AttentionSite, Float[Tensor, "
     return {name: (layer.site, _bank(layer, adapter)) for name, (layer, adapter) in _holders(model).items()}
 
 
-def _holders(model: nn.Module) -> dict[str, tuple[PrefixMemoryLayer, str]]:
+def _holders(model: nn.Module) -> dict[str, tuple[InAttention, str]]:
     """The layer, and the name of the one active memory in it, by attention module."""
-    layers = {id(layer.site.module): layer for layer in memory_layers(model)}
+    layers = {id(layer.site.module): layer for layer in attention_layers(model)}
     found = {}
     for name, site in text_sites(model).items():
         layer = layers.get(id(site.module))
@@ -182,7 +182,7 @@ def _is_memory(memory: nn.Module) -> bool:
     return not getattr(memory, "uses_softmax", False)
 
 
-def _bank(layer: PrefixMemoryLayer, name: str) -> Tensor:
+def _bank(layer: InAttention, name: str) -> Tensor:
     bank = matrix_of(layer.configs[name].memory, layer.memory(name), layer.sites[name])
     return bank.detach().float().repeat_interleave(layer.site.heads // bank.shape[0], dim=0) * layer.scale[name]
 

@@ -22,7 +22,7 @@ from prefixmemory.analysis.observe import Call, observe
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.registry import is_inside
-from prefixmemory.tuner.layers import memory_layers
+from prefixmemory.tuner.layers import attention_layers
 
 DEFINITIONS = {
     "share": "α: share of a head's attention that goes to the prefix's keys, mean over the last queries of the input",
@@ -115,7 +115,7 @@ def shares(model: nn.Module, prefixes: dict[str, int], rows: Tensor, found: dict
 
 def _memories(model: nn.Module) -> dict[str, AttentionSite]:
     """The attention modules in which an active memory adds something."""
-    layers = {id(layer.site.module): layer for layer in memory_layers(model)}
+    layers = {id(layer.site.module): layer for layer in attention_layers(model)}
     return {
         name: site
         for name, site in text_sites(model).items()

@@ -170,12 +170,11 @@ def _steps(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Mo
         module = child
 
 
-def placement(site: AttentionSite) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device on which a site computes, and its floating-point dtype; ``None`` where it cannot be said.
+def placement(projection: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device on which a projection computes, and its floating-point dtype; ``None`` where it cannot be said.
 
     Weights that accelerate keeps elsewhere lie on the meta device; its hook knows where they compute.
     """
-    projection = site.output_projection
     weight = next(chain(projection.parameters(), projection.buffers()), None)  # GPTQ and AWQ hold buffers only
     if weight is None:
         return None, None

@@ -75,6 +75,9 @@ class PrefixMemoryConfig(PeftConfig):
             default is 8, a quarter of the parameters at a head dimension of 64. With the other defaults, a full M wants
             2e-3; it scored 4 points more on short inputs, and lost more behind long ones (``docs/defaults.md``).
             Prefix vectors have none, and registered memories only if they ask for it: elsewhere it is ``None``.
+        feed_forward: r of further memories beside each projection of the feed-forward blocks: x·A·B, with x what the
+            projection reads, A ``[in, r]`` and B ``[r, out]``; a block whose experts lie in one tensor has one as a
+            whole. Their output is limited in lengths of the projection's own. ``None``: none, the paper's form.
         output_limit: c, the length that no memory output a reaches, in lengths of the head's own output o. Short ones
             pass as they are, longer ones are shortened smoothly: a / √(1 + |a|² / (c·|o|)²). So no step of training
             drowns what the model says by itself (``docs/LOG.md``). ``scale`` multiplies what is left, and each of
@@ -134,6 +137,7 @@ class PrefixMemoryConfig(PeftConfig):
     normalize: Normalize | Auto = AUTO
     query: Query | Auto = AUTO
     rank: int | Auto | None = AUTO
+    feed_forward: int | None = None
     output_limit: float | Auto | None = AUTO
     share_heads: bool | Auto = AUTO
     placement: Placement | Auto = AUTO
@@ -240,7 +244,7 @@ class PrefixMemoryConfig(PeftConfig):
             check_number("dropout", self.dropout, 0.0, 1.0, "a probability in [0, 1)")
         if given("output_limit") is not None:
             check_number("output_limit", self.output_limit, 1e-6, 1e6, "a number above 0, or None")
-        for name in ("rank", "feature_dim", "prefix_length", "reparameterize"):
+        for name in ("rank", "feed_forward", "feature_dim", "prefix_length", "reparameterize"):
             check_positive_integer(name, given(name))
         for name in ("share_heads", "normalizer"):
             if getattr(self, name) not in (True, False, AUTO):
@@ -306,8 +310,9 @@ class PrefixMemoryConfig(PeftConfig):
                 f"output_limit={self.output_limit!r} needs mixing='none': where λ mixes, λ sets the memory's share."
             )
 
-    def of_module(self, name: str) -> PrefixMemoryConfig:
-        """The config of one attention module: this one, but for what a pattern says of its name.
+    def of_module(self, name: str, in_feed_forward: bool = False) -> PrefixMemoryConfig:
+        """The config of the memory of one module: this one, but for what a pattern says of its name; in a feed-forward
+        block, that of a free memory with two factors, which reads its query as it is.
 
         Raises:
             PrefixMemoryError: a pattern gives a value that the field refuses.
@@ -318,7 +323,21 @@ class PrefixMemoryConfig(PeftConfig):
             key = get_pattern_key(list(pattern), name)
             if key in pattern:
                 chosen[field_name] = pattern[key]
-        return replace(self, **chosen) if chosen else self
+        if not in_feed_forward:
+            return replace(self, **chosen) if chosen else self
+        limited = self.placement == "outside" and self.mixing == "none"
+        own = {
+            "feature_map": "identity",
+            "normalize": "none",
+            "rank": self.feed_forward,
+            "output_limit": self.output_limit if limited else AUTO,
+            "scale": self.scale,
+            "dropout": self.dropout,
+            "active_from": self.active_from,
+            "invocation_tokens": self.invocation_tokens,
+            "strict_invocation": self.strict_invocation,
+        }
+        return PrefixMemoryConfig(**{**own, **chosen})
 
     def unused_pattern(self, names: Iterable[str]) -> str | None:
         """The first of the patterns that fits none of the modules ``names``."""

@@ -91,6 +91,8 @@ def why_not(config: PrefixMemoryConfig) -> str | None:
         return "its output is divided by a sum over the prefix, so that it is no product φ(q)ᵀM"
     if config.mixing != "none":
         return f"mixing={config.mixing!r} takes from the head's own output"
+    if config.feed_forward is not None:
+        return f"feed_forward={config.feed_forward} stands outside of attention, where a server does not add yet"
     if config.feature_map not in served_maps():
         return f"feature_map={config.feature_map!r} has parameters of its own"
     for name in ("modules_to_save", "trainable_token_indices", "resized_vocabulary"):

@@ -25,8 +25,9 @@ from prefixmemory.memories.checkpoint import check_config_file
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.matrix import MatrixMemory
 from prefixmemory.memories.prefix import PrefixVectors
-from prefixmemory.tuner.layer import PrefixMemoryLayer
-from prefixmemory.tuner.layers import memory_layers
+from prefixmemory.tuner.in_attention import InAttention
+from prefixmemory.tuner.in_feed_forward import InFeedForward
+from prefixmemory.tuner.layers import attention_layers, memory_layers
 
 # Along the path: step 1 or 2 -> step 3 -> step 4
 
@@ -123,7 +124,7 @@ def _prefix_config(model: PeftModel, adapter: str) -> PrefixMemoryConfig:
 def _added(
     model: PeftModel, adapter: str, new_adapter: str, config: PrefixMemoryConfig
 ) -> list[tuple[nn.Module, nn.Module]]:
-    """Add ``new_adapter`` to the layers of ``adapter``; what each layer holds of both."""
+    """Add ``new_adapter`` to the layers of ``adapter``; what each attention layer holds of both."""
     if new_adapter in model.peft_config:
         raise PrefixMemoryError(f"The adapter name {new_adapter!r} is taken. Delete it first, or choose another.")
     if config.modules_to_save:
@@ -137,7 +138,9 @@ def _added(
         layer.set_scale(new_adapter, layer.scale[adapter])
         if adapter in layer.prefix_memory_mixing:
             layer.prefix_memory_mixing[new_adapter].load_state_dict(layer.prefix_memory_mixing[adapter].state_dict())
-    return [(layer.memory(adapter), layer.memory(new_adapter)) for layer in layers]
+        if isinstance(layer, InFeedForward):  # stays as it is
+            layer.memory(new_adapter).load_state_dict(layer.memory(adapter).state_dict())
+    return [(layer.memory(adapter), layer.memory(new_adapter)) for layer in layers if isinstance(layer, InAttention)]
 
 
 # From PEFT's Prefix-Tuning
@@ -185,7 +188,7 @@ def prefix_from_peft(
     except PrefixMemoryError:
         model.unload()
         raise
-    for number, layer in enumerate(memory_layers(model)):
+    for number, layer in enumerate(attention_layers(model)):
         memory = cast(PrefixVectors, layer.memory(adapter))
         keys, values = by_layer[number].to(memory.keys)
         memory.keys.copy_(keys if turned is None else turn_back(layer, keys, turned[number]))
@@ -195,7 +198,7 @@ def prefix_from_peft(
 
 def _check_sizes(model: PeftModel, by_layer: Float[Tensor, "l two g p d"]) -> None:
     layers, _, heads, _, dim = by_layer.shape
-    sites = [layer.site for layer in memory_layers(model)]
+    sites = [layer.site for layer in attention_layers(model)]
     if len(sites) != layers or {(s.kv_heads, s.head_dim, s.value_dim) for s in sites} != {(heads, dim, dim)}:
         raise PrefixMemoryError(
             f"The prefix has {layers} layers of {heads} key/value heads of size {dim}; "
@@ -230,7 +233,7 @@ def _name(source: str | os.PathLike[str] | PeftModel) -> str:
 Turn = tuple[Tensor, Tensor] | None
 
 
-def turn_back(layer: PrefixMemoryLayer, keys: Float[Tensor, "g p d"], turn: Turn) -> Float[Tensor, "g p d"]:
+def turn_back(layer: InAttention, keys: Float[Tensor, "g p d"], turn: Turn) -> Float[Tensor, "g p d"]:
     """Keys as they were before the rotation ``turn``; ``None`` is no rotation."""
     if turn is None:
         return keys
@@ -247,7 +250,7 @@ def turns(model: PeftModel, by: int) -> list[Turn]:
     Raises:
         PrefixMemoryError: they do not.
     """
-    layers = memory_layers(model)
+    layers = attention_layers(model)
     (start, _), (moved, embeddings) = (_look(model, layers, position) for position in (0, by))
     found: list[Turn] = []
     for number, layer in enumerate(layers):
@@ -283,7 +286,7 @@ def _unit(embeddings: Any) -> Turn:
     return cos / size, sin / size
 
 
-def _rotate(layer: PrefixMemoryLayer, keys: Float[Tensor, "1 g p d"], cos: Tensor, sin: Tensor) -> Tensor | None:
+def _rotate(layer: InAttention, keys: Float[Tensor, "1 g p d"], cos: Tensor, sin: Tensor) -> Tensor | None:
     """Keys turned by the function of the model's own file; ``None`` if it has none. Some turn the first part only."""
     apply = getattr(sys.modules[type(layer.site.core).__module__], "apply_rotary_pos_emb", None)
     if apply is None:
@@ -292,7 +295,7 @@ def _rotate(layer: PrefixMemoryLayer, keys: Float[Tensor, "1 g p d"], cos: Tenso
     return torch.cat([apply(first, first, cos, sin)[1], rest.float()], dim=-1)
 
 
-def _look(model: PeftModel, layers: list[PrefixMemoryLayer], position: int) -> tuple[list[Tensor], list[Any]]:
+def _look(model: PeftModel, layers: list[InAttention], position: int) -> tuple[list[Tensor], list[Any]]:
     """The key of one token at a position as each layer's attention sees it, and the layer's cosines and sines."""
     keys: dict[Any, Tensor] = {}
     embeddings: dict[Any, Any] = {}

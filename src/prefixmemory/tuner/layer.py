@@ -1,4 +1,8 @@
-"""The memory layer: hangs in one attention module, reads its query, adds to its heads' outputs."""
+"""The memory layer: the memories of one module, one per adapter, and what is to be done with them in a forward pass.
+
+Where it hangs, what it reads and what it adds to, is the business of its two kinds: ``in_attention.py`` and
+``in_feed_forward.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from prefixmemory.attention.prepending import Prefix, prepend_prefix
+from prefixmemory.attention.feed_forward import FeedForwardSite
 from prefixmemory.attention.sites import AttentionSite, placement
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.config import PrefixMemoryConfig
@@ -21,11 +26,14 @@ from prefixmemory.memories.registry import MemorySite, ask, is_inside, lacks_mea
 from prefixmemory.tuner.activation import ModelPass, current_pass
 from prefixmemory.tuner.active_tokens import ActiveTokens
 from prefixmemory.tuner.by_row import add_by_row
-from prefixmemory.tuner.calls import Call, RowAdapters, close_call, current_call, open_call, row_adapters
-from prefixmemory.tuner.plan import Plan, Step, score_bias
+from prefixmemory.tuner.calls import RowAdapters, row_adapters
+from prefixmemory.tuner.plan import Plan, Step
 from prefixmemory.tuner.tensor_parallel import HeadShare
 
 BASE_MODEL = "__base__"  # PEFT's word for "no adapter" in ``adapter_names``
+
+#: The pass that says where memories speak, and where each of them does; ``None``: everywhere.
+Speaking = tuple[ModelPass | None, list[ActiveTokens | None]]
 
 WHY_NOT_MERGED = (
     "A prefix memory cannot be merged into the base weights: it adds φ(q)ᵀM to each head, and φ is not linear, so no "
@@ -36,19 +44,18 @@ WHY_NOT_MERGED = (
 
 
 class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
-    """The memories of one attention module, one per adapter.
+    """The memories of one module, one per adapter.
 
-    The layer is a child of the attention module (``self_attn.prefix_memory``) and wraps nothing: hooks hand it the
-    query, let it add to what the output projection reads, and see that this was done. So the base model keeps its
-    modules, their names and its state-dict keys. Nothing of a forward pass stays here: see ``calls.py``.
+    The layer is a child of that module (``self_attn.prefix_memory``) and wraps nothing: hooks hand it what it reads,
+    and let it add to what the module says by itself. So the base model keeps its modules, their names and its
+    state-dict keys. Nothing of a forward pass stays here: see ``calls.py``.
     """
 
-    site: AttentionSite
-    live_site: AttentionSite
+    site: AttentionSite | FeedForwardSite
     adapter_layer_names = ("prefix_memory_bank", "prefix_memory_mixing")
     other_param_names = ("fixed", "_scale", "configs", "sites")
 
-    def __init__(self, site: AttentionSite, share: HeadShare | None = None) -> None:
+    def __init__(self, site: AttentionSite | FeedForwardSite, share: HeadShare | None = None) -> None:
         super().__init__()
         self.share = share
         self.prefix_memory_bank = nn.ModuleDict()
@@ -63,14 +70,24 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self.in_encoder = False  # of a model that has a decoder, whose tokens count
         self.first_batch: Any = None  # waits for it to take the means of features, see ``calibration.py``
         self._active_adapter: list[str] = []
-        # past nn.Module.__setattr__: the attention module is our parent, not our child
-        self.__dict__["site"] = site
-        self.__dict__["live_site"] = site if share is None else share.of_site(site)  # what a forward pass shows
-        self._handles = site.hook(self._enter, self._show_query, self._add_outputs, self._leave)
+        self.__dict__["site"] = site  # past nn.Module.__setattr__: the module is our parent, not our child
+        self._handles = self._hook()
         site.attach(self)
 
+    def _get_name(self) -> str:
+        return "PrefixMemoryLayer"  # in repr(model)
+
+    def _hook(self) -> tuple[RemovableHandle, ...]:
+        """Set the hooks by which the module's passes reach the layer."""
+        raise NotImplementedError
+
+    @property
+    def projection(self) -> nn.Module:
+        """The module on whose device, and in whose dtype, memories compute."""
+        raise NotImplementedError
+
     def detach(self) -> None:
-        """Remove the hooks and leave the attention module as it was found."""
+        """Remove the hooks and leave the module as it was found."""
         for handle in self._handles:
             handle.remove()
         if self.first_batch is not None:
@@ -137,7 +154,12 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
 
     # What happens in a forward pass
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _begin(self, module: nn.Module) -> tuple[Plan | None, RowAdapters | None]:
+        """What is to be done in a call of ``module`` that begins, and an adapter for each row, if asked for.
+
+        Raises:
+            PrefixMemoryError: it is called where a memory cannot be read.
+        """
         if module is not self.site.module:
             raise PrefixMemoryError(
                 "nn.DataParallel runs copies of the model in threads, which share one memory. Start one "
@@ -145,45 +167,12 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             )
         rows = row_adapters()
         plan = self.plan(rows)
-        if plan is not None and not self.site.intact():
-            raise PrefixMemoryError(
-                f"A projection of {type(self.site.module).__name__} was wrapped or replaced after its memory was "
-                "made, so the memory would read and write beside it. Make the memory last: inject LoRA first, and "
-                "keep modules_to_save outside of attention."
-            )
         if plan is not None and plan.waiting and current_pass() is None:
             raise PrefixMemoryError(
                 f"{type(self.site.module).__name__} was called outside of a forward pass of its model, so that its "
                 "memory does not know where it speaks. Call the model, or use active_from='start'."
             )
-        open_call(self, plan, rows)
-
-    def _show_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
-        call = current_call(self)
-        # the first alone: some project further vectors later on (DeBERTa v2: relative positions)
-        if call is not None and call.plan is not None and call.projected is None:
-            call.projected = (output, args[0])
-
-    def on_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict[str, Any], implementation: str
-    ) -> tuple[Tensor, Tensor, Any, dict[str, Any], Tensor | None]:
-        """Called before the attention function: keeps the rotated query; returns keys, values, mask and keywords, with
-        the prefix of the adapters inside the softmax prepended, and which queries see it, bool ``[batch, queries]``;
-        ``None``: all of them."""
-        call = current_call(self)
-        if call is None or call.plan is None:
-            return key, value, mask, keywords, None
-        call.was_inside = True
-        call.queries["rotary"] = query.transpose(1, 2)  # [B, H, T, D] -> [B, T, H, D]
-        if not call.plan.inside:
-            return key, value, mask, keywords, None
-        model_pass = self._pass(call.plan)
-        seen_by = None if model_pass is None else self._seen_by(model_pass, call.plan.inside, call.rows, query)
-        if seen_by is not None and seen_by.none:
-            return key, value, mask, keywords, None
-        prefix = self._prefix(call.plan.inside, call.rows, key)
-        prepended = prepend_prefix(prefix, self.site.core, query, key, value, mask, keywords, implementation)
-        return (*prepended, None if seen_by is None else seen_by.mask)
+        return plan, rows
 
     def _pass(self, plan: Plan) -> ModelPass | None:
         """The forward pass that says on which tokens memories speak; ``None``: they speak on all."""
@@ -192,101 +181,34 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             return None
         return model_pass
 
-    def _seen_by(
-        self, model_pass: ModelPass, steps: list[Step], rows: RowAdapters | None, query: Tensor
-    ) -> ActiveTokens | None:
-        """The queries that see the prefixes inside the softmax; ``None``: all."""
-        found = [model_pass.active(step.invocation) for step in steps]
-        if rows is None:
-            if any(active is not found[0] for active in found):
-                raise PrefixMemoryError(
-                    "Several prefixes inside the softmax that are seen from different tokens on cannot be active "
-                    "together. Activate one of them, or place them outside."
-                )
-            return found[0]
-        groups = rows.groups(query.shape[0], query.device)
-        mask = torch.zeros(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-        for step, active in zip(steps, found, strict=True):
-            mask |= groups.has(step.name)[:, None] & (True if active is None else active.mask)
-        return ActiveTokens.of(mask)
-
-    def _prefix(self, steps: list[Step], rows: RowAdapters | None, key: Tensor) -> Prefix:
-        """The prefixes of the adapters inside the softmax, one behind the other."""
-        keys, values = zip(*(_vectors(step.memory) for step in steps), strict=True)
-        lengths = [k.shape[1] for k in keys]
-        bias = score_bias(steps, lengths, keys[0].float())
-        scaled = bias is not None
-        if rows is not None:
-            groups = rows.groups(key.shape[0], key.device)
-            here = [groups.has(step.name)[:, None].expand(-1, n) for step, n in zip(steps, lengths, strict=True)]
-            bias = keys[0].new_zeros(1, sum(lengths), dtype=torch.float32) if bias is None else bias
-            bias = bias.to(key.device).masked_fill(~torch.cat(here, dim=1), -torch.inf)
-        return Prefix(torch.cat(keys, dim=1)[None], torch.cat(values, dim=1)[None], bias, scaled)
-
-    def _add_outputs(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        call = current_call(self)
-        if call is None:
-            if self._plan is None:
-                return None
-            raise PrefixMemoryError(
-                f"The output projection of {type(self.site.module).__name__} was called outside of its attention, so "
-                "its memory was not shown a query. Exclude it with exclude_modules."
-            )
-        call.was_read = True
-        if call.plan is None:
+    def _speaking(self, plan: Plan) -> Speaking | None:
+        """On which tokens the memories outside the softmax speak; ``None``: they are silent on all of this pass."""
+        model_pass = self._pass(plan)
+        if model_pass is None:
+            return None, plan.everywhere
+        active = [model_pass.active(step.invocation) for step in plan.outside]
+        if all([tokens is not None and tokens.none for tokens in active]):
             return None
-        if call.plan.inside and not call.was_inside:
-            raise PrefixMemoryError(
-                f"{type(self.site.module).__name__} did not call its attention function through transformers' "
-                "interface, so its prefix inside the softmax was passed by. Exclude it with exclude_modules."
-            )
-        if not call.plan.outside:
-            return None
-        heads, *rest = args
-        model_pass, active = self._pass(call.plan), call.plan.everywhere
-        if model_pass is not None:
-            active = [model_pass.active(step.invocation) for step in call.plan.outside]
-            if all([tokens is not None and tokens.none for tokens in active]):
-                return None
-        queries = {kind: self._query(call, kind, heads) for kind in call.plan.queries}
-        rows = queries[call.plan.queries[0]].shape[:-2]
-        outputs = heads.reshape(*rows, self.live_site.heads, self.live_site.value_dim)
+        return model_pass, active
+
+    def _joined(
+        self, plan: Plan, rows: RowAdapters | None, outputs: Tensor, queries: dict[str, Tensor], speaking: Speaking
+    ) -> Tensor:
+        """What the memories outside the softmax make of ``outputs`` ``[batch, tokens, heads, value_dim]``.
+
+        Raises:
+            PrefixMemoryError: these are not the tokens of the forward pass.
+        """
+        model_pass, active = speaking
         for tokens in active:
             if tokens is not None:
-                tokens.check(rows, self.site.module)
-        if call.rows is None:
-            new = outputs
-            for step, tokens in zip(call.plan.outside, active, strict=True):
-                new = step.add_to(new, outputs, queries, tokens)
-        else:
-            new = add_by_row(call.plan, call.rows, outputs, queries, model_pass)
-        return (new.reshape(heads.shape), *rest)
-
-    def _query(self, call: Call, kind: str, heads: Tensor) -> Tensor:
-        """The queries of the tokens whose heads' outputs are ``heads``; what is left is for the next such call."""
-        query = call.queries.pop(kind, None)
-        if query is None and kind == "content" and call.projected is not None and call.projected[0] is not None:
-            query = self.live_site.query_from(*call.projected)
-            call.projected = (None, call.projected[1])  # taken
-        if query is None:
-            raise PrefixMemoryError(
-                f"{type(self.site.module).__name__} reached its output projection without showing a {kind} query. "
-                "Its forward is not one that prefixmemory knows; exclude it with exclude_modules."
-            )
-        query, left = self.live_site.take(query, heads)
-        if left is not None:
-            call.queries[kind] = left
-        return query
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        call = close_call(self)
-        if call is None or call.plan is None or output is None:  # nothing to do, or the call was broken off
-            return
-        if not call.was_read or "content" in call.queries:
-            raise PrefixMemoryError(
-                f"{type(module).__name__} finished without its output projection reading every head's output, so its "
-                "memory was passed by. Its forward is not one that prefixmemory knows; exclude it with exclude_modules."
-            )
+                tokens.check(outputs.shape[:-2], self.site.module)
+        if rows is not None:
+            return add_by_row(plan, rows, outputs, queries, model_pass)
+        new = outputs
+        for step, tokens in zip(plan.outside, active, strict=True):
+            new = step.add_to(new, outputs, queries, tokens)
+        return new
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         """As in PyTorch; but what a memory learned with a mean is refused without it, also by ``strict=False``."""
@@ -312,7 +234,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         self.prefix_memory_bank[adapter_name] = memory
         if config.mixing != "none":
             assert isinstance(config.mix, float)
-            self.prefix_memory_mixing[adapter_name] = Mixing(config.mixing, self.site.heads, config.mix)
+            self.prefix_memory_mixing[adapter_name] = Mixing(config.mixing, site.heads, config.mix)
         self._scale[adapter_name] = config.scale
         self.configs[adapter_name], self.sites[adapter_name] = config, site
         BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
@@ -363,21 +285,17 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
                 self.memory(adapter_name).get_parameter(name).requires_grad_(False)
 
     def get_base_layer(self) -> nn.Module:
-        """The attention module that the layer hangs in."""
+        """The module that the layer hangs in."""
         return self.site.module
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        return placement(self.site)
+        return placement(self.projection)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise PrefixMemoryError(WHY_NOT_MERGED)
 
     def unmerge(self) -> None:
         raise PrefixMemoryError(WHY_NOT_MERGED)
-
-    def extra_repr(self) -> str:
-        site = self.site
-        return f"heads={site.heads}, kv_heads={site.kv_heads}, head_dim={site.head_dim}, value_dim={site.value_dim}"
 
 
 def _keep_as_buffers(memory: nn.Module) -> None:
@@ -387,18 +305,6 @@ def _keep_as_buffers(memory: nn.Module) -> None:
             if not parameter.requires_grad:
                 delattr(module, name)
                 module.register_buffer(name, parameter.data)
-
-
-def _vectors(memory: Any) -> tuple[Tensor, Tensor]:
-    """The prefix of a memory inside the softmax. accelerate, if it has offloaded it, thinks of calls alone."""
-    hook = getattr(memory, "_hf_hook", None)
-    if hook is None:
-        return cast(tuple[Tensor, Tensor], memory.vectors())
-    hook.pre_forward(memory)
-    try:
-        return cast(tuple[Tensor, Tensor], memory.vectors())
-    finally:
-        hook.post_forward(memory, None)
 
 
 def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -10,6 +10,7 @@ from torch import nn
 from prefixmemory.errors import PrefixMemoryError, check_number
 from prefixmemory.memories.registry import is_inside
 from prefixmemory.tuner.activation import Listener
+from prefixmemory.tuner.in_attention import InAttention
 from prefixmemory.tuner.layer import PrefixMemoryLayer
 
 
@@ -37,6 +38,11 @@ def named_memory_layers(model: nn.Module) -> Iterator[tuple[str, PrefixMemoryLay
 def memory_layers(model: nn.Module) -> list[PrefixMemoryLayer]:
     """All memory layers of a model, in its order."""
     return [layer for _, layer in named_memory_layers(model)]
+
+
+def attention_layers(model: nn.Module) -> list[InAttention]:
+    """Those of attention modules."""
+    return [layer for layer in memory_layers(model) if isinstance(layer, InAttention)]
 
 
 def reads_by(model: nn.Module) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixmemory.attention.discovery import find_site, find_sites, in_encoder, left_out, skipped_attention
+from prefixmemory.attention.feed_forward import FeedForwardSite, feed_forward_site, find_feed_forward
 from prefixmemory.attention.interface import check_inside, check_interface, install_tap
 from prefixmemory.attention.sites import CHILD, AttentionSite
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
@@ -26,12 +27,14 @@ from prefixmemory.tuner import weighted_adapter
 from prefixmemory.tuner.activation import PACKED, activation, generating
 from prefixmemory.tuner.calibration import FirstBatch
 from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters, thread
+from prefixmemory.tuner.in_attention import InAttention
+from prefixmemory.tuner.in_feed_forward import InFeedForward
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer
-from prefixmemory.tuner.layers import listen, memory_layers, named_memory_layers, named_modules, set_scale
+from prefixmemory.tuner.layers import attention_layers, listen, memory_layers, named_modules, set_scale
 from prefixmemory.tuner.offloading import put_aside, put_back
 from prefixmemory.tuner.targets import check_targets, is_target, shortest_names
 from prefixmemory.tuner.tensor_names import bare, embeddings_of, stored_name, tensors_of
-from prefixmemory.tuner.tensor_parallel import head_share, same_start
+from prefixmemory.tuner.tensor_parallel import HeadShare, head_share, same_start
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +71,20 @@ class PrefixMemoryModel(BaseTuner):
                 f"active_from={peft_config.active_from!r} needs invocation_tokens; "
                 f"prefixmemory.invocation_tokens({peft_config.active_from!r}, tokenizer) finds them."
             )
-        sites = find_sites(self.model)
+        attention = find_sites(self.model)
+        feed_forward = {} if peft_config.feed_forward is None else find_feed_forward(self.model, attention)
+        sites = {**attention, **feed_forward}
         if peft_config.target_modules is None:
             others = left_out(self.model, sites)
             if peft_config.active_from != "start":
                 others |= dict.fromkeys(in_encoder(self.model, sites), ENCODER)
             chosen = [name for name in sites if name not in others]
             peft_config.target_modules = shortest_names(chosen, self.model)
-            for name, reason in skipped_attention(self.model, chosen, others).items():
+            in_attention = [name for name in chosen if name in attention]
+            others = {name: reason for name, reason in others.items() if name in attention}
+            for name, reason in skipped_attention(self.model, in_attention, others).items():
                 logger.warning("No memory in %s: %s.", name, reason)
-        check_targets(peft_config, sites, self.model)
+        check_targets(peft_config, attention, feed_forward, self.model)
         keep_trainable(self.model, inference=bool(peft_config.inference_mode))
         return peft_config
 
@@ -96,7 +103,7 @@ class PrefixMemoryModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = getattr(target, CHILD, None)
-        site = find_site(target) if layer is None else layer.site
+        site = self._site(target, peft_config) if layer is None else layer.site
         if site is None:  # state_dict= may name any module
             raise PrefixMemoryError(
                 f"{current_key} is not a softmax attention: the tensors were made for another model."
@@ -108,31 +115,51 @@ class PrefixMemoryModel(BaseTuner):
                 f"active_from={peft_config.active_from!r} cannot be had in {current_key}: {ENCODER}. Leave it out of "
                 "target_modules, or use active_from='start'."
             )
-        share = head_share(self.model, current_key, site) if layer is None else layer.share
-        place = self._place(site, adapter_name, layer)
         try:  # before anything is attached: the memory may be refused, and takes the half-made adapter with it
-            own = peft_config.of_module(current_key)
+            share = self._share(current_key, site) if layer is None else layer.share
+            place = self._place(site, adapter_name, layer)
+            own = peft_config.of_module(current_key, isinstance(site, FeedForwardSite))
             memory = own.kind.build(own, place)
-            if not peft_config.kind.says("is_builtin"):
+            if not own.kind.says("is_builtin"):
                 others = (parameter for other in memory_layers(self.model) for parameter in other.parameters())
-                check_start(peft_config.kind, memory, place, others)
+                check_start(own.kind, memory, place, others)
             if share is not None:
-                share.check(memory, peft_config.mixing)
+                share.check(memory, own.mixing)
             inside = is_inside(memory)
-            if inside or "rotary" in queries_of(memory, peft_config.query):
+            if isinstance(site, AttentionSite) and (inside or "rotary" in queries_of(memory, own.query)):
                 check_inside(current_key, site) if inside else check_interface(current_key, site, "query='rotary'")
                 install_tap()
         except PrefixMemoryError:
             _discard(self.model, adapter_name)
             raise
         if layer is None:
-            layer = PrefixMemoryLayer(site, share)
+            layer = InFeedForward(site) if isinstance(site, FeedForwardSite) else InAttention(site, share)
             layer.in_encoder = encodes
         layer.update_layer(adapter_name, memory, own, place)
 
-    def _place(self, site: AttentionSite, adapter_name: str, layer: PrefixMemoryLayer | None) -> MemorySite:
+    @staticmethod
+    def _site(target: nn.Module, config: PrefixMemoryConfig) -> AttentionSite | FeedForwardSite | None:
+        site = find_site(target)
+        return feed_forward_site(target) if site is None and config.feed_forward is not None else site
+
+    def _share(self, name: str, site: AttentionSite | FeedForwardSite) -> HeadShare | None:
+        if isinstance(site, AttentionSite):
+            return head_share(self.model, name, site)
+        if (getattr(self.model, "_tp_size", None) or 1) > 1:
+            raise PrefixMemoryError(
+                f"{name} may be divided among tensor-parallel processes, where a memory of feed-forward blocks cannot "
+                "be read. Leave feed_forward out, or load the model without tp_plan."
+            )
+        return None
+
+    def _place(
+        self, site: AttentionSite | FeedForwardSite, adapter_name: str, layer: PrefixMemoryLayer | None
+    ) -> MemorySite:
         """What the class of a memory is told of ``site``."""
-        holders = (other for _, other in named_memory_layers(self.model) if adapter_name in other.prefix_memory_bank)
+        if isinstance(site, FeedForwardSite):
+            return MemorySite(1, 1, site.reads, site.returns)
+        layers = attention_layers(self.model)
+        holders = (other for other in layers if adapter_name in other.prefix_memory_bank)
         holder = next(holders, None)
         first = () if holder is None or holder is layer else (holder.memory(adapter_name),)
         return MemorySite(site.heads, site.kv_heads, site.head_dim, site.value_dim, site.scaling, first)
@@ -309,6 +336,8 @@ class PrefixMemoryModel(BaseTuner):
         config = deepcopy(configs[0])
         ranks = [c.rank for c in configs]
         config.rank = None if None in ranks else sum(cast(list[int], ranks))
+        if config.feed_forward is not None:
+            config.feed_forward = sum(cast(int, c.feed_forward) for c in configs)
         # One common scale stays a scale, so that the sum of one adapter with weight 1 is that adapter, bit for bit.
         scales = [self._layers_of(name)[0].scale[name] for name in adapters]
         config.scale = scales[0] if len(set(scales)) == 1 else 1.0

@@ -25,7 +25,7 @@ from prefixmemory.tuner.model import PrefixMemoryModel
 #: What would change the answers of the same weights.
 FIELDS = (
     "rank_pattern", "scale_pattern", "output_limit_pattern", "trainable_token_indices",
-    "modules_to_save", "mixing", "mix", *weighted_adapter.FIELDS, "rank", "scale",
+    "modules_to_save", "feed_forward", "mixing", "mix", *weighted_adapter.FIELDS, "rank", "scale",
 )  # fmt: skip
 
 

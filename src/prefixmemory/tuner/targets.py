@@ -10,6 +10,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from prefixmemory.attention.discovery import find_site
+from prefixmemory.attention.feed_forward import FeedForwardSite
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.memories.config import PrefixMemoryConfig
@@ -20,8 +21,14 @@ class NoAttentionMatchedError(PrefixMemoryError, NoMatchingPeftModuleError):
     """The config names no module of the model; also what PEFT raises where nothing matches."""
 
 
-def check_targets(config: PrefixMemoryConfig, sites: dict[str, AttentionSite], model: nn.Module) -> None:
-    """Refuse targets that match no module, or one that is no softmax attention, and patterns that fit no target.
+def check_targets(
+    config: PrefixMemoryConfig,
+    sites: dict[str, AttentionSite],
+    feed_forward: dict[str, FeedForwardSite],
+    model: nn.Module,
+) -> None:
+    """Refuse targets that match no module, or one that is neither a softmax attention nor, where the config asks for
+    memories there, a feed-forward projection; and patterns that fit no target.
 
     Raises:
         PrefixMemoryError: names what matched, and the attention modules that there are.
@@ -37,11 +44,18 @@ def check_targets(config: PrefixMemoryConfig, sites: dict[str, AttentionSite], m
     available = sorted({name.rpartition(".")[2] for name in sites})
     for name in matched:
         # cross attention is no site by default, and may be asked for by name
-        if name not in sites and find_site(model.get_submodule(name)) is None:
+        if name not in sites and name not in feed_forward and find_site(model.get_submodule(name)) is None:
             raise PrefixMemoryError(
                 f"target_modules={_shown(config.target_modules)} matches {name!r}, which is no softmax attention. "
                 f"Name attention modules, here {available}, or leave target_modules out for all of them."
             )
+    if config.feed_forward is not None and not feed_forward.keys() & set(matched):
+        known = sorted({name.rpartition(".")[2] for name in feed_forward})
+        raise PrefixMemoryError(
+            f"feed_forward={config.feed_forward} finds no feed-forward projection in {type(model).__name__}"
+            + (f" among target_modules={_shown(config.target_modules)}: name {known} there too, or leave it out."
+               if known else " that prefixmemory knows. Leave it out.")
+        )  # fmt: skip
     if not matched:
         wanted = config.target_modules if isinstance(config.target_modules, str) else min(config.target_modules or [""])
         narrowed = [

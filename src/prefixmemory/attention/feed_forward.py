@@ -1,0 +1,109 @@
+"""Finding the feed-forward blocks beside attention: their projections, as places for memories.
+
+A feed-forward block is a key-value memory itself, f(xK)V (Geva et al., 2012.14913). A memory beside each of its
+projections reads what the projection reads, and adds to what it returns. Experts that lie in one tensor are no modules:
+there the memory stands beside the whole block, as one beside all of its experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from prefixmemory.attention.families import ATTENTION
+from prefixmemory.attention.sites import CHILD, AttentionSite
+
+#: Names, within a layer, of feed-forward blocks or of their projections.
+BLOCKS = re.compile(
+    r"(block_sparse_)?moe|\w*mlp\w*|\w*ffn\w*|feed_?forward\w*|ff|fc\w*|intermediate|output|DenseReluDense|wi(_\d)?|wo"
+    r"|lin[12]|linear[12]|dense_(h_to_4h|4h_to_h)|(gate|up|down|gate_up)_proj|\w*expert\w*"
+)
+#: Names of what chooses experts, weighs them or normalises in front of a block.
+NOT_IN_BLOCKS = re.compile(r"gate|router|\w*_gate|\w*norm\w*")
+
+
+@dataclass(frozen=True)
+class FeedForwardSite:
+    """One projection of a feed-forward block, or a whole block of experts.
+
+    Attributes:
+        module: it reads ``[.., reads]`` and returns ``[.., returns]``, a block perhaps among other things.
+        reads, returns: numbers of features.
+    """
+
+    module: nn.Module
+    reads: int
+    returns: int
+
+    def attach(self, layer: nn.Module) -> None:
+        """Hang a memory layer into the module."""
+        setattr(self.module, CHILD, layer)
+
+    def detach(self) -> None:
+        """Take it out again."""
+        delattr(self.module, CHILD)
+
+
+def feed_forward_site(module: nn.Module) -> FeedForwardSite | None:
+    """Describe a projection, or a block with experts in one tensor; ``None``: it is neither."""
+    for reads, returns in (("in_features", "out_features"), ("nx", "nf")):  # the latter: transformers' Conv1D
+        widths = getattr(module, reads, None), getattr(module, returns, None)
+        if isinstance(widths[0], int) and isinstance(widths[1], int):
+            return FeedForwardSite(module, widths[0], widths[1])
+    if width := _width_of_experts(module):
+        return FeedForwardSite(module, width, width)
+    return None
+
+
+def find_feed_forward(model: nn.Module, attention: Mapping[str, AttentionSite]) -> dict[str, FeedForwardSite]:
+    """The feed-forward projections of the layers in which the sites ``attention`` stand, by module name.
+
+    Layers are the outermost items of a list that hold attention; a layer without any that is known has none.
+    """
+    found: dict[str, FeedForwardSite] = {}
+    outputs = {id(site.output_projection) for site in attention.values()}
+    for layer in dict.fromkeys(_layer_of(model, name) for name in attention):
+        start = f"{layer}." if layer else ""
+        for path, site in _in_layer(model.get_submodule(layer), outputs):
+            found[start + path] = site
+    return found
+
+
+def _layer_of(model: nn.Module, name: str) -> str:
+    parts = name.split(".")
+    for n in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:n])), nn.ModuleList):
+            return ".".join(parts[: n + 1])
+    return ".".join(parts[:-1])
+
+
+def _in_layer(layer: nn.Module, outputs: set[int]) -> Iterator[tuple[str, FeedForwardSite]]:
+    waiting: list[tuple[str, bool, nn.Module]] = [("", False, layer)]
+    while waiting:
+        path, inside, module = waiting.pop()
+        site = feed_forward_site(module) if inside else None
+        if site is not None:
+            yield path, site
+            continue
+        children = [(name, child) for name, child in module._modules.items() if child is not None]
+        for name, child in reversed(children):
+            is_attention = ATTENTION.search(type(child).__name__) and feed_forward_site(child) is None
+            if is_attention or id(child) in outputs or name == CHILD or NOT_IN_BLOCKS.fullmatch(name):
+                continue
+            waiting.append((f"{path}.{name}" if path else name, inside or bool(BLOCKS.fullmatch(name)), child))
+
+
+def _width_of_experts(module: nn.Module) -> int | None:
+    """The features that a block of experts reads, if they lie in parameters ``[experts, ..]`` and not in modules."""
+    for child in module.children():
+        stacked: Any = [p for p in child.parameters(recurse=False) if p.ndim == 3]
+        if len(stacked) >= 2:
+            sizes = [set(p.shape[1:]) for p in stacked]
+            hidden = getattr(child, "hidden_size", None) or getattr(child, "hidden_dim", None)
+            common = set.intersection(*sizes)
+            return hidden if hidden in common else min(common, default=None)
+    return None
