@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prefixmemory import PrefixMemoryConfig, reference, set_scale
+from prefixmemory.tuner.in_feed_forward import InFeedForward
 from prefixmemory.tuner.layers import memory_layers
 
 #: Vocabulary, width, width between, layers, heads, key/value heads, size of a head, whether the embeddings are tied.
@@ -44,7 +45,9 @@ METHODS: dict[str, Callable[[], PeftConfig] | None] = {
     "memory in full": partial(_memory, rank=None),
     "the paper's form": partial(_memory, rank=None, normalize="none", output_limit=None),
     "memory, activated": partial(_memory, active_from="invocation", invocation_tokens=INVOCATION),
+    "memory, feed forward": partial(_memory, feed_forward=8),
     "LoRA q, v r=8": partial(_lora, r=8, target_modules=QV),
+    "LoRA all linear r=8": partial(_lora, r=8, target_modules=LINEAR),
     "LoRA all linear r=16": partial(_lora, r=16, target_modules=LINEAR),
     "DoRA q, v r=8": partial(_lora, r=8, target_modules=QV, use_dora=True),
     "prefix tuning, 32 tokens": partial(PrefixTuningConfig, task_type="CAUSAL_LM", num_virtual_tokens=PREFIX),
@@ -186,6 +189,24 @@ def check(
         def show_new(module: nn.Module, args: Any, at: Any = at) -> None:
             at["new"] = args[0] if learns else args[0].clone()
 
+        def show_read(module: nn.Module, args: Any, at: Any = at) -> Any:
+            at["query"] = leaf(args[0])
+            return (at["query"], *args[1:])
+
+        def show_returned(module: nn.Module, args: Any, output: Tensor, at: Any = at) -> Tensor:
+            at["own"] = leaf(output)
+            return at["own"].clone()
+
+        def show_sum(module: nn.Module, args: Any, output: Tensor, at: Any = at) -> None:
+            at["new"] = output if learns else output.clone()
+
+        if isinstance(layer, InFeedForward):
+            handles += [
+                layer.site.module.register_forward_pre_hook(show_read, prepend=True),
+                layer.site.module.register_forward_hook(show_returned, prepend=True),
+                layer.site.module.register_forward_hook(show_sum),
+            ]
+            continue
         handles += [
             attention.q_proj.register_forward_hook(show_query, prepend=True),
             attention.o_proj.register_forward_pre_hook(show_own, prepend=True),
@@ -223,7 +244,8 @@ def _by_reference(memories: Sequence[Any], right: Sequence[Tensor], limit: float
     for row, memory in zip(range(len(query)), memories if len(memories) > 1 else memories * len(query), strict=True):
         factors = parameters or [factor.detach().double() for factor in memory.factors]
         matrix = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
-        phi = F.elu if memory.mean is None else reference.feature_mean(F.elu, memory.mean.double())
+        plain = {"elu": F.elu, "identity": lambda x: x}[memory.map_name]
+        phi = plain if memory.mean is None else reference.feature_mean(plain, memory.mean.double())
         q, o = (x[row : row + 1].unflatten(-1, (len(matrix), -1)).transpose(1, 2) for x in (query, own))
         answer = reference.read_memory(q, matrix, phi)
         answer = answer if limit is None else reference.limited(answer, o, limit)

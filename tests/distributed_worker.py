@@ -33,8 +33,9 @@ from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, register_feature
 
 STEPS, SAVED_AT, GLOBAL_BATCH = 6, 3, 4
 IDS = tiny.tokens(rows=STEPS * GLOBAL_BATCH, length=12)
-#: Every kind of parameter that a memory can have.
 LOW_RANK = {"rank": 3, "feature_map": "mlp", "normalize": "none"}
+#: Every kind of parameter that a memory can have.
+EVERY_KIND = {**LOW_RANK, "feed_forward": 2}
 TENSOR_PARALLEL_FAMILIES = ("llama_gqa", "qwen3", "gemma2", "gpt_neox", "phi3")
 TENSOR_PARALLEL_CONFIGS = (
     {},
@@ -52,8 +53,8 @@ def adapted(base: Path, seed: int = 0, load: dict[str, Any] | None = None, **con
 
 
 def held_here(model: nn.Module) -> dict[str, int]:
-    """How many numbers of all memories this process holds."""
-    memory = [p for n, p in model.named_parameters() if ".prefix_memory_bank." in n]
+    """How many numbers of all memories of attention heads this process holds."""
+    memory = [p for n, p in model.named_parameters() if ".self_attn.prefix_memory.prefix_memory_bank." in n]
     here = [getattr(p, "ds_tensor", getattr(p.data, "_local_tensor", p)) for p in memory]
     return {"here": sum(p.numel() for p in here), "all": sum(getattr(p, "ds_numel", p.numel()) for p in memory)}
 
@@ -181,10 +182,11 @@ def twice(run: Callable[..., Any], folder: Path) -> Any:
 
 def single(where: Path, out: Path) -> dict[str, Any]:
     return {
-        "loop": twice(lambda f, r: loop(adapted(where / "base", **LOW_RANK), f, r), out / "loop"),
-        "uneven": loop(adapted(where / "uneven", share_heads=True, **LOW_RANK), out / "uneven"),
-        "bf16": loop(adapted(where / "base", **LOW_RANK), out / "bf16", mixed_precision="bf16"),
-        "trainer": twice(lambda f, r: trainer(lambda: adapted(where / "base", **LOW_RANK), f, r), out / "trainer"),
+        "loop": twice(lambda f, r: loop(adapted(where / "base", **EVERY_KIND), f, r), out / "loop"),
+        "uneven": loop(adapted(where / "uneven", share_heads=True, **EVERY_KIND), out / "uneven"),
+        "bf16": loop(adapted(where / "base", **EVERY_KIND), out / "bf16", mixed_precision="bf16"),
+        "trainer": twice(lambda f, r: trainer(lambda: adapted(where / "base", **EVERY_KIND), f, r), out / "trainer"),
+        "heads": trainer(lambda: adapted(where / "base", **LOW_RANK), out / "heads"),
         "default": trainer(lambda: adapted(where / "base"), out / "default", even=True),
     }
 
@@ -192,9 +194,9 @@ def single(where: Path, out: Path) -> dict[str, Any]:
 def ddp(where: Path, out: Path) -> dict[str, Any]:
     seed = int(os.environ["RANK"])  # the start values of the first process hold
     return {
-        "loop": twice(lambda f, r: loop(adapted(where / "base", seed, **LOW_RANK), f, r), out / "loop"),
-        "apart": loop(adapted(where / "base", **LOW_RANK), out / "apart", apart=True),
-        "trainer": twice(lambda f, r: trainer(lambda: adapted(where / "base", **LOW_RANK), f, r), out / "trainer"),
+        "loop": twice(lambda f, r: loop(adapted(where / "base", seed, **EVERY_KIND), f, r), out / "loop"),
+        "apart": loop(adapted(where / "base", **EVERY_KIND), out / "apart", apart=True),
+        "trainer": twice(lambda f, r: trainer(lambda: adapted(where / "base", **EVERY_KIND), f, r), out / "trainer"),
         "default": trainer(lambda: adapted(where / "base", seed), out / "default", even=True),
         "guide": _guide(where, out / "guide"),
     }
@@ -224,18 +226,20 @@ def fsdp2(where: Path, out: Path) -> dict[str, Any]:
     seed = int(os.environ["RANK"])
     base = where / "base"
     results = {
-        "loop": twice(lambda f, r: loop(adapted(base, seed, **LOW_RANK), f, r), out / "loop"),
-        "uneven": loop(adapted(where / "uneven", share_heads=True, **LOW_RANK), out / "uneven"),
-        "bf16": loop(adapted(base, **LOW_RANK), out / "bf16", mixed_precision="bf16"),
-        "trainer": twice(lambda f, r: trainer(lambda: adapted(base, **LOW_RANK), f, r), out / "trainer"),
-        "checkpointing": trainer(lambda: adapted(base, **LOW_RANK), out / "checkpointing", gradient_checkpointing=True),
+        "loop": twice(lambda f, r: loop(adapted(base, seed, **EVERY_KIND), f, r), out / "loop"),
+        "uneven": loop(adapted(where / "uneven", share_heads=True, **EVERY_KIND), out / "uneven"),
+        "bf16": loop(adapted(base, **EVERY_KIND), out / "bf16", mixed_precision="bf16"),
+        "trainer": twice(lambda f, r: trainer(lambda: adapted(base, **EVERY_KIND), f, r), out / "trainer"),
+        "checkpointing": trainer(
+            lambda: adapted(base, **EVERY_KIND), out / "checkpointing", gradient_checkpointing=True
+        ),
         "default": trainer(lambda: adapted(base), out / "default", even=True),
     }
     os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
     os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
-    results["sharded_loop"] = twice(lambda f, r: loop(adapted(base, **LOW_RANK), f, r), out / "sharded_loop")
+    results["sharded_loop"] = twice(lambda f, r: loop(adapted(base, **EVERY_KIND), f, r), out / "sharded_loop")
     results["sharded_trainer"] = twice(
-        lambda f, r: trainer(lambda: adapted(base, **LOW_RANK), f, r), out / "sharded_trainer"
+        lambda f, r: trainer(lambda: adapted(base, **EVERY_KIND), f, r), out / "sharded_trainer"
     )
     return results
 
@@ -252,7 +256,7 @@ def zero3(where: Path, out: Path) -> dict[str, Any]:
     options: dict[str, Any] = {"use_cpu": False, "change": split_small_parameters_too}
 
     def run(folder: Path, resume: bool) -> Any:
-        return trainer(lambda: adapted(where / "base", **LOW_RANK), folder, resume, **options)
+        return trainer(lambda: adapted(where / "base", **EVERY_KIND), folder, resume, **options)
 
     def default(folder: Path, resume: bool) -> Any:
         return trainer(lambda: adapted(where / "base"), folder, resume, even=True, **options)
@@ -276,12 +280,12 @@ def tensor_parallel(where: Path, out: Path) -> dict[str, Any]:
             for family in TENSOR_PARALLEL_FAMILIES
             for config in TENSOR_PARALLEL_CONFIGS
         ],
-        "trainer": trainer(load(LOW_RANK, **split), out / "trainer", **arguments),
-        "checkpointing": trainer(
-            load(LOW_RANK, **split), out / "checkpointing", gradient_checkpointing=True, **arguments
+        "heads": trainer(load(LOW_RANK, **split), out / "heads", **arguments),
+        "heads_checkpointing": trainer(
+            load(LOW_RANK, **split), out / "heads_checkpointing", gradient_checkpointing=True, **arguments
         ),
         "default": trainer(load({}, **split), out / "default", even=True, **arguments),
-        "fsdp_at_loading": trainer(load(LOW_RANK, **sharded), out / "fsdp_at_loading", save_strategy="no"),
+        "fsdp_at_loading": trainer(load(EVERY_KIND, **sharded), out / "fsdp_at_loading", save_strategy="no"),
         "refused": _refused(where, split),
     }
 
@@ -352,6 +356,7 @@ def _refused(where: Path, split: dict[str, Any]) -> dict[str, str]:
         "three_heads": message(lambda: adapted(where / "three_heads", load=split)),
         "feature_map": message(lambda: adapted(where / "base", load=split, feature_map="one_for_all")),
         "part": message(part_of_a_model),
+        "feed_forward": message(lambda: adapted(where / "base", load=split, feed_forward=2)),
     }
 
 

@@ -106,6 +106,7 @@ SAME_AS = {
     "sharded_loop": "loop",  # both with FSDP's own activation checkpointing
     "sharded_trainer": "trainer",
     "checkpointing": "trainer",
+    "heads_checkpointing": "heads",
     "fsdp_at_loading": "trainer",
 }
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -120,8 +121,8 @@ RUNS = pytest.mark.parametrize(
         ("fsdp2", "uneven"),
         ("fsdp2", "trainer"),
         ("fsdp2", "checkpointing"),
-        ("tensor_parallel", "trainer"),
-        ("tensor_parallel", "checkpointing"),
+        ("tensor_parallel", "heads"),
+        ("tensor_parallel", "heads_checkpointing"),
         ("tensor_parallel", "fsdp_at_loading"),
         pytest.param("zero3", "trainer", marks=needs_deepspeed),
         ("ddp", "default"),
@@ -232,6 +233,7 @@ def test_tensor_parallel_processes_read_their_heads(results):
         ("three_heads", ["3 heads", "2 tensor-parallel processes"]),
         ("feature_map", ["feature_map.weight", "one set for each of 4 memories"]),
         ("part", ["whole model"]),
+        ("feed_forward", ["mlp.gate_proj", "tensor-parallel processes", "Leave feed_forward out"]),
     ],
 )
 def test_what_tensor_parallel_processes_cannot_share_is_refused(results, what, words):
