@@ -210,7 +210,7 @@ def test_fsdp2_in_bfloat16(results, adapter):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "tensor_parallel", pytest.param("zero3", marks=needs_deepspeed)])
 def test_the_adapter_knows_its_base_model(folder, results, engine):
     results("single"), results(engine)
-    configs = [PeftConfig.from_pretrained(str(folder / e / "trainer" / "adapter")) for e in ("single", engine)]
+    configs = [PeftConfig.from_pretrained(str(folder / e / "default" / "adapter")) for e in ("single", engine)]
     assert configs[0].base_model_fingerprint is not None
     assert configs[0].base_model_fingerprint == configs[1].base_model_fingerprint
 

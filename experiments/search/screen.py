@@ -301,6 +301,24 @@ VARIANTS = {
     "rank8-start-ff-all-fresh": Variant(
         {"name": "prefix_memory"}, 3e-3, beside(FEED_FORWARD), training={"distractors": FRONT}
     ),
+    "built-ff-quarter": Variant(
+        {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}}, 3e-3, training={"distractors": FRONT}
+    ),
+    "built-ff-quarter-prompt": Variant(
+        {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
+        3e-3,
+        training={"distractors": FRONT},
+        prompt_loss=0.1,
+    ),
+    "built-ff-tenth": Variant(
+        {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.1}}, 3e-3, training={"distractors": FRONT}
+    ),
+    "built-ff12-quarter": Variant(
+        {**RANK8, "feed_forward": 12, "scale_pattern": {"self_attn": 0.25}}, 3e-3, training={"distractors": FRONT}
+    ),
+    "built-ff-quarter-fast": Variant(
+        {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}}, 6e-3, training={"distractors": FRONT}
+    ),
     "full-start-fresh": Variant({**FULL, "active_from": "start"}, 2e-3, training={"distractors": FRONT}),
     "lora-attention-fresh": Variant(ATTENTION, 3e-3, training={"distractors": FRONT}),
     "lora-fresh": Variant(LORA, 3e-3, training={"distractors": FRONT}),
