@@ -5,6 +5,7 @@ The oracle knows the modules of each family by their names, and computes base an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ from prefixmemory.attention.feed_forward import find_feed_forward
 from prefixmemory.rows.collator import collator
 from prefixmemory.serving.served import why_not
 from prefixmemory.training.silent_front import SilentFront
-from prefixmemory.tuner.conversion import memory_from_prefix
+from prefixmemory.tuner.conversion import kernel_from_prefix, memory_from_prefix
 from prefixmemory.tuner.in_feed_forward import InFeedForward
 from prefixmemory.tuner.layers import memory_layers
 from test_activation import INVOKED, naive, text
@@ -170,8 +171,24 @@ def test_only_what_is_asked_for():
     assert not in_blocks(tiny.with_memory(tiny.build(), rank=8))
     chosen = with_both(tiny.build(), target_modules=["self_attn", "down_proj"], layers_to_transform=[1])
     assert list(in_blocks(chosen)) == ["base_model.model.model.layers.1.mlp.down_proj"]
-    with pytest.raises(PrefixMemoryError, match=r"name \['down_proj', 'gate_proj', 'up_proj'\] there too"):
-        with_both(tiny.build(), target_modules=["self_attn"])
+    refused = {
+        r"Name some of \['down_proj', 'gate_proj', 'up_proj'\] there too": {"target_modules": ["self_attn"]},
+        "exclude_modules=.* leaves none": {"exclude_modules": GATED},
+        "matches no attention module": {"target_modules": ["down_proj"]},
+        "layers_to_transform=.* matches no attention": {"layers_to_transform": [7]},
+        "trains .*0.mlp.down_proj' in full": {"modules_to_save": ["down_proj"]},
+        "trains .*0.mlp.gate_proj' in full": {"modules_to_save": ["mlp"]},
+        r"attention or feed-forward modules, here \['down_proj', 'gate_proj', 'self_attn', 'up_proj'\]": {
+            "target_modules": ["self_attn", "mlp"]
+        },
+        "no rank: a memory in a feed-forward block has two factors": {"rank_pattern": {"up_proj": None}},
+        "fits no module that gets a memory": {"rank_pattern": {"nowhere": 3}},
+        "feed_forward_limit=-1": {"feed_forward_limit": -1},
+        "feed_forward_limit=0.3 needs feed_forward": {"feed_forward": None, "feed_forward_limit": 0.3},
+    }
+    for words, fields in refused.items():
+        with pytest.raises(PrefixMemoryError, match=words):
+            with_both(tiny.build(), **fields)
     with pytest.raises(PrefixMemoryError, match="no softmax attention"):
         tiny.with_memory(tiny.build(), target_modules=["self_attn", "down_proj"])
     with pytest.raises(PrefixMemoryError, match="feed_forward"):
@@ -201,7 +218,7 @@ def test_patterns_by_name():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_oracles(family, limit):
     """Memories in blocks alone: those in heads are silenced, other tests know them."""
-    model = with_both(tiny.build(family), output_limit=limit)
+    model = with_both(tiny.build(family), feed_forward_limit=limit)
     blocks = in_blocks(model)
     assert {name.rpartition(".")[2] for name in blocks} == set(FAMILIES[family])
     for layer in memory_layers(model):
@@ -243,6 +260,20 @@ def test_a_block_that_reads_all_tokens_in_one_row_knows_where_to_speak():
     torch.testing.assert_close(logits(model, ids), expected)
     torch.testing.assert_close(logits(model, ids, adapter_names=["default", "__base__"]), by_row)
     assert not torch.allclose(by_row[1], expected[1])
+
+
+def test_tokens_that_cannot_be_told_apart_are_refused():
+    model = with_both(tiny.build())
+    projection = model.base_model.model.model.layers[0].mlp.up_proj
+    with (
+        pytest.raises(PrefixMemoryError, match="reads 3 tokens of 2 rows"),
+        model.base_model._enable_peft_forward_hooks(adapter_names=["default", "__base__"]),
+    ):
+        projection(torch.zeros(3, 32))
+    with pytest.raises(PrefixMemoryError, match="given other by keyword"):
+        in_blocks(model)["base_model.model.model.layers.0.mlp.up_proj"]._add_output(
+            projection, (), {"other": torch.zeros(1, 2, 32)}, torch.zeros(1, 2, 48)
+        )
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2", "phi3"])
@@ -295,6 +326,65 @@ def test_lora_may_stand_around_it():
     with pytest.warns(UserWarning, match="multiple adapters"):
         around = inject_adapter_in_model(LoraConfig(target_modules=["down_proj"]), model.base_model.model, "lora")
     torch.testing.assert_close(logits(around, ids), before)
+
+
+def test_its_limit_is_its_own():
+    for fields in ({"output_limit": None}, {"mixing": "head"}, {"placement": "inside", "prefix_length": 3}):
+        assert PrefixMemoryConfig(feed_forward=4, **fields).of_module("mlp", in_feed_forward=True).output_limit == 0.5
+    config = PrefixMemoryConfig(feed_forward=4, feed_forward_limit=None)
+    assert config.of_module("mlp", in_feed_forward=True).output_limit is None and config.output_limit == 0.5
+
+
+def test_a_projection_that_is_replaced_is_missed():
+    model = with_both(tiny.build())
+    ids, block = tiny.tokens(), model.base_model.model.model.layers[0].mlp
+    block.up_proj = copy.deepcopy(tiny.build().model.layers[0].mlp.up_proj)
+    for use in (lambda: logits(model, ids), lambda: model.save_pretrained("/nowhere")):
+        with pytest.raises(PrefixMemoryError, match="up_proj of LlamaMLP was replaced"):
+            use()
+    base = model.unload()
+    assert torch.equal(logits(base, ids), logits(tiny.build(), ids))
+
+
+def test_lora_that_is_taken_away_from_around_it_is_missed():
+    lora = get_peft_model(tiny.build(), LoraConfig(target_modules=["down_proj"]))
+    with pytest.warns(UserWarning, match="multiple adapters"):
+        inject_adapter_in_model(PrefixMemoryConfig(feed_forward=4), lora.base_model.model, "memory")
+    assert len(in_blocks(lora)) == 6
+    merged = lora.merge_and_unload()
+    with pytest.raises(PrefixMemoryError, match="down_proj of LlamaMLP was replaced"):
+        logits(merged, tiny.tokens())
+
+
+def test_lists_of_experts_are_left_alone():
+    """Each reads the tokens that chose it: their places in the batch are lost."""
+
+    class Experts(nn.Module):
+        def __init__(self, plain: nn.Module) -> None:
+            super().__init__()
+            self.gate, self.experts = nn.Linear(32, 2), nn.ModuleList([plain, copy.deepcopy(plain)])
+
+    model = tiny.build()
+    for layer in model.model.layers:
+        layer.mlp = Experts(layer.mlp)
+    assert not find_feed_forward(model, find_sites(model))
+
+
+def test_an_adapter_without_them_makes_none():
+    model = with_both(tiny.build())
+    tensors = {name: p for name, p in model.named_parameters() if "default" in name}
+    bare = {name.removeprefix("base_model.model.").replace(".default", ""): p for name, p in tensors.items()}
+    with pytest.raises(PrefixMemoryError, match=r"not a softmax attention: .* with feed_forward"):
+        inject_adapter_in_model(PrefixMemoryConfig(), tiny.build(), "other", state_dict=bare)
+
+
+@pytest.mark.parametrize("placement", ["inside", "outside"])
+def test_a_converted_adapter_keeps_its_limit(placement):
+    model = tiny.with_memory(tiny.build(), placement=placement, prefix_length=3, feed_forward=4)
+    kernel_from_prefix(model, "default", "kernel")
+    for layer in in_blocks(model).values():
+        assert layer.configs["kernel"].output_limit == layer.configs["default"].output_limit == 0.5
+        assert torch.equal(layer.memory("kernel").B, layer.memory("default").B)
 
 
 def test_a_converted_adapter_keeps_it():

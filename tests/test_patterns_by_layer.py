@@ -58,7 +58,7 @@ def test_the_first_pattern_that_fits_counts():
 
 @pytest.mark.parametrize("name", ["rank", "scale", "output_limit"])
 def test_a_pattern_that_fits_nothing_is_refused(name):
-    with pytest.raises(PrefixMemoryError, match=rf"{name}_pattern=.*layers.7.self_attn.* fits no attention module"):
+    with pytest.raises(PrefixMemoryError, match=rf"{name}_pattern=.*layers.7.self_attn.* fits no module"):
         model(**{f"{name}_pattern": {"layers.7.self_attn": 1 if name == "rank" else 1.0}})
 
 

@@ -22,8 +22,10 @@ BLOCKS = re.compile(
     r"(block_sparse_)?moe|\w*mlp\w*|\w*ffn\w*|feed_?forward\w*|ff|fc\w*|intermediate|output|DenseReluDense|wi(_\d)?|wo"
     r"|lin[12]|linear[12]|dense_(h_to_4h|4h_to_h)|(gate|up|down|gate_up)_proj|\w*expert\w*"
 )
-#: Names of what chooses experts, weighs them or normalises in front of a block.
-NOT_IN_BLOCKS = re.compile(r"gate|router|\w*_gate|\w*norm\w*")
+#: Names of what chooses experts, weighs them, normalises in front of a block, or adapts it (Zamba 2).
+NOT_IN_BLOCKS = re.compile(r"gate|router|\w*_gate|\w*norm\w*|\w*adapter\w*")
+#: Names of lists of experts: each reads the tokens that chose it, so that nobody can say whose they are.
+EXPERTS = re.compile(r"\w*experts?")
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,19 @@ class FeedForwardSite:
     Attributes:
         module: it reads ``[.., reads]`` and returns ``[.., returns]``, a block perhaps among other things.
         reads, returns: numbers of features.
+        parent, name: the module that holds it, and its name there; ``None``: nobody asked for them.
     """
 
     module: nn.Module
     reads: int
     returns: int
+    parent: nn.Module | None = None
+    name: str = ""
+
+    def intact(self) -> bool:
+        """Whether the module is still where it was found, or what stands there has wrapped it (LoRA)."""
+        present = None if self.parent is None else self.parent._modules.get(self.name)
+        return self.parent is None or self.module in (present, getattr(present, "base_layer", None))
 
     def attach(self, layer: nn.Module) -> None:
         """Hang a memory layer into the module."""
@@ -48,14 +58,14 @@ class FeedForwardSite:
         delattr(self.module, CHILD)
 
 
-def feed_forward_site(module: nn.Module) -> FeedForwardSite | None:
+def feed_forward_site(module: nn.Module, parent: nn.Module | None = None, name: str = "") -> FeedForwardSite | None:
     """Describe a projection, or a block with experts in one tensor; ``None``: it is neither."""
     for reads, returns in (("in_features", "out_features"), ("nx", "nf")):  # the latter: transformers' Conv1D
         widths = getattr(module, reads, None), getattr(module, returns, None)
         if isinstance(widths[0], int) and isinstance(widths[1], int):
-            return FeedForwardSite(module, widths[0], widths[1])
+            return FeedForwardSite(module, widths[0], widths[1], parent, name)
     if width := _width_of_experts(module):
-        return FeedForwardSite(module, width, width)
+        return FeedForwardSite(module, width, width, parent, name)
     return None
 
 
@@ -94,12 +104,14 @@ def _in_layer(layer: nn.Module, outputs: set[int]) -> Iterator[tuple[str, FeedFo
             is_attention = ATTENTION.search(type(child).__name__) and feed_forward_site(child) is None
             if is_attention or id(child) in outputs or name == CHILD or NOT_IN_BLOCKS.fullmatch(name):
                 continue
+            if isinstance(child, nn.ModuleList) and EXPERTS.fullmatch(name):
+                continue
             waiting.append((f"{path}.{name}" if path else name, inside or bool(BLOCKS.fullmatch(name)), child))
 
 
 def _width_of_experts(module: nn.Module) -> int | None:
     """The features that a block of experts reads, if they lie in parameters ``[experts, ..]`` and not in modules."""
-    for child in module.children():
+    for child in (module, *module.children()):
         stacked: Any = [p for p in child.parameters(recurse=False) if p.ndim == 3]
         if len(stacked) >= 2:
             sizes = [set(p.shape[1:]) for p in stacked]

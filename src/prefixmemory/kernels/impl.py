@@ -157,7 +157,10 @@ def _covered(product: Product | str, like: tuple[Tensor, ...]) -> Product | str:
         return "it lies on another device"
     size = max(padded(x.shape[-2]) * padded(x.shape[-1]) * x.element_size() for x in product.factors)
     if size > _MOST_BYTES:
-        return f"a factor of {size // 1024} KiB a head, padded, is too large for the kernel; give a lower rank"
+        return (
+            f"a factor of {size // 1024} KiB a head, padded, is too large for the kernel; give a lower rank, and no "
+            "feed_forward"
+        )
     return why_not(tensors[0].device.type) or product
 
 

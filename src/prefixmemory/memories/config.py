@@ -26,7 +26,7 @@ from prefixmemory.errors import (
 )
 from prefixmemory.memories import checkpoint
 from prefixmemory.memories.feature_maps import FEATURE_MAPS
-from prefixmemory.memories.matrix import Normalize
+from prefixmemory.memories.matrix import MatrixMemory, Normalize
 from prefixmemory.memories.mixing import MixingKind
 from prefixmemory.memories.patterns import check_patterns
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
@@ -41,7 +41,7 @@ NOT_HERE = {
     "ensure_weight_tying": "modules_to_save makes copies, which are not tied. Leave tied modules out of it",
 }
 
-#: Fields that may have another value in some attention modules.
+#: Fields that may have another value in some modules.
 PATTERNS = ("rank", "scale", "output_limit")
 
 Query = Literal["content", "rotary"]
@@ -77,7 +77,10 @@ class PrefixMemoryConfig(PeftConfig):
             Prefix vectors have none, and registered memories only if they ask for it: elsewhere it is ``None``.
         feed_forward: r of further memories beside each projection of the feed-forward blocks: x·A·B, with x what the
             projection reads, A ``[in, r]`` and B ``[r, out]``; a block whose experts lie in one tensor has one as a
-            whole. Their output is limited in lengths of the projection's own. ``None``: none, the paper's form.
+            whole. Layers that hold no attention which gets a memory have none there either. ``None``: none, the
+            paper's form.
+        feed_forward_limit: as ``output_limit``, in lengths of what the projection itself returns. ``auto``: 0.5 where
+            ``feed_forward`` is given.
         output_limit: c, the length that no memory output a reaches, in lengths of the head's own output o. Short ones
             pass as they are, longer ones are shortened smoothly: a / √(1 + |a|² / (c·|o|)²). So no step of training
             drowns what the model says by itself (``docs/LOG.md``). ``scale`` multiplies what is left, and each of
@@ -111,14 +114,14 @@ class PrefixMemoryConfig(PeftConfig):
         strict_invocation: whether a sequence without them is an error; else the base model answers it, with a warning.
             In training it always is.
         dropout: probability of dropping an entry of φ(q) in training.
-        target_modules: names of attention modules (suffixes, or one regular expression over the full name), as in
-            PEFT. ``None`` means every softmax self-attention of the model, and of a model that also sees or hears,
-            those of its text part.
-        exclude_modules: names of attention modules to leave alone.
+        target_modules: names of attention modules, and with ``feed_forward`` of projections (suffixes, or one regular
+            expression over the full name), as in PEFT. ``None`` means every softmax self-attention of the model, and
+            the blocks beside it; of a model that also sees or hears, those of its text part.
+        exclude_modules: names of modules to leave alone.
         layers_to_transform: layer index or indices to adapt; others are left alone.
         layers_pattern: name of the list that holds the layers, when it is not found by itself.
         rank_pattern, scale_pattern, output_limit_pattern: another ``rank``, ``scale`` or ``output_limit`` for some
-            attention modules, by the end of their names or a regular expression for it, as PEFT's ``rank_pattern``:
+            modules, by the end of their names or a regular expression for it, as PEFT's ``rank_pattern``:
             ``{"layers.0.self_attn": 16}``. The first that fits counts; one that fits none is refused.
         modules_to_save: further modules to train and save in full, as in PEFT.
         trainable_token_indices: ids of tokens whose input embeddings learn too, as in PEFT.
@@ -138,6 +141,7 @@ class PrefixMemoryConfig(PeftConfig):
     query: Query | Auto = AUTO
     rank: int | Auto | None = AUTO
     feed_forward: int | None = None
+    feed_forward_limit: float | Auto | None = AUTO
     output_limit: float | Auto | None = AUTO
     share_heads: bool | Auto = AUTO
     placement: Placement | Auto = AUTO
@@ -214,6 +218,12 @@ class PrefixMemoryConfig(PeftConfig):
         if self.feature_map is None and kind.says("is_builtin") and self.similarity != "softmax":
             check_choice("feature_map", None, FEATURE_MAPS)
         self._settle_combination(kind)
+        if self.feed_forward is None and self.feed_forward_limit not in (AUTO, None):
+            raise PrefixMemoryError(
+                f"feed_forward_limit={self.feed_forward_limit!r} needs feed_forward: without it, it limits nothing."
+            )
+        if self.feed_forward_limit == AUTO:
+            self.feed_forward_limit = None if self.feed_forward is None else MatrixMemory.output_limit
 
     @property
     def kind(self) -> MemoryKind:
@@ -242,8 +252,9 @@ class PrefixMemoryConfig(PeftConfig):
             check_number("mix", self.mix, 1e-6, 1.0, "a share in (0, 1)")
         if self.dropout != AUTO:
             check_number("dropout", self.dropout, 0.0, 1.0, "a probability in [0, 1)")
-        if given("output_limit") is not None:
-            check_number("output_limit", self.output_limit, 1e-6, 1e6, "a number above 0, or None")
+        for name in ("output_limit", "feed_forward_limit"):
+            if given(name) is not None:
+                check_number(name, getattr(self, name), 1e-6, 1e6, "a number above 0, or None")
         for name in ("rank", "feed_forward", "feature_dim", "prefix_length", "reparameterize"):
             check_positive_integer(name, given(name))
         for name in ("share_heads", "normalizer"):
@@ -325,19 +336,23 @@ class PrefixMemoryConfig(PeftConfig):
                 chosen[field_name] = pattern[key]
         if not in_feed_forward:
             return replace(self, **chosen) if chosen else self
-        limited = self.placement == "outside" and self.mixing == "none"
         own = {
             "feature_map": "identity",
             "normalize": "none",
             "rank": self.feed_forward,
-            "output_limit": self.output_limit if limited else AUTO,
+            "output_limit": self.feed_forward_limit,
             "scale": self.scale,
             "dropout": self.dropout,
             "active_from": self.active_from,
             "invocation_tokens": self.invocation_tokens,
             "strict_invocation": self.strict_invocation,
         }
-        return PrefixMemoryConfig(**{**own, **chosen})
+        found = PrefixMemoryConfig(**{**own, **chosen})
+        if found.rank is None:
+            raise PrefixMemoryError(
+                f"rank_pattern gives {name!r} no rank: a memory in a feed-forward block has two factors. Give a number."
+            )
+        return found
 
     def unused_pattern(self, names: Iterable[str]) -> str | None:
         """The first of the patterns that fits none of the modules ``names``."""

@@ -143,16 +143,35 @@ class Listener:
 
     def leave(self, layer: Any) -> None:
         """A layer is taken out of the model; with the last one, the listener is gone."""
-        self.layers = [other for other in self.layers if other is not layer]
+        self.layers = [other for other in self.layers if other is not layer and not other.is_lost]
         if not self.layers:
             for handle in self._handles:
                 handle.remove()
+
+    def check(self) -> None:
+        """Refuse a model that has lost a layer of an adapter which it still has.
+
+        Raises:
+            PrefixMemoryError: says where.
+        """
+        lost = [layer for layer in self.layers if layer.is_lost]
+        if lost:
+            held = {name for layer in self.layers if not layer.is_lost for name in layer.prefix_memory_bank}
+            for layer in lost:
+                if held & layer.prefix_memory_bank.keys():
+                    raise PrefixMemoryError(
+                        f"{layer.site.name} of {type(layer.site.parent).__name__} was replaced after its memory was "
+                        "made, which is gone with it. Make the memory last: inject or merge LoRA first, and keep "
+                        "modules_to_save outside of what has a memory."
+                    )
 
     def open(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass begins; its keyword ``active`` is taken out."""
         outer = current_pass()
         if outer is not None and outer.listener is self and outer.depth < depth:
             return  # a part of a pass that is open
+        if not torch.compiler.is_compiling():
+            self.check()
         this = thread.model_pass = ModelPass(self, depth, outer)
         active, rows = kwargs.pop("active", None), row_adapters()
         given = thread.given if active is None else Given(active)

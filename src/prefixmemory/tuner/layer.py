@@ -77,6 +77,11 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
     def _get_name(self) -> str:
         return "PrefixMemoryLayer"  # in repr(model)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the model has lost the layer; an attention module sees for itself what was replaced in it."""
+        return False
+
     def _hook(self) -> tuple[RemovableHandle, ...]:
         """Set the hooks by which the module's passes reach the layer."""
         raise NotImplementedError

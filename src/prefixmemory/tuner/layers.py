@@ -74,6 +74,16 @@ def listen(model: nn.Module) -> None:
         listener.layers.append(layer)
 
 
+def check_intact(model: nn.Module) -> None:
+    """Refuse a model in which a projection with a memory has been replaced, which took the memory out of it.
+
+    Raises:
+        PrefixMemoryError: says which.
+    """
+    for layer in memory_layers(model)[:1]:
+        layer.listener.check()
+
+
 def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -> None:
     """Set the scale of a memory at run time; 0 gives the base model exactly.
 

@@ -30,7 +30,7 @@ from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters, thre
 from prefixmemory.tuner.in_attention import InAttention
 from prefixmemory.tuner.in_feed_forward import InFeedForward
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer
-from prefixmemory.tuner.layers import attention_layers, listen, memory_layers, named_modules, set_scale
+from prefixmemory.tuner.layers import attention_layers, check_intact, listen, memory_layers, named_modules, set_scale
 from prefixmemory.tuner.offloading import put_aside, put_back
 from prefixmemory.tuner.targets import check_targets, is_target, shortest_names
 from prefixmemory.tuner.tensor_names import bare, embeddings_of, stored_name, tensors_of
@@ -103,10 +103,15 @@ class PrefixMemoryModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = getattr(target, CHILD, None)
-        site = self._site(target, peft_config) if layer is None else layer.site
+        site = find_site(target) if layer is None else layer.site
+        if site is None and peft_config.feed_forward is not None:
+            site = feed_forward_site(target, parent, target_name)
+        if isinstance(site, FeedForwardSite) and peft_config.feed_forward is None:
+            site = None
         if site is None:  # state_dict= may name any module
             raise PrefixMemoryError(
-                f"{current_key} is not a softmax attention: the tensors were made for another model."
+                f"{current_key} is not a softmax attention: the tensors were made for another model, or for a config "
+                "with feed_forward."
             )
         encodes = bool(in_encoder(self.model, [current_key]))
         if encodes and peft_config.active_from != "start":
@@ -136,11 +141,6 @@ class PrefixMemoryModel(BaseTuner):
             layer = InFeedForward(site) if isinstance(site, FeedForwardSite) else InAttention(site, share)
             layer.in_encoder = encodes
         layer.update_layer(adapter_name, memory, own, place)
-
-    @staticmethod
-    def _site(target: nn.Module, config: PrefixMemoryConfig) -> AttentionSite | FeedForwardSite | None:
-        site = find_site(target)
-        return feed_forward_site(target) if site is None and config.feed_forward is not None else site
 
     def _share(self, name: str, site: AttentionSite | FeedForwardSite) -> HeadShare | None:
         if isinstance(site, AttentionSite):
@@ -391,6 +391,7 @@ class PrefixMemoryModel(BaseTuner):
         Raises:
             PrefixMemoryError: the tensors hold some of the adapter's, and lack others.
         """
+        check_intact(model)
         found = {key: tensor for key, tensor in state_dict.items() if stored_name(key, adapter_name) is not None}
         missing = tensors_of(model, adapter_name).keys() - {
             bare(stored_name(key, adapter_name) or key) for key in found

@@ -41,38 +41,58 @@ def check_targets(
         and matched
         and not isinstance(module, PrefixMemoryLayer)
     ]
-    available = sorted({name.rpartition(".")[2] for name in sites})
+    available = sorted({name.rpartition(".")[2] for name in (*sites, *feed_forward)})
     for name in matched:
         # cross attention is no site by default, and may be asked for by name
         if name not in sites and name not in feed_forward and find_site(model.get_submodule(name)) is None:
+            kind = "attention" if config.feed_forward is None else "attention or feed-forward"
             raise PrefixMemoryError(
                 f"target_modules={_shown(config.target_modules)} matches {name!r}, which is no softmax attention. "
-                f"Name attention modules, here {available}, or leave target_modules out for all of them."
+                f"Name {kind} modules, here {available}, or leave target_modules out for all of them."
             )
-    if config.feed_forward is not None and not feed_forward.keys() & set(matched):
-        known = sorted({name.rpartition(".")[2] for name in feed_forward})
-        raise PrefixMemoryError(
-            f"feed_forward={config.feed_forward} finds no feed-forward projection in {type(model).__name__}"
-            + (f" among target_modules={_shown(config.target_modules)}: name {known} there too, or leave it out."
-               if known else " that prefixmemory knows. Leave it out.")
-        )  # fmt: skip
-    if not matched:
+    narrowed = "".join(
+        f", {field}={_shown(value)}"
+        for field in ("layers_to_transform", "layers_pattern", "exclude_modules")
+        if (value := getattr(config, field)) is not None
+    )
+    in_blocks = feed_forward.keys() & set(matched)
+    if len(in_blocks) == len(matched):  # no attention, or nothing
         wanted = config.target_modules if isinstance(config.target_modules, str) else min(config.target_modules or [""])
-        narrowed = [
-            f"{field}={_shown(value)}"
-            for field in ("layers_to_transform", "layers_pattern", "exclude_modules")
-            if (value := getattr(config, field)) is not None
-        ]
         raise NoAttentionMatchedError(
-            f"target_modules={_shown(config.target_modules)}{''.join(f', {n}' for n in narrowed)} matches no attention "
+            f"target_modules={_shown(config.target_modules)}{narrowed} matches no attention "
             f"module of {type(model).__name__}.{did_you_mean(wanted, available)} Its {len(sites)} attention modules "
-            f"are called {available}, from {next(iter(sites))!r} on; leave target_modules out for all of them."
+            f"are called {sorted({name.rpartition('.')[2] for name in sites})}, from {next(iter(sites))!r} on; leave "
+            "target_modules out for all of them."
         )
-
+    if config.feed_forward is not None:
+        _check_blocks(config, feed_forward, in_blocks, narrowed, type(model).__name__)
     if (unused := config.unused_pattern(matched)) is not None:
         raise PrefixMemoryError(
-            f"{unused} fits no attention module that gets a memory; the first is called {matched[0]!r}. Give the end "
+            f"{unused} fits no module that gets a memory; the first is called {matched[0]!r}. Give the end "
             "of such a name, or a regular expression for it."
+        )
+
+
+def _check_blocks(
+    config: PrefixMemoryConfig, known: dict[str, FeedForwardSite], matched: set[str], narrowed: str, model: str
+) -> None:
+    """Refuse a config that asks for memories in feed-forward blocks, and names none, or has them saved in full."""
+    if not known:
+        raise PrefixMemoryError(
+            f"feed_forward={config.feed_forward} finds no feed-forward projection in {model} that prefixmemory knows. "
+            "Leave it out."
+        )
+    saved = set(config.modules_to_save or ())
+    if both := [name for name in known if saved.intersection(name.split("."))]:
+        raise PrefixMemoryError(
+            f"modules_to_save={sorted(saved)} trains {both[0]!r} in full, where feed_forward={config.feed_forward} "
+            "puts a memory. Leave one of them out."
+        )
+    if not matched:
+        ends = sorted({name.rpartition(".")[2] for name in known})
+        raise PrefixMemoryError(
+            f"feed_forward={config.feed_forward} meets no feed-forward projection of {model}: target_modules="
+            f"{_shown(config.target_modules)}{narrowed} leaves none. Name some of {ends} there too, or leave it out."
         )
 
 

@@ -16,6 +16,7 @@ FIELDS = (
     "memory_options",
     "query",
     "output_limit",
+    "feed_forward_limit",
     "active_from",
     "invocation_tokens",
     *(f for f in MEMORY_FIELDS if f not in ("rank", "dropout")),
