@@ -6,6 +6,7 @@ The oracle knows the modules of each family by their names, and computes base an
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
+from transformers import Zamba2Config, Zamba2ForCausalLM
 
 import family_models
 import tiny
@@ -159,6 +161,32 @@ def test_each_of_them_counts_and_unload_leaves_nothing(family):
         torch.testing.assert_close(run(CASES[family], bare), before, rtol=0, atol=0)
     assert [name for name, _ in bare.named_modules()] == names
     assert sum(len(m._forward_hooks) for m in bare.modules()) == hooks
+
+
+def test_experts_that_are_a_block_by_themselves_stand_beside_the_other_block():
+    fields = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
+    case = dataclasses.replace(CASES["gemma4"], config=CASES["gemma4"].config | fields)
+    model = family_models.build(case)
+    names = [name.split(".", 3)[3] for name in find_feed_forward(model, find_sites(model)) if "layers.0." in name]
+    assert names == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "experts"]
+    adapted = with_both(model)
+    with torch.no_grad():
+        whole = run(case, adapted)
+        for name, layer in in_blocks(adapted).items():
+            layer.set_scale("default", 0.0)
+            assert not torch.equal(run(case, adapted), whole), name
+            layer.set_scale("default", 1.0)
+
+
+def test_a_models_own_adapters_are_no_projections():
+    config = Zamba2Config(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, layers_block_type=["mamba", "hybrid"], num_mem_blocks=1,
+        num_attention_heads=4, num_key_value_heads=4, intermediate_size=48, mamba_d_state=8, mamba_headdim=16,
+        n_mamba_heads=4, mamba_ngroups=1, adapter_rank=4,
+    )  # fmt: skip
+    model = Zamba2ForCausalLM(config)
+    names = list(find_feed_forward(model, find_sites(model)))
+    assert names and not any("adapter" in name for name in names)
 
 
 @pytest.mark.parametrize("family", NOT_FOUND)
