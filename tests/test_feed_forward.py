@@ -97,7 +97,7 @@ def oracle(
         def forward(x: Tensor) -> Tensor:
             own = plain[module](x)
             answer = x @ a @ b
-            answer = answer if limit is None else reference.limited(answer, own, limit)
+            answer = answer if limit is None else reference.limited(answer[:, None], own[:, None], limit)[:, 0]
             return own + answer * active[..., None]
 
         return forward
@@ -211,7 +211,7 @@ def test_only_what_is_asked_for():
         },
         "no rank: a memory in a feed-forward block has two factors": {"rank_pattern": {"up_proj": None}},
         "fits no module that gets a memory": {"rank_pattern": {"nowhere": 3}},
-        "feed_forward_limit=-1": {"feed_forward_limit": -1},
+        "feed_forward_limit=-1": {"feed_forward_limit": -1.0},
         "feed_forward_limit=0.3 needs feed_forward": {"feed_forward": None, "feed_forward_limit": 0.3},
     }
     for words, fields in refused.items():

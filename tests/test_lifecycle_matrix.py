@@ -291,7 +291,8 @@ def test_merging_is_refused_and_nothing_is_merged(architecture, variant):
 
 @everywhere
 def test_the_weighted_sum_is_both_at_once_or_refused(architecture, variant):
-    model = adapted(architecture, variant, **({"output_limit": None} if variant in ("default", "feed forward") else {}))
+    unlimited = {"default": {"output_limit": None}, "feed forward": {"output_limit": None, "feed_forward_limit": None}}
+    model = adapted(architecture, variant, **unlimited.get(variant, {}))
     model.add_adapter("other", model.peft_config["default"])
     tiny.randomize(model, "other", seed=5)
     means = zip(tiny.means(model).values(), tiny.means(model, "other").values(), strict=True)

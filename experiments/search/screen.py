@@ -316,6 +316,14 @@ VARIANTS = {
     "built-ff12-quarter": Variant(
         {**RANK8, "feed_forward": 12, "scale_pattern": {"self_attn": 0.25}}, 3e-3, training={"distractors": FRONT}
     ),
+    "built-ff-answer": Variant(
+        {**RANK8, "active_from": "answer", "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
+        3e-3,
+        training={"distractors": FRONT},
+    ),
+    "built-ff-answer-full": Variant(
+        {**RANK8, "active_from": "answer", "feed_forward": 8}, 6e-3, training={"distractors": FRONT}
+    ),
     "built-ff-quarter-fast": Variant(
         {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}}, 6e-3, training={"distractors": FRONT}
     ),
