@@ -104,11 +104,8 @@ def with_prompt_loss(trainer: Any, weight: float) -> Callable[..., Tensor]:
 class Beside(nn.Module):
     """(f − μ)AB for the input f of a linear module, no longer than half of that module's output."""
 
-    def __init__(
-        self, linear: nn.Module, rank: int, invocation: tuple[int, ...] | None, plain: bool, limit: float | None
-    ) -> None:
+    def __init__(self, linear: nn.Module, rank: int, invocation: tuple[int, ...] | None, plain: bool) -> None:
         super().__init__()
-        self.limit = limit
         self.A = nn.Parameter(torch.randn(linear.in_features, rank) * linear.in_features**-0.5)
         self.B = nn.Parameter(torch.zeros(rank, linear.out_features))
         self.mean: Tensor | float | None = 0.0 if plain else None
@@ -126,11 +123,11 @@ class Beside(nn.Module):
         active = None if found is None or self.invocation is None else found.active(self.invocation)
         if active is not None:
             answer = answer * active.mask[..., None]
-        return add(output[..., None, :], answer[..., None, :], self.limit)[..., 0, :]
+        return add(output[..., None, :], answer[..., None, :], 0.5)[..., 0, :]
 
 
 def beside(
-    names: tuple[str, ...], rank: int = 8, plain: bool = False, limit: float | None = 0.5
+    names: tuple[str, ...], rank: int = 8, plain: bool = False
 ) -> Callable[[nn.Module, tuple[int, ...] | None], Callable[[], None]]:
     """A low-rank memory beside each linear module whose name ends so; ``plain``: of its input as it is, without μ."""
 
@@ -139,7 +136,7 @@ def beside(
         handles = []
         for name, module in found:
             parent = model.get_submodule(name.rpartition(".")[0])
-            extra = Beside(module, rank, invocation, plain, limit)
+            extra = Beside(module, rank, invocation, plain)
             setattr(parent, f"extra_{name.rpartition('.')[2]}", extra)
             handles.append(module.register_forward_hook(extra.hook))
 
@@ -282,24 +279,12 @@ VARIANTS = {
     "full-question-ff-all-fresh": Variant(FULL, 2e-3, beside(FEED_FORWARD), training={"distractors": FRONT}),
     "full-question-ff-all-fresh-mixed": Variant(FULL, 7e-4, beside(FEED_FORWARD), training={"distractors": FRONT}),
     "ff-all-question-fresh": Variant(FULL, NOTHING, beside(FEED_FORWARD), training={"distractors": FRONT}),
-    "everywhere-question-fresh": Variant(
-        FULL, 7e-4, beside((*FEED_FORWARD, *READING)), training={"distractors": FRONT}
-    ),
-    "full-question-prompt-fresh": Variant(FULL, 2e-3, training={"distractors": FRONT}, prompt_loss=0.1),
-    "full-question-fresh-low": Variant(FULL, 7e-4, training={"distractors": FRONT}),
-    "lora-prompt-fresh": Variant(LORA, 3e-3, training={"distractors": FRONT}, prompt_loss=0.1),
     "rank8-question-ff-all-fresh": Variant(RANK8, 3e-3, beside(FEED_FORWARD), training={"distractors": FRONT}),
     "rank8-question-ff-plain-fresh": Variant(
         RANK8, 3e-3, beside(FEED_FORWARD, plain=True), training={"distractors": FRONT}
     ),
     "rank8-everywhere-question-fresh": Variant(
         RANK8, 3e-3, beside((*FEED_FORWARD, *READING)), training={"distractors": FRONT}
-    ),
-    "rank8-question-ff-prompt-fresh": Variant(
-        RANK8, 3e-3, beside(FEED_FORWARD), training={"distractors": FRONT}, prompt_loss=0.1
-    ),
-    "rank8-start-ff-all-fresh": Variant(
-        {"name": "prefix_memory"}, 3e-3, beside(FEED_FORWARD), training={"distractors": FRONT}
     ),
     "built-ff-quarter": Variant(
         {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}}, 3e-3, training={"distractors": FRONT}
@@ -312,9 +297,6 @@ VARIANTS = {
     ),
     "built-ff-tenth": Variant(
         {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.1}}, 3e-3, training={"distractors": FRONT}
-    ),
-    "built-ff12-quarter": Variant(
-        {**RANK8, "feed_forward": 12, "scale_pattern": {"self_attn": 0.25}}, 3e-3, training={"distractors": FRONT}
     ),
     "built-ff-answer": Variant(
         {**RANK8, "active_from": "answer", "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
@@ -330,7 +312,6 @@ VARIANTS = {
     "full-start-fresh": Variant({**FULL, "active_from": "start"}, 2e-3, training={"distractors": FRONT}),
     "lora-attention-fresh": Variant(ATTENTION, 3e-3, training={"distractors": FRONT}),
     "lora-fresh": Variant(LORA, 3e-3, training={"distractors": FRONT}),
-    "rank8-question-ff": Variant(RANK8, 6e-3, beside(("mlp.down_proj",))),
     "full-question-muon": Variant(FULL, 1.6e-2, optimizer=Muon),
     "full-question-muon-low": Variant(FULL, 6e-3, optimizer=Muon),
     "full-question-average": Variant(FULL, 6e-3, training={"scheduler": "constant"}, average=0.5),
