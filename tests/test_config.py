@@ -222,6 +222,7 @@ FULL: dict[str, Any] = dict(
     share_heads=True, scale=0.5, dropout=0.25, target_modules={"self_attn", "attn"}, exclude_modules={"vision"},
     layers_to_transform=[0, 2], layers_pattern="layers", modules_to_save=["lm_head"], feed_forward=6,
     feed_forward_limit=0.2,
+    head_scale=0.75,
     base_model_fingerprint=[0.5, -0.25], base_model_name_or_path="somewhere", revision="main", inference_mode=True,
     mixing="layer", mix=0.25, active_from="question", invocation_tokens=[3, 5], strict_invocation=True,
     rank_pattern={"layers.0.self_attn": 2},

@@ -238,6 +238,32 @@ def test_patterns_by_name():
     assert {layer.scale["default"] for name, layer in layers.items() if name.endswith("gate_proj")} == {0.5}
 
 
+def test_heads_speak_more_softly_than_the_blocks():
+    """By a factor that is the default beside blocks, and that stays when the scale changes."""
+    assert PrefixMemoryConfig(feed_forward=4).head_scale == 0.25
+    assert PrefixMemoryConfig().head_scale == PrefixMemoryConfig(feed_forward=4, mixing="head").head_scale == 1
+    assert PrefixMemoryConfig(feed_forward=4, head_scale=0.5).head_scale == 0.5
+    for fields in ({"head_scale": 0.5, "placement": "inside", "prefix_length": 4}, {"head_scale": 0}):
+        with pytest.raises(PrefixMemoryError, match="head_scale"):
+            PrefixMemoryConfig(**fields)
+    ids = tiny.tokens()
+    soft, loud = (with_both(tiny.build(), **fields) for fields in ({}, {"head_scale": 1.0}))
+    said = {}
+    for scale in (1.0, 2.0):
+        set_scale(soft, scale)
+        set_scale(loud, scale)
+        said[scale] = loud(ids).logits
+        for layer in memory_layers(loud):
+            if not isinstance(layer, InFeedForward):
+                layer.set_scale("default", 0.25 * scale)
+        assert torch.equal(soft(ids).logits, loud(ids).logits)
+        assert (soft(ids).logits - said[scale]).abs().max() > 1e-3
+    soft.base_model.add_weighted_adapter(["default"], [1.0], "sum")
+    before = soft(ids).logits
+    soft.set_adapter("sum")
+    assert torch.equal(soft(ids).logits, before)
+
+
 # --- what -------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ KINDS = {
     "softmax as a map": {"feature_map": "softmax", "output_limit": 2.0},
     "prefix": {"prefix_length": 5, "feature_map": "identity"},
     "long prefix behind an MLP": {"prefix_length": 40, "reparameterize": 6, "query": "rotary"},
+    "softer heads": {"output_limit": 0.5, "head_scale": 0.25, "scale": 0.7, "rank": 4},
     "patterns": {"output_limit_pattern": {"layers.1.self_attn": 0.01}, "rank_pattern": {"layers.0.self_attn": 2}},
 }
 

@@ -303,6 +303,22 @@ VARIANTS = {
         3e-3,
         training={"distractors": FRONT},
     ),
+    "built-ff-answer-10": Variant(
+        {**RANK8, "active_from": "answer", "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
+        3e-3,
+        training={"distractors": FRONT, "epochs": 10},
+    ),
+    "built-ff-answer-20": Variant(
+        {**RANK8, "active_from": "answer", "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
+        3e-3,
+        training={"distractors": FRONT, "epochs": 20},
+    ),
+    "lora-fresh-10": Variant(LORA, 3e-3, training={"distractors": FRONT, "epochs": 10}),
+    "built-ff-quarter-10": Variant(
+        {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
+        3e-3,
+        training={"distractors": FRONT, "epochs": 10},
+    ),
     "built-ff-answer-full": Variant(
         {**RANK8, "active_from": "answer", "feed_forward": 8}, 6e-3, training={"distractors": FRONT}
     ),

@@ -183,8 +183,10 @@ def _is_memory(memory: nn.Module) -> bool:
 
 
 def _bank(layer: InAttention, name: str) -> Tensor:
-    bank = matrix_of(layer.configs[name].memory, layer.memory(name), layer.sites[name])
-    return bank.detach().float().repeat_interleave(layer.site.heads // bank.shape[0], dim=0) * layer.scale[name]
+    config = layer.configs[name]
+    bank = matrix_of(config.memory, layer.memory(name), layer.sites[name])
+    scale = layer.scale[name] * cast(float, config.head_scale)
+    return bank.detach().float().repeat_interleave(layer.site.heads // bank.shape[0], dim=0) * scale
 
 
 def project(site: AttentionSite, directions: Float[Tensor, "h n v"]) -> Float[Tensor, "h n e"]:

@@ -82,7 +82,8 @@ def _adapter(method: Method) -> dict[str, Any]:
     """The adapter's fields, with those of a memory whose defaults have changed, whether they are given or not."""
     if method.kind != "adapter" or not isinstance(config := method.config(), PrefixMemoryConfig):
         return method.adapter
-    once = {"rank": None, "output_limit": None, "normalize": "none"}  # the defaults of the first records
+    # the defaults of the first records
+    once = {"rank": None, "output_limit": None, "normalize": "none", "feed_forward": None, "head_scale": 1.0}
     given = {name: value for name, value in method.adapter.items() if once.get(name, "") is not None}
     return given | {name: getattr(config, name) for name, old in once.items() if getattr(config, name) != old}
 

@@ -105,6 +105,9 @@ class PrefixMemoryConfig(PeftConfig):
             ``matrix``.
         memory_options: keyword arguments for a custom memory's class: numbers, texts, truth values.
         scale: a factor on the memory output; :func:`prefixmemory.set_scale` changes it at run time.
+        head_scale: a further factor on what memories in the heads say, and not those in feed-forward blocks; it stays
+            what it is at run time. ``auto``: 0.25 for a free memory with ``feed_forward``, since heads that learn as
+            fast as the blocks beside them overfit (``docs/defaults.md``), else 1. Inside the softmax it must be 1.
         active_from: from which token of a sequence on the memory speaks; before it the model is the base model, bit for
             bit. ``start`` (the paper): from the first. ``invocation``: from the last place in the sequence where
             ``invocation_tokens`` begin. ``question``, ``answer``: the same with the tokens that introduce the last
@@ -152,6 +155,7 @@ class PrefixMemoryConfig(PeftConfig):
     mixing: MixingKind = "none"
     mix: float | Auto | None = AUTO
     scale: float = 1.0
+    head_scale: float | Auto = AUTO
     active_from: ActiveFrom = "start"
     invocation_tokens: list[int] | None = None
     strict_invocation: bool = False
@@ -218,6 +222,7 @@ class PrefixMemoryConfig(PeftConfig):
         if self.feature_map is None and kind.says("is_builtin") and self.similarity != "softmax":
             check_choice("feature_map", None, FEATURE_MAPS)
         self._settle_combination(kind)
+        self._settle_head_scale(kind)
         if self.feed_forward is None and self.feed_forward_limit not in (AUTO, None):
             raise PrefixMemoryError(
                 f"feed_forward_limit={self.feed_forward_limit!r} needs feed_forward: without it, it limits nothing."
@@ -247,6 +252,8 @@ class PrefixMemoryConfig(PeftConfig):
             check_choice("query", self.query, get_args(Query))
         check_choice("mixing", self.mixing, get_args(MixingKind))
         check_number("scale", self.scale)
+        if self.head_scale != AUTO:
+            check_number("head_scale", self.head_scale, 1e-6, 1e6, "a number above 0")
         self._check_activation()
         if self.mix not in (AUTO, None):
             check_number("mix", self.mix, 1e-6, 1.0, "a share in (0, 1)")
@@ -319,6 +326,15 @@ class PrefixMemoryConfig(PeftConfig):
         elif self.output_limit is not None and self.mixing != "none":
             raise PrefixMemoryError(
                 f"output_limit={self.output_limit!r} needs mixing='none': where λ mixes, λ sets the memory's share."
+            )
+
+    def _settle_head_scale(self, kind: MemoryKind) -> None:
+        if self.head_scale == AUTO:
+            beside_blocks = kind is memory_kind("matrix") and self.feed_forward is not None and self.mixing == "none"
+            self.head_scale = 0.25 if beside_blocks else 1.0
+        elif self.head_scale != 1 and self.placement == "inside":
+            raise PrefixMemoryError(
+                f"head_scale={self.head_scale!r} needs placement='outside': inside the softmax, use scale."
             )
 
     def of_module(self, name: str, in_feed_forward: bool = False) -> PrefixMemoryConfig:

@@ -175,15 +175,17 @@ def _layer(
         A, B = _smaller(A, B, max_rank, where)
     mean = tensors.get("mean") if config.normalize == "feature_mean" else None
     repeat = sizes.heads // groups
+    # s·h·limit(a, c) = s·limit(h·a, h·c), so that a request's own scale takes the place of s alone
+    head_scale, limit = cast(float, config.head_scale), cast(float | None, config.output_limit)
     return ServedLayer(
         A=A.repeat_interleave(repeat, dim=0),
-        B=B.repeat_interleave(repeat, dim=0),
+        B=B.repeat_interleave(repeat, dim=0) * head_scale,
         mean=None if mean is None else mean.float().repeat_interleave(repeat, dim=0),
         manner=Manner(
             feature_map=cast(str, config.feature_map),
             normalize=cast(Normalize, config.normalize),
             rotary=config.query == "rotary",
-            limit=cast(float | None, config.output_limit),
+            limit=None if limit is None else limit * head_scale,
             scale=config.scale,
             rank=A.shape[2],
         ),

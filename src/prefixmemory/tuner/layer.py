@@ -150,7 +150,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             memory=memory,
             ask=answers,
             queries=queries_of(memory, config.query),
-            scale=self.scale[name],
+            scale=self.scale[name] * cast(float, config.head_scale),
             limit=cast(float | None, config.output_limit),
             mixing=cast(Mixing, self.prefix_memory_mixing[name]) if name in self.prefix_memory_mixing else None,
             invocation=None if config.active_from == "start" else tuple(config.invocation_tokens or ()),

@@ -17,6 +17,7 @@ FIELDS = (
     "query",
     "output_limit",
     "feed_forward_limit",
+    "head_scale",
     "active_from",
     "invocation_tokens",
     *(f for f in MEMORY_FIELDS if f not in ("rank", "dropout")),
