@@ -22,7 +22,6 @@ from family_models import CASES, run
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, calibrate, reference, set_scale
 from prefixmemory.attention.discovery import find_sites
 from prefixmemory.attention.feed_forward import find_feed_forward
-from prefixmemory.serving.served import why_not
 from prefixmemory.training.silent_front import SilentFront
 from prefixmemory.tuner.conversion import kernel_from_prefix, memory_from_prefix
 from prefixmemory.tuner.in_feed_forward import InFeedForward
@@ -474,8 +473,3 @@ def test_it_learns_where_it_speaks():
     model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in tiny.memory_parameters(model).items():
         assert parameter.grad is not None and parameter.grad.any(), name
-
-
-def test_a_server_refuses_it_for_now():
-    assert "feed_forward=4" in (why_not(PrefixMemoryConfig(feed_forward=4)) or "")
-    assert why_not(PrefixMemoryConfig()) is None

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from prefixmemory import PrefixMemoryError, register_feature_map
 from prefixmemory.serving.bank import LayerBank, Step
-from prefixmemory.serving.served import HeadSizes, ServedLayer, read_memory
+from prefixmemory.serving.served import (
+    FEED_FORWARD,
+    HeadSizes,
+    ServedLayer,
+    check_blocks,
+    has_room_for_blocks,
+    read_blocks,
+    read_memory,
+)
+from prefixmemory.serving.server import launch
 from tiny import CONFIGS, build, with_memory
 
 SIZES = HeadSizes(heads=4, kv_heads=2, head_dim=8, value_dim=8)
@@ -277,3 +286,76 @@ def test_a_changed_file_is_refused_by_its_checksum(tmp_path):
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
     with pytest.raises(PrefixMemoryError, match="SHA-256"):
         read_memory(tmp_path, SIZES, LAYERS, RANK)
+
+
+# --- feed-forward blocks ----------------------------------------------------------------------------------------
+
+
+def with_blocks(folder: Path, **fields: object) -> PeftModel:
+    model = with_memory(build(), **{"rank": 2, "feed_forward": 3, **fields})
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("limit", [0.5, None])
+def test_what_a_projection_adds_is_what_it_adds_in_transformers(limit, captured, tmp_path):
+    """Into a part of what a server computes as one, for the tokens of a slot, at a scale of their own."""
+    model = with_blocks(
+        tmp_path, feed_forward_limit=limit, scale_pattern={"up_proj": 0.5}, rank_pattern={"0.mlp.up_proj": 1}
+    )
+    served = read_blocks(tmp_path, RANK)
+    mlp = model.base_model.model.model.layers[0].mlp
+    assert len(served) == 3 * LAYERS and all(0 <= i < SIZES.heads for i in read_memory(tmp_path, SIZES, LAYERS, RANK))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        layer, module = served[f"model.layers.0.mlp.{name}"], getattr(mlp, name)
+        assert layer.manner.rank == (1 if name == "up_proj" else 3)
+        slots = LayerBank(
+            2, RANK, 1, module.in_features, module.out_features, torch.float32, torch.device("cpu"), by_triton=False
+        )
+        slots.put(1, layer)
+        read, whole = torch.randn(4, module.in_features), torch.randn(4, 2 * module.out_features)
+        here, before = whole[:, module.out_features :], whole.clone()
+        (step_there,) = module.prefix_memory.plan(None).outside
+        own = before[:, None, module.out_features :]
+        new = step_there.add_to(own[None], own[None], {"content": read[None, :, None]}, None)[0, :, 0]
+        slots.add_(here, read, read, step([1, -1, 1, 1], [float("nan")] * 3 + [0.0]), captured=captured)
+        torch.testing.assert_close(here[[0, 2]], new[[0, 2]], atol=TOLERANCE, rtol=TOLERANCE)
+        assert (here - before[:, module.out_features :])[0].abs().max() > 1e-3
+        assert torch.equal(here[[1, 3]], before[[1, 3], module.out_features :])
+        assert torch.equal(whole[:, : module.out_features], before[:, : module.out_features])
+
+
+def test_a_server_is_asked_for_slots_where_an_adapter_needs_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("prefixmemory.serving.server.find_spec", lambda name: name)
+    with_blocks(tmp_path / "blocks", feed_forward=9)
+    with_memory(build()).save_pretrained(tmp_path / "heads")
+    with_blocks_too = launch("base", {"blocks": str(tmp_path / "blocks")})
+    assert with_blocks_too.environment == {FEED_FORWARD: "1"}
+    assert with_blocks_too.arguments[with_blocks_too.arguments.index("--max-lora-rank") + 1] == "16"
+    heads = {"heads": str(tmp_path / "heads")}
+    assert launch("base", heads).environment == {}
+    assert launch("base", heads, feed_forward=True).environment == {FEED_FORWARD: "1"}
+
+
+def test_blocks_need_slots_that_fit(tmp_path, monkeypatch):
+    with_blocks(tmp_path)
+    blocks = read_blocks(tmp_path, RANK)
+    width = SIZES.heads * SIZES.head_dim
+    monkeypatch.setenv(FEED_FORWARD, "1")
+    check_blocks(blocks, width, 1, tmp_path)
+    check_blocks({}, width, 2, tmp_path)
+    for words, given in {"have 7 numbers": (7, 1), "tensor parallelism": (width, 2)}.items():
+        with pytest.raises(PrefixMemoryError, match=words):
+            check_blocks(blocks, *given, tmp_path)
+    with pytest.raises(PrefixMemoryError, match="--max-lora-rank 8"):
+        read_blocks(tmp_path, 2)
+    monkeypatch.setenv(FEED_FORWARD, "yes")
+    with pytest.raises(PrefixMemoryError, match=f"{FEED_FORWARD}='yes' is not known"):
+        has_room_for_blocks()
+    monkeypatch.delenv(FEED_FORWARD)
+    with pytest.raises(PrefixMemoryError, match=f"Start it with {FEED_FORWARD}=1"):
+        check_blocks(blocks, width, 1, tmp_path)
+    spoil(tmp_path, lambda t: t.update({min(t).replace(".A", ".C"): t.pop(next(n for n in t if "down_proj" in n))}))
+    with pytest.raises(PrefixMemoryError, match="are not those of its config"):
+        read_blocks(tmp_path, RANK)

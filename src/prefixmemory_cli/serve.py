@@ -24,6 +24,10 @@ def serve(
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="Of any adapter; default: the largest of those given.")] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Make room for LoRAs that are loaded later.")] = False,
+    feed_forward: Annotated[
+        bool,
+        typer.Option("--feed-forward", help="Make room for memories in feed-forward blocks that are loaded later."),
+    ] = False,
     without_vllm: Annotated[
         bool, typer.Option("--without-vllm", help="Serve one memory of any kind with `transformers serve`.")
     ] = False,
@@ -56,11 +60,13 @@ def serve(
             raise PrefixMemoryError(f"--adapter names {name!r} twice. Give each adapter a name of its own.")
         adapters[name] = str(path(place))
     if without_vllm:
-        if len(adapters) != 1 or folder or slots or max_rank or lora:
+        if len(adapters) != 1 or folder or slots or max_rank or lora or feed_forward:
             raise PrefixMemoryError(
-                "--without-vllm serves one memory: give one --adapter, and none of --folder, --slots, --max-rank and "
-                "--lora."
+                "--without-vllm serves one memory: give one --adapter, and none of --folder, --slots, --max-rank, "
+                "--lora and --feed-forward."
             )
         serve_one(*next(iter(adapters.items())), model, more)
         return
-    launch(model, adapters, folder=folder, slots=slots, max_rank=max_rank, lora=lora, more=more).start()
+    launch(
+        model, adapters, folder=folder, slots=slots, max_rank=max_rank, lora=lora, feed_forward=feed_forward, more=more
+    ).start()

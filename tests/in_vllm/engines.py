@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from asked import COUNT
 from served_models import BASE, Answer, expected
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -80,3 +85,33 @@ def check(llm: LLM, folder: Path, questions: Sequence[tuple[str, Sequence[int]]]
     for (adapter, prompt), output in zip(questions, ask(llm, folder, questions, count), strict=True):
         wanted = expected(folder, adapter, prompt, count)
         assert difference(answer(output), wanted) < TOLERANCE, (adapter, len(prompt), answer(output), wanted)
+
+
+ELSEWHERE = """
+import json, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from engines import answer, ask, engine
+from asked import questions
+if __name__ == "__main__":
+    with engine(Path({folder!r}), **{settings!r}) as llm:
+        found = [answer(output) for output in ask(llm, Path({folder!r}), questions({names!r}), {count!r})]
+    print("FOUND", json.dumps([[each.tokens, each.logprobs] for each in found]))
+"""
+
+
+def in_another_process(
+    made: Path, names: list[str], environment: dict[str, str], fails: bool = False, **settings: object
+) -> Any:
+    """What an engine elsewhere answers; the errors that it writes, if it ``fails``."""
+    script = made / "elsewhere.py"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    script.write_text(ELSEWHERE.format(paths=paths, folder=str(made), settings=settings, names=names, count=COUNT))
+    done = subprocess.run(
+        [sys.executable, str(script)], env={**os.environ, **environment}, capture_output=True, text=True, timeout=500
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert bool(lines) != fails, done.stderr[-3000:]
+    if fails:
+        return done.stderr
+    return [Answer(*each) for each in json.loads(lines[-1].removeprefix("FOUND "))]

@@ -27,6 +27,18 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "shared": {"share_heads": True, "feature_map": "silu", "normalize": "feature_l2", "rank": 5},
     "activated": {"active_from": "invocation", "invocation_tokens": list(INVOCATION), "output_limit": 0.8},
 }
+#: With memories in feed-forward blocks too, and a LoRA on the same projections.
+BLOCKS: dict[str, dict[str, Any]] = {
+    "blocks": {"feed_forward": 8},
+    "blocks, activated": {
+        "feed_forward": 3, "feed_forward_limit": None, "head_scale": 1.0, "active_from": "invocation",
+        "invocation_tokens": list(INVOCATION),
+    },
+    "blocks, patterns": {
+        "feed_forward": 4, "rank_pattern": {"gate_proj": 2}, "scale_pattern": {"up_proj": 0.5},
+        "output_limit_pattern": {"1.mlp.down_proj": 0.1}, "exclude_modules": ["2.mlp.gate_proj"],
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,13 +69,21 @@ def save_all(folder: Path) -> Path:
     tokenizer().save_pretrained(folder / BASE)
     for number, (name, fields) in enumerate(MEMORIES.items()):
         save_memory(folder, name, seed=number, **fields)
-    adapted = get_peft_model(base(folder), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]))
+    for number, (name, fields) in enumerate(BLOCKS.items()):
+        save_memory(folder, name, seed=10 + number, **fields)
+    save_lora(folder, "lora", ["q_proj", "v_proj"])
+    save_lora(folder, "lora in blocks", ["gate_proj", "up_proj", "down_proj"])
+    return folder
+
+
+def save_lora(folder: Path, name: str, modules: list[str]) -> None:
+    """A LoRA with random contents, in a folder of its name."""
+    adapted = get_peft_model(base(folder), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=modules))
     with torch.no_grad():
         for parameter_name, parameter in adapted.named_parameters():
             if "lora_" in parameter_name:
                 parameter.normal_(std=0.3)
-    adapted.save_pretrained(folder / "lora")
-    return folder
+    adapted.save_pretrained(folder / name)
 
 
 def base(folder: Path) -> Any:
@@ -71,9 +91,9 @@ def base(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder / BASE, dtype=torch.float32).eval()
 
 
-def save_memory(folder: Path, name: str, seed: int, **fields: Any) -> Path:
-    """A memory with random contents, in a folder of its name."""
-    adapted = get_peft_model(base(folder), PrefixMemoryConfig(task_type="CAUSAL_LM", **fields))
+def save_memory(folder: Path, name: str, seed: int, model: Any = None, **fields: Any) -> Path:
+    """A memory with random contents, in a folder of its name; of another ``model`` than the base model."""
+    adapted = get_peft_model(model or base(folder), PrefixMemoryConfig(task_type="CAUSAL_LM", **fields))
     randomize(adapted, seed=seed, std=0.4)
     adapted.save_pretrained(folder / name)
     return folder / name

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 from asked import COUNT, EVERYBODY, questions
-from engines import TOLERANCE, check, difference, engine
-from served_models import BASE, MEMORIES, Answer, expected
+from engines import TOLERANCE, check, difference, engine, in_another_process
+from served_models import BASE, MEMORIES, expected
 
 
 def test_one_slot_that_memories_take_in_turn(made):
@@ -36,32 +30,6 @@ def test_requests_that_are_preempted(made):
 def test_a_compiled_model(made):
     with engine(made, enforce_eager=False) as llm:
         check(llm, made, questions(), COUNT)
-
-
-ELSEWHERE = """
-import json, sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from engines import answer, ask, engine
-from asked import questions
-if __name__ == "__main__":
-    with engine(Path({folder!r}), **{settings!r}) as llm:
-        found = [answer(output) for output in ask(llm, Path({folder!r}), questions({names!r}), {count!r})]
-    print("FOUND", json.dumps([[each.tokens, each.logprobs] for each in found]))
-"""
-
-
-def in_another_process(made: Path, names: list[str], environment: dict[str, str], **settings: object) -> list[Answer]:
-    """What an engine elsewhere answers."""
-    script = made / "elsewhere.py"
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    script.write_text(ELSEWHERE.format(paths=paths, folder=str(made), settings=settings, names=names, count=COUNT))
-    done = subprocess.run(
-        [sys.executable, str(script)], env={**os.environ, **environment}, capture_output=True, text=True, timeout=500
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert lines, done.stderr[-3000:]
-    return [Answer(*each) for each in json.loads(lines[-1].removeprefix("FOUND "))]
 
 
 def test_the_base_model_is_that_of_an_engine_without_us_bit_for_bit(made):

@@ -83,6 +83,12 @@ def find_feed_forward(model: nn.Module, attention: Mapping[str, AttentionSite]) 
     return found
 
 
+def is_in_block(path: str) -> bool:
+    """Whether ``path``, a module's name within its layer, is that of a feed-forward block or of something in one."""
+    parts = path.split(".")
+    return any(BLOCKS.fullmatch(part) for part in parts) and not any(NOT_IN_BLOCKS.fullmatch(part) for part in parts)
+
+
 def _layer_of(model: nn.Module, name: str) -> str:
     parts = name.split(".")
     for n in range(1, len(parts)):

@@ -67,15 +67,16 @@ class Step:
 
 
 class LayerBank(nn.Module):
-    """The slots of one attention module.
+    """The slots of one attention module, or of one projection of a feed-forward block, to which that is one head.
 
     Buffers, for S slots of rank R and ``h`` heads: ``A [h, d, S, R]``, ``B [h, S, R, v]``, ``mean [S, h, d]``,
     ``tightness [S]`` (1/c², 0 without a limit), ``scale [S]``, ``form [S]`` and ``rotary [S]``.
     """
 
     def __init__(
-        self, slots: int, rank: int, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+        self, slots: int, rank: int, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype,
+        device: torch.device, by_triton: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim
 
@@ -93,7 +94,8 @@ class LayerBank(nn.Module):
         self.register_buffer("numbers", torch.arange(slots, device=device), persistent=False)
         self.held: list[Manner | None] = [None] * slots  # what the host knows of them
         self.launched: set[bool] = set()  # for few tokens, for many: compiled before a graph is recorded
-        self.by_triton = serves(device.type) and set(served_maps()) <= set(KINDS)  # for good: graphs are recorded
+        # for good: graphs are recorded
+        self.by_triton = by_triton and serves(device.type) and set(served_maps()) <= set(KINDS)
 
     A: Tensor
     B: Tensor

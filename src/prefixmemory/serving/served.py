@@ -5,6 +5,7 @@ A memory whose output is φ(q)ᵀM, with M fixed, is served; what is not is refu
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prefixmemory._shapes import Float
+from prefixmemory.attention.feed_forward import is_in_block
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories import checkpoint
 from prefixmemory.memories.config import PrefixMemoryConfig
@@ -26,6 +28,10 @@ from prefixmemory.memories.registry import MemorySite
 
 #: A tensor of a saved memory: the attention module's name, and the tensor's own.
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.prefix_memory\.prefix_memory_bank\.(?P<tensor>.+)")
+#: In a server's environment: 1 makes slots beside feed-forward blocks, too.
+FEED_FORWARD = "PREFIXMEMORY_FEED_FORWARD"
+#: Holds a memory's tensors.
+FILE = "adapter_model.safetensors"
 #: Singular values below this share of the largest are rounding errors.
 _RANK_TOLERANCE = 1e-6
 
@@ -91,8 +97,6 @@ def why_not(config: PrefixMemoryConfig) -> str | None:
         return "its output is divided by a sum over the prefix, so that it is no product φ(q)ᵀM"
     if config.mixing != "none":
         return f"mixing={config.mixing!r} takes from the head's own output"
-    if config.feed_forward is not None:
-        return f"feed_forward={config.feed_forward} stands outside of attention, where a server does not add yet"
     if config.feature_map not in served_maps():
         return f"feature_map={config.feature_map!r} has parameters of its own"
     for name in ("modules_to_save", "trainable_token_indices", "resized_vocabulary"):
@@ -119,7 +123,7 @@ def read_config(folder: Path) -> PrefixMemoryConfig:
 
 
 def read_memory(folder: Path, sizes: HeadSizes, layers: int, max_rank: int) -> dict[int, ServedLayer]:
-    """The layers of the memory saved in ``folder``, by the layer's number in the model.
+    """The heads' memories of the adapter saved in ``folder``, by the layer's number in the model.
 
     Args:
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -130,21 +134,13 @@ def read_memory(folder: Path, sizes: HeadSizes, layers: int, max_rank: int) -> d
     Raises:
         PrefixMemoryError: it is damaged, is for another model, cannot be served, or is larger than ``max_rank``.
     """
-    config = read_config(folder)
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise PrefixMemoryError(f"{file} is missing. Copy it from where the adapter was saved.")
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(file).items():
-        parts = _NAME.fullmatch(name)
-        if parts is None:
-            raise PrefixMemoryError(f"{file} holds {name!r}, which is no part of a memory. Save the adapter again.")
-        found.setdefault(parts["module"], {})[parts["tensor"]] = tensor
+    config, file = read_config(folder), folder / FILE
     served: dict[int, ServedLayer] = {}
-    for module, tensors in found.items():
+    for module, tensors in _tensors(file).items():
+        number, path = place_of(module)
+        if config.feed_forward is not None and is_in_block(path):
+            continue
         where = f"{file}, {module}"
-        checkpoint.check_numbers(tensors, tensors)
-        number = _layer_number(module)
         if number is None or number in served or number >= layers:
             raise PrefixMemoryError(
                 f"{where}: the served model has {layers} layers, each with one self-attention, and this is none of "
@@ -154,9 +150,103 @@ def read_memory(folder: Path, sizes: HeadSizes, layers: int, max_rank: int) -> d
     return served
 
 
-def _layer_number(module: str) -> int | None:
-    numbers = [int(part) for part in module.split(".") if part.isdecimal()]
-    return numbers[0] if len(numbers) == 1 else None
+def read_blocks(folder: Path, max_rank: int) -> dict[str, ServedLayer]:
+    """The memories in feed-forward blocks of the adapter saved in ``folder``, by the projection's name in transformers;
+    to them, it is one head whose query is what it reads.
+
+    Raises:
+        PrefixMemoryError: it is damaged, cannot be served, or is larger than ``max_rank``.
+    """
+    config, file = read_config(folder), folder / FILE
+    served: dict[str, ServedLayer] = {}
+    if config.feed_forward is None:
+        return served
+    for module, tensors in _tensors(file).items():
+        number, path = place_of(module)
+        if number is None or not is_in_block(path):
+            continue
+        own = config.of_module(module, in_feed_forward=True)
+        A, B = (tensors[name].float() if name in tensors else None for name in ("A", "B"))
+        fits = A is not None and B is not None and A.ndim == B.ndim == 3 and len(A) == len(B) == 1
+        if not fits or cast(Tensor, A).shape[2] != cast(Tensor, B).shape[1]:
+            raise PrefixMemoryError(
+                f"{file}, {module}: the tensors {sorted(tensors)} are not those of its config. Copy the folder again "
+                "from where the adapter was saved."
+            )
+        A, B = cast(Tensor, A), cast(Tensor, B)
+        if A.shape[2] > max_rank:
+            raise _too_large(A.shape[2], max_rank, f"{file}, {module}")
+        limit = cast(float | None, own.output_limit)
+        served[module] = ServedLayer(A, B, None, Manner("identity", "none", False, limit, own.scale, A.shape[2]))
+    return served
+
+
+def has_room_for_blocks() -> bool:
+    """Whether the server makes slots beside feed-forward blocks.
+
+    Raises:
+        PrefixMemoryError: the environment gives the variable another value than 0 or 1.
+    """
+    value = os.environ.get(FEED_FORWARD, "0")
+    if value not in ("0", "1"):
+        raise PrefixMemoryError(f"{FEED_FORWARD}={value!r} is not known: give 1 or 0.")
+    return value == "1"
+
+
+def check_blocks(blocks: Mapping[str, ServedLayer], width: int | None, parallel: int, folder: Path) -> None:
+    """Refuse memories in feed-forward blocks that a server has no slots for.
+
+    Args:
+        blocks: of the memory in ``folder``.
+        width: of the served model's hidden states, which each projection reads or returns; ``None``: not known.
+        parallel: among how many processes a layer is cut.
+
+    Raises:
+        PrefixMemoryError: says which, and what to do.
+    """
+    if not blocks:
+        return
+    for module, layer in blocks.items():
+        if width is not None and width not in (layer.A.shape[1], layer.B.shape[2]):
+            raise PrefixMemoryError(
+                f"{folder}, {module}: a memory that reads {layer.A.shape[1]} numbers and returns {layer.B.shape[2]} is "
+                f"none of the served model, whose hidden states have {width} numbers. Serve it with the model that it "
+                "was trained on."
+            )
+    if parallel > 1:
+        raise PrefixMemoryError(
+            f"{folder} has memories in feed-forward blocks, which are not cut for tensor parallelism yet. Serve it "
+            "with --tensor-parallel-size 1."
+        )
+    if not has_room_for_blocks():
+        raise PrefixMemoryError(
+            f"{folder} has memories in feed-forward blocks, and the server made no slots for them. Start it with "
+            f"{FEED_FORWARD}=1 in its environment."
+        )
+
+
+def _tensors(file: Path) -> dict[str, dict[str, Tensor]]:
+    """Those of each module."""
+    if not file.is_file():
+        raise PrefixMemoryError(f"{file} is missing. Copy it from where the adapter was saved.")
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(file).items():
+        parts = _NAME.fullmatch(name)
+        if parts is None:
+            raise PrefixMemoryError(f"{file} holds {name!r}, which is no part of a memory. Save the adapter again.")
+        found.setdefault(parts["module"], {})[parts["tensor"]] = tensor
+    for tensors in found.values():
+        checkpoint.check_numbers(tensors, tensors)
+    return found
+
+
+def place_of(module: str) -> tuple[int | None, str]:
+    """The number of a module's layer, and its name within the layer; ``None``: it has none, or several."""
+    parts = module.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    if len(numbers) != 1:
+        return None, module
+    return int(parts[numbers[0]]), ".".join(parts[numbers[0] + 1 :])
 
 
 def _layer(
@@ -240,8 +330,13 @@ def _smaller(A: Tensor, B: Tensor, max_rank: int, where: str) -> tuple[Tensor, T
     left, sizes, right = torch.linalg.svd(A.double() @ B.double(), full_matrices=False)
     rank = int((sizes > _RANK_TOLERANCE * sizes.amax(dim=1, keepdim=True)).sum(dim=1).amax())
     if rank > max_rank:
-        raise PrefixMemoryError(
-            f"{where}: the memory has rank {rank}, and the server has room for {max_rank}. Start it with "
-            f"--max-lora-rank {next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)}."
-        )
+        raise _too_large(rank, max_rank, where)
     return (left[..., :max_rank] * sizes[:, None, :max_rank]).to(A.dtype), right[:, :max_rank].to(B.dtype)
+
+
+def _too_large(rank: int, max_rank: int, where: str) -> PrefixMemoryError:
+    size = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+    return PrefixMemoryError(
+        f"{where}: the memory has rank {rank}, and the server has room for {max_rank}. Start it with --max-lora-rank "
+        f"{size}."
+    )

@@ -20,7 +20,7 @@ from prefixmemory.files.json_text import read_object
 from prefixmemory.files.names import check_name
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
-from prefixmemory.serving.served import read_config
+from prefixmemory.serving.served import FEED_FORWARD, read_config
 from prefixmemory.serving.store import FOLDERS
 
 #: The sizes of slots that vLLM makes.
@@ -61,6 +61,7 @@ def launch(
     slots: int | None = None,
     max_rank: int | None = None,
     lora: bool = False,
+    feed_forward: bool = False,
     more: Sequence[str] = (),
 ) -> Launch:
     """A server for ``model`` and ``adapters``.
@@ -72,6 +73,8 @@ def launch(
         slots: how many adapters one batch may hold; ``None``: all of ``adapters``, and 8 more with a ``folder``.
         max_rank: of memories and LoRAs; ``None``: the largest of ``adapters``.
         lora: make room for LoRA too, if none of ``adapters`` is one and some may be loaded later.
+        feed_forward: make room for memories in feed-forward blocks too, if none of ``adapters`` has some and one that
+            is loaded later may.
         more: options for vLLM.
 
     Raises:
@@ -85,7 +88,7 @@ def launch(
         raise PrefixMemoryError(
             f"{folder} is no folder. Make it, and put adapters into it, each in a folder of its own."
         )
-    folders, ranks, base = {}, [8], None
+    folders, ranks, base, blocks = {}, [8], None, feed_forward
     for name, place in adapters.items():
         check_name("adapter", name)
         folders[name] = adapter_folder(place)
@@ -93,6 +96,7 @@ def launch(
         base = base or config.get("base_model_name_or_path")
         is_memory = config.get("peft_type") == PREFIX_MEMORY.value
         lora = lora or not is_memory
+        blocks = blocks or (is_memory and config.get("feed_forward") is not None)
         ranks.append(_rank_of(folders[name]) if is_memory else int(config.get("r", 8)))
     model = model or cast(str | None, base)
     if not model:
@@ -108,10 +112,10 @@ def launch(
     if adapters:
         modules = [json.dumps({"name": name, "path": str(place)}) for name, place in folders.items()]
         arguments += ["--lora-modules", *modules]
-    environment = {}
+    environment = {FEED_FORWARD: "1"} if blocks else {}
     if folder is not None:
         allowed = [str(folder.resolve()), *(str(place.resolve()) for place in folders.values())]
-        environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", FOLDERS: os.pathsep.join(allowed)}
+        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", FOLDERS: os.pathsep.join(allowed)}
     return Launch([*arguments, *more], environment)
 
 
@@ -126,7 +130,8 @@ def _names(model: str, adapters: Collection[str]) -> list[str]:
 def _rank_of(folder: Path) -> int:
     """The rank that a memory needs: that of its factors, or all of its features."""
     config = read_config(folder)
-    ranks: list[Any] = [config.rank or config.prefix_length, *(config.rank_pattern or {}).values()]
+    patterns = (config.rank_pattern or {}).values()
+    ranks: list[Any] = [config.rank or config.prefix_length, config.feed_forward or 1, *patterns]
     if None not in ranks:
         return int(max(ranks))
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:

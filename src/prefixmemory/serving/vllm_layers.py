@@ -33,6 +33,7 @@ class MemoryAttention(BaseLayerWithLoRA):
     def __init__(self, base_layer: Attention) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.beside: dict[str, Any] = {}  # of the layer's feed-forward blocks, see ``vllm_blocks.py``
         base_layer.__dict__[AROUND] = self  # past nn.Module.__setattr__: it is our child
 
     @classmethod
@@ -84,7 +85,7 @@ class MemoryAttention(BaseLayerWithLoRA):
         """Add to attention's ``output``, in place."""
         step, rotated = self.step, query.flatten(1) if query.ndim == 3 else query
         content = step.shown[:, : rotated.shape[1]] if step.shown_by == self.base_layer.layer_name else rotated
-        self.bank.add_(output.view(output.shape[0], -1), rotated, content, step, _is_captured(output))
+        self.bank.add_(output.view(output.shape[0], -1), rotated, content, step, is_captured(output))
 
     def show(self, query: Tensor) -> None:
         """Keep the query before it is rotated."""
@@ -96,7 +97,7 @@ class MemoryAttention(BaseLayerWithLoRA):
     def keep(self, query: Tensor) -> None:
         """The same, now."""
         step = self.step
-        if step.used or _is_captured(query):
+        if step.used or is_captured(query):
             step.shown_by = self.base_layer.layer_name
             query = query.flatten(1) if query.ndim == 3 else query
             step.shown[: query.shape[0], : query.shape[1]].copy_(query)
@@ -138,11 +139,11 @@ def register_operations() -> None:
 
 
 def _add(output: Tensor, query: Tensor, shown: Tensor, layer: str) -> None:
-    _around(layer).add_(output, query)
+    around_of(layer).add_(output, query)
 
 
 def _show(query: Tensor, shown: Tensor, layer: str) -> None:
-    _around(layer).keep(query)
+    around_of(layer).keep(query)
 
 
 def _nothing(output: Tensor, query: Tensor, shown: Tensor, layer: str) -> None:
@@ -153,10 +154,12 @@ def _nothing_shown(query: Tensor, shown: Tensor, layer: str) -> None:
     pass
 
 
-def _around(layer: str) -> MemoryAttention:
+def around_of(layer: str) -> MemoryAttention:
+    """What stands around the attention module of that name."""
     memory: MemoryAttention = get_forward_context().no_compile_layers[layer].__dict__[AROUND]
     return memory
 
 
-def _is_captured(tensor: Tensor) -> bool:
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is done with ``tensor`` is recorded."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,8 +19,17 @@ from vllm.platforms import current_platform
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.checkpoint import fingerprint, same_base_model
 from prefixmemory.serving.bank import Step
-from prefixmemory.serving.served import ServedLayer, read_config, read_memory
-from prefixmemory.serving.vllm_layers import MemoryAttention, ShownQuery, sizes_of
+from prefixmemory.serving.served import (
+    ServedLayer,
+    check_blocks,
+    has_room_for_blocks,
+    place_of,
+    read_blocks,
+    read_config,
+    read_memory,
+)  # fmt: skip
+from prefixmemory.serving.vllm_blocks import MemoryProjection, find_projections
+from prefixmemory.serving.vllm_layers import AROUND, MemoryAttention, ShownQuery, sizes_of
 
 #: The child of an attention module that rotates queries.
 ROTARY = "rotary_emb"
@@ -30,7 +39,7 @@ ROTARY = "rotary_emb"
 class _OfLayer:
     """In the place of a layer's LoRA weights."""
 
-    lora_a: ServedLayer
+    lora_a: ServedLayer | dict[str, ServedLayer]
     lora_b: None = None
 
 
@@ -64,6 +73,22 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
                 self.register_module(name, around)
             around.stand_in(self.step, rank * around.num_heads)
             self._number(name, around)
+        self.projections: dict[tuple[int, str], tuple[str, MemoryProjection]] = {}
+        if has_room_for_blocks() and self.parallel == 1:
+            for number, (name, around) in self.attentions.items():
+                self._stand_beside(number, name[: name.index(f".{number}.") + len(f".{number}")], around)
+
+    def _stand_beside(self, number: int, layer: str, around: MemoryAttention) -> None:
+        """Make slots around the projections of a layer's feed-forward blocks."""
+        found = list(find_projections(self.model.get_submodule(layer), self.packed_modules_mapping))
+        for path, module, parts in found:
+            name = f"{layer}.{path}"
+            projection = MemoryProjection(module, around, parts)
+            projection.create_lora_weights(self.lora_slots, self.lora_config)
+            replace_submodule(self.model, name, projection)
+            self.register_module(f"{name}.{AROUND}", projection)  # LoRA's own layer may have the name
+            for part in parts:
+                self.projections[number, part] = f"{name}.{AROUND}", projection
 
     def _number(self, name: str, around: MemoryAttention) -> None:
         """Note a layer under its number, and have it shown queries before they are rotated."""
@@ -100,7 +125,30 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
                 "does not show in vLLM. Train it with query='rotary', or use it through transformers."
             )
         weights: Any = {self.attentions[layer][0]: _OfLayer(served) for layer, served in layers.items()}
-        return MemoryModel(number, max(served.manner.rank for served in layers.values()), weights)
+        blocks = read_blocks(folder, self.lora_config.max_lora_rank)
+        check_blocks(blocks, None, self.parallel, folder)
+        for module, served in blocks.items():
+            name, path = self._projection(module, served, folder)
+            weights.setdefault(name, _OfLayer({})).lora_a[path] = served
+        ranks = [served.manner.rank for served in (*layers.values(), *blocks.values())]
+        return MemoryModel(number, max(ranks), weights)
+
+    def _projection(self, module: str, served: ServedLayer, folder: Path) -> tuple[str, str]:
+        """Where the memory of a projection stands: the name of its slots, and its own among these."""
+        number, path = place_of(module)
+        name, projection = self.projections.get((cast(int, number), path), ("", None))
+        if projection is None:
+            raise PrefixMemoryError(
+                f"{folder} has a memory beside {module}, and vLLM's {type(self.model).__name__} has no such projection "
+                "(experts lie in one tensor there). Use the memory through transformers."
+            )
+        (reads, returns), present = (served.A.shape[1], served.B.shape[2]), projection.sizes(path)
+        if (reads, returns) != present:
+            raise PrefixMemoryError(
+                f"{folder}, {module}: a memory that reads {reads} numbers and returns {returns} does not fit the "
+                f"served model's {present[0]} and {present[1]}. Serve it with the model that it was trained on."
+            )
+        return name, path
 
     def _check_base_model(self, saved: list[float | None] | None, folder: Path) -> None:
         embeddings = [module for module in self.model.modules() if isinstance(module, VocabParallelEmbedding)]

@@ -69,9 +69,10 @@ def register() -> None:
 
     from vllm.lora import utils, worker_manager
 
-    from prefixmemory.serving import vllm_layers, vllm_manager, vllm_resolver
+    from prefixmemory.serving import vllm_blocks, vllm_layers, vllm_manager, vllm_resolver
 
     vllm_layers.register_operations()
+    vllm_blocks.register_operation()
     known: Any = utils._all_lora_classes
     utils._all_lora_classes = type(known)([*known, vllm_layers.MemoryAttention])
     worker_manager.LRUCacheWorkerLoRAManager._manager_cls = vllm_manager.MemoryModelManager
@@ -116,6 +117,7 @@ def _wrap_worker() -> None:
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     from prefixmemory._version import __version__
+    from prefixmemory.serving.served import has_room_for_blocks
     from prefixmemory.serving.store import is_memory
 
     def load(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +131,7 @@ def _wrap_worker() -> None:
 
     # what vLLM compiled without us is another graph
     def compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self: f"{original(self)}-prefixmemory-{__version__}"
+        return lambda self: f"{original(self)}-prefixmemory-{__version__}-{int(has_room_for_blocks())}"
 
     _wrapped(WorkerLoRAManager, "_load_adapter", load)
     _wrapped(LoRAConfig, "compute_hash", compute_hash)

@@ -23,7 +23,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
 from prefixmemory.errors import PrefixMemoryError, check_number
-from prefixmemory.serving.served import HeadSizes, read_config, read_memory
+from prefixmemory.serving.served import HeadSizes, check_blocks, read_blocks, read_config, read_memory
 from prefixmemory.serving.store import COPIES, FOLDERS, Store, is_memory
 from prefixmemory.tuner.active_tokens import NEVER, speaking
 
@@ -64,7 +64,10 @@ class Intake:
         sizes = HeadSizes(
             text.num_attention_heads, model.get_total_num_kv_heads(), model.get_head_size(), model.get_head_size()
         )
-        read_memory(folder, sizes, text.num_hidden_layers, self._config.lora_config.max_lora_rank)
+        rank = self._config.lora_config.max_lora_rank
+        read_memory(folder, sizes, text.num_hidden_layers, rank)
+        width, parallel = getattr(text, "hidden_size", None), self._config.parallel_config.tensor_parallel_size
+        check_blocks(read_blocks(folder, rank), width, parallel, folder)
 
     def exchanged(self, asked: LoRARequest, scale: float | None = None) -> LoRARequest | None:
         """The request for what lies at the path that ``asked`` names; what is no memory stays as it is. ``None``: the

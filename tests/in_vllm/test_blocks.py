@@ -1,0 +1,117 @@
+"""Memories in feed-forward blocks: where the server has slots for them, they answer as in transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from asked import COUNT, questions
+from engines import TOLERANCE, answer, ask, check, difference, engine, in_another_process, request
+from peft import PeftModel
+from served_models import BASE, BLOCKS, Answer, base, config, expected, prompt, save_memory
+from transformers import AutoModelForCausalLM
+from vllm import LLM
+
+from prefixmemory import PrefixMemoryError
+from prefixmemory.serving.served import FEED_FORWARD
+from prefixmemory.tuner.in_feed_forward import InFeedForward
+from prefixmemory.tuner.layers import memory_layers
+
+NAMES = [BASE, *BLOCKS, "default", "activated", "lora in blocks"]
+
+
+@pytest.fixture(scope="module")
+def llm(made: Path) -> Iterator[LLM]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FEED_FORWARD, "1")
+        with engine(made, max_loras=7) as llm:
+            yield llm
+
+
+def test_one_batch_of_base_memories_and_lora_on_the_same_projections(llm, made):
+    check(llm, made, questions(NAMES), COUNT)
+
+
+@torch.no_grad()
+def test_the_blocks_say_something(made):
+    """Or the check would hold for the heads alone."""
+    ids = torch.tensor([prompt(27, seed=1, invoked=9)])
+    for name in BLOCKS:
+        model = PeftModel.from_pretrained(base(made), str(made / name)).eval()
+        before = model(ids).logits[:, -1]
+        for layer in memory_layers(model):
+            if isinstance(layer, InFeedForward):
+                layer.set_scale("default", 0.0)
+        assert (model(ids).logits[:, -1] - before).abs().max() > 1e-2, name
+
+
+def test_a_scale_for_each_request_is_that_of_heads_and_blocks(llm, made):
+    text = prompt(73, seed=4, invoked=9)
+    for name in ("blocks", "blocks, activated"):
+        scales = [0.25, None, 0, 2.0]
+        extra = [{} if scale is None else {"memory_scale": scale} for scale in scales]
+        outputs = ask(llm, made, [(name, text)] * len(scales), COUNT, each=[{"extra_args": more} for more in extra])
+        for scale, output in zip(scales, outputs, strict=True):
+            assert difference(answer(output), expected(made, name, text, COUNT, scale=scale)) < TOLERANCE, scale
+
+
+def test_slots_are_taken_in_turn_and_texts_read_in_parts(made, monkeypatch):
+    """Without LoRA's own layers around the projections."""
+    monkeypatch.setenv(FEED_FORWARD, "1")
+    with engine(
+        made, max_loras=1, max_cpu_loras=2, lora_target_modules=["attn"], max_num_batched_tokens=16,
+        enable_chunked_prefill=True,
+    ) as llm:  # fmt: skip
+        check(llm, made, questions([BASE, *BLOCKS, "default"]), COUNT)
+
+
+def test_a_compiled_model(made, monkeypatch):
+    monkeypatch.setenv(FEED_FORWARD, "1")
+    with engine(made, enforce_eager=False, max_loras=7) as llm:
+        check(llm, made, questions(NAMES), COUNT)
+
+
+def test_the_base_model_is_that_of_an_engine_without_slots_bit_for_bit(made, monkeypatch):
+    said: list[list[Answer]] = []
+    for value in ("0", "1"):
+        monkeypatch.setenv(FEED_FORWARD, value)
+        with engine(made, lora_target_modules=["attn"]) as llm:
+            said.append([answer(output) for output in ask(llm, made, questions([BASE]), COUNT)])
+    assert said[0] == said[1]
+
+
+def test_without_slots_they_are_refused_and_the_engine_goes_on(made, monkeypatch):
+    monkeypatch.delenv(FEED_FORWARD, raising=False)
+    with engine(made) as llm:
+        with pytest.raises(ValueError, match=f"Start it with {FEED_FORWARD}=1"):
+            ask(llm, made, [("blocks", prompt(20, seed=5))], COUNT)
+        check(llm, made, [("default", prompt(20, seed=5)), (BASE, prompt(21, seed=5))], COUNT)
+
+
+def test_what_does_not_fit_is_refused(made, monkeypatch):
+    """Where requests are taken in, as far as that knows the model; else by the worker, with the numbers."""
+    monkeypatch.setenv(FEED_FORWARD, "1")
+    save_memory(made, "of rank 9", seed=3, feed_forward=9)
+    for name, size in {"hidden_size": 96, "intermediate_size": 80}.items():
+        other = config()
+        setattr(other, name, size)
+        save_memory(made, name, seed=3, model=AutoModelForCausalLM.from_config(other), feed_forward=4)
+        written = made / name / "adapter_config.json"
+        written.write_text(json.dumps(json.loads(written.read_text()) | {"base_model_fingerprint": None}))
+    with engine(made) as llm:
+        for name, problem in {"of rank 9": "has rank 9.*--max-lora-rank 16", "hidden_size": "have 128 numbers"}.items():
+            with pytest.raises(ValueError, match=problem):
+                ask(llm, made, [(name, prompt(20, seed=5))], COUNT)
+        check(llm, made, [("blocks", prompt(20, seed=5)), (BASE, prompt(21, seed=5))], COUNT)
+        with pytest.raises(PrefixMemoryError, match=r"does not fit the served model's (96 and 128|128 and 96)"):
+            llm.llm_engine.add_lora(request(made, "intermediate_size"))
+        check(llm, made, [("blocks", prompt(20, seed=5)), (BASE, prompt(21, seed=5))], COUNT)
+
+
+def test_two_tensor_parallel_processes_have_no_slots_for_them(made):
+    several = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", FEED_FORWARD: "1"}
+    problem = in_another_process(made, ["blocks"], several, fails=True, tensor_parallel_size=2)
+    assert "not cut for tensor parallelism" in problem
