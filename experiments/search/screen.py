@@ -68,6 +68,8 @@ class Variant:
         average: share of the steps, the last ones, whose weights are averaged in the end.
         optimizer: of the memories in the place of AdamW.
         prompt_loss: weight of the likelihood of the prompt's tokens (those that are not read as a silent front).
+        start: from which the first factors of the memories in feed-forward blocks start: ``gradient``, the leading
+            directions of the loss's gradient by M.
     """
 
     adapter: dict[str, Any]
@@ -78,6 +80,47 @@ class Variant:
     average: float = 0.0
     optimizer: type[torch.optim.Optimizer] | None = None
     prompt_loss: float = 0.0
+    start: str = ""
+
+
+@torch.no_grad()
+def start_from_gradient(trainer: Any) -> None:
+    """A := the leading left singular vectors of Σ xᵀ·∂loss/∂output over one epoch (as LoRA-GA, LoRA-One), at such
+    lengths that x·A is as large as with the random start."""
+    layers = [layer for layer in trainer.model.modules() if type(layer).__name__ == "InFeedForward"]
+    sums: dict[Any, Tensor] = {}
+    handles = []
+    for layer in layers:
+        module = layer.site.module
+        sums[layer] = torch.zeros(module.in_features, module.out_features)
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: Any = layer) -> None:
+            if output.requires_grad and torch.is_grad_enabled():
+                x = args[0].detach().flatten(0, -2)
+                output.register_hook(lambda gradient: add_gradient(layer, x, gradient))
+
+        handles.append(module.register_forward_hook(keep))
+
+    seen: dict[Any, list[Tensor]] = {layer: [] for layer in layers}
+
+    def add_gradient(layer: Any, x: Tensor, gradient: Tensor) -> None:
+        sums[layer].addmm_(x.T, gradient.flatten(0, -2))
+        if len(seen[layer]) < 8:
+            seen[layer].append(x[:: max(1, len(x) // 64)])
+
+    trainer.model.train()
+    for batch in trainer.get_train_dataloader():
+        with torch.enable_grad():
+            loss = trainer.compute_loss(trainer.model, batch)
+            (loss[0] if isinstance(loss, tuple) else loss).backward()
+    for handle in handles:
+        handle.remove()
+    trainer.model.zero_grad()
+    for layer in layers:
+        memory, x = layer.memory("default"), torch.cat(seen[layer])
+        left = torch.linalg.svd(sums[layer], full_matrices=False)[0][:, : memory.A.shape[2]]
+        wanted = (x @ memory.A[0]).square().mean().sqrt()
+        memory.A[0].copy_(left * (wanted / (x @ left).square().mean(0).sqrt()))
 
 
 def with_prompt_loss(trainer: Any, weight: float) -> Callable[..., Tensor]:
@@ -303,6 +346,9 @@ VARIANTS = {
         3e-3,
         training={"distractors": FRONT},
     ),
+    "built-ff-quarter-gradient": Variant(
+        {**RANK8, "feed_forward": 8}, 3e-3, training={"distractors": FRONT}, start="gradient"
+    ),
     "built-ff-answer-10": Variant(
         {**RANK8, "active_from": "answer", "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
         3e-3,
@@ -386,6 +432,8 @@ def run(name: str, task: Any, seed: int, loaded: Any, base: Any, tokenizer: Any,
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         groups = [{"params": rest}, {"params": extra, "lr": variant.extra_rate}]
         trainer.optimizer = torch.optim.AdamW(groups, lr=variant.rate, weight_decay=settings.weight_decay)
+    if variant.start:
+        start_from_gradient(trainer)
     if variant.optimizer:
         trainer.optimizer = variant.optimizer([p for p in model.parameters() if p.requires_grad], variant.rate)
     trained = [p for p in model.parameters() if p.requires_grad]

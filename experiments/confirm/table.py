@@ -1,0 +1,122 @@
+"""The tables of issue 13's confirmation, from its records: what ``confirm.yaml`` says beforehand, and nothing else.
+
+    python experiments/confirm/table.py results/compare/confirm/records.jsonl > results/compare/confirm/table.md
+
+Runs at the chosen rates; all differences are paired by task, seed and row, over the tasks and seeds that both have.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from prefixmemory.compare.intervals import Points, difference, interval, mean
+from prefixmemory.compare.records import Record, Scores, read_records
+
+MEMORY, LORA, SHOTS = "memory", "lora-all-linear", "in-context"
+LENGTHS = ("0", "300", "1200", "3000")
+ByTask = dict[str, dict[int, Record]]
+
+
+def greedy(scores: Scores) -> np.ndarray:
+    """Whether greedy decoding writes the right answer, in percent, for each row."""
+    return 100.0 * np.array(scores.greedy, dtype=float)
+
+
+#: Measure -> its value for each row of a record.
+MEASURES: dict[str, Callable[[Record], np.ndarray]] = {
+    "match, 300 rows alone": lambda record: greedy(record.test),
+    "match, 100 rows alone": lambda record: greedy(record.long_input["0"]),
+    **{f"behind {n} tokens": lambda record, n=n: greedy(record.long_input[n]) for n in LENGTHS[1:]},
+    "nats a token, alone": lambda record: -np.array(record.test.points),
+    "nats, behind 3000": lambda record: -np.array(record.long_input["3000"].points),
+}
+
+
+def points(by_seed: dict[int, Record], measure: str) -> Points:
+    """seed -> value of each row."""
+    return {seed: MEASURES[measure](record) for seed, record in sorted(by_seed.items())}
+
+
+def paired(a: ByTask, b: ByTask, measure: str) -> list[Points]:
+    """a - b for each task that both have."""
+    found = [difference(points(a[task], measure), points(b[task], measure)) for task in a if task in b]
+    return [one for one in found if one]
+
+
+def with_interval(found: list[Points], digits: int) -> str:
+    """The mean and its 95 % interval."""
+    low, high = interval(found) or (float("nan"), float("nan"))
+    return f"{mean(found):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def against_lora(runs: dict[str, ByTask]) -> None:
+    """What decides, and the same for further methods of the folder."""
+    print(f"| method | parameters | runs | {' | '.join(MEASURES)} | essay, nats | worst run, match |")
+    print(f"|{'---|' * (len(MEASURES) + 5)}")
+    for method, by_task in runs.items():
+        made = [record for by_seed in by_task.values() for record in by_seed.values()]
+        cells = []
+        for measure in MEASURES:
+            digits = 3 if measure.startswith("nats") else 1
+            cell = f"{mean([points(by_seed, measure) for by_seed in by_task.values()]):.{digits}f}"
+            if method != LORA and LORA in runs and made[0].training is not None:
+                cell += f"<br>{with_interval(paired(by_task, runs[LORA], measure), digits)}"
+            cells.append(cell)
+        size = f"{made[0].training.trainable_parameters:,}" if made[0].training else ""
+        essay = np.mean([record.neutral_text for record in made])
+        worst = min(greedy(record.test).mean() for record in made)
+        print(f"| {method} | {size} | {len(made)} | {' | '.join(cells)} | {essay:.2f} | {worst:.1f} |")
+
+
+def by_task(runs: dict[str, ByTask]) -> None:
+    """The difference for each task alone."""
+    print("\n| task | memory - LoRA, alone | behind 300 | behind 1,200 | behind 3,000 |\n|---|---|---|---|---|")
+    names = ["match, 300 rows alone", *(f"behind {n} tokens" for n in LENGTHS[1:])]
+    for task in runs[MEMORY]:
+        both = [paired({task: runs[MEMORY][task]}, {task: runs[LORA].get(task, {})}, name) for name in names]
+        if all(both):
+            print(f"| {task} | {' | '.join(with_interval(one, 1) for one in both)} |")
+
+
+def rates(all_runs: list[Record], shots: ByTask) -> None:
+    """Every rate with the seeds that were run at it, and runs below the k-shot base model."""
+    print("\n| method | rate | runs | match, alone | worst run | runs below one example a label in the prompt |")
+    print("|---|---|---|---|---|---|")
+    k_shot = {task: np.mean([greedy(one.test).mean() for one in by_seed.values()]) for task, by_seed in shots.items()}
+    for method in (MEMORY, LORA):
+        found: dict[float, list[Record]] = {}
+        for record in all_runs:
+            if record.run.method == method:
+                found.setdefault(record.run.learning_rate, []).append(record)
+        for rate, records in sorted(found.items()):
+            reached = [greedy(record.test).mean() for record in records]
+            below = [
+                score < k_shot[record.run.task]
+                for score, record in zip(reached, records, strict=True)
+                if record.run.task in k_shot
+            ]
+            tasks = {record.run.task for record in records}
+            average = np.mean(
+                [np.mean([s for s, r in zip(reached, records, strict=True) if r.run.task == task]) for task in tasks]
+            )
+            print(f"| {method} | {rate:g} | {len(records)} | {average:.1f} | {min(reached):.1f} | {sum(below)} |")
+
+
+def main(file: Path) -> None:
+    """Print the tables."""
+    runs: dict[str, ByTask] = {}
+    finals = [one for one in read_records(file) if one.failure is None and one.run.stage == "final"]
+    for record in finals:
+        if record.run.chosen:
+            runs.setdefault(record.run.method, {}).setdefault(record.run.task, {})[record.run.seed] = record
+    print(__doc__.splitlines()[0] + " Means over tasks; below them the difference to LoRA on all linear layers.\n")
+    against_lora(runs)
+    if MEMORY in runs and LORA in runs:
+        by_task(runs)
+    rates(finals, runs.get(SHOTS, {}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
