@@ -330,19 +330,17 @@ VARIANTS = {
         RANK8, 3e-3, beside((*FEED_FORWARD, *READING)), training={"distractors": FRONT}
     ),
     "built-ff-quarter": Variant(
-        {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}}, 3e-3, training={"distractors": FRONT}
+        {**RANK8, "feed_forward": 8, "head_scale": 0.25}, 3e-3, training={"distractors": FRONT}
     ),
     "built-ff-quarter-prompt": Variant(
-        {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
+        {**RANK8, "feed_forward": 8, "head_scale": 0.25},
         3e-3,
         training={"distractors": FRONT},
         prompt_loss=0.1,
     ),
-    "built-ff-tenth": Variant(
-        {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.1}}, 3e-3, training={"distractors": FRONT}
-    ),
+    "built-ff-tenth": Variant({**RANK8, "feed_forward": 8, "head_scale": 0.1}, 3e-3, training={"distractors": FRONT}),
     "built-ff-answer": Variant(
-        {**RANK8, "active_from": "answer", "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
+        {**RANK8, "active_from": "answer", "feed_forward": 8, "head_scale": 0.25},
         3e-3,
         training={"distractors": FRONT},
     ),
@@ -350,26 +348,26 @@ VARIANTS = {
         {**RANK8, "feed_forward": 8}, 3e-3, training={"distractors": FRONT}, start="gradient"
     ),
     "built-ff-answer-10": Variant(
-        {**RANK8, "active_from": "answer", "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
+        {**RANK8, "active_from": "answer", "feed_forward": 8, "head_scale": 0.25},
         3e-3,
         training={"distractors": FRONT, "epochs": 10},
     ),
     "built-ff-answer-20": Variant(
-        {**RANK8, "active_from": "answer", "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
+        {**RANK8, "active_from": "answer", "feed_forward": 8, "head_scale": 0.25},
         3e-3,
         training={"distractors": FRONT, "epochs": 20},
     ),
     "lora-fresh-10": Variant(LORA, 3e-3, training={"distractors": FRONT, "epochs": 10}),
     "built-ff-quarter-10": Variant(
-        {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}},
+        {**RANK8, "feed_forward": 8, "head_scale": 0.25},
         3e-3,
         training={"distractors": FRONT, "epochs": 10},
     ),
     "built-ff-answer-full": Variant(
-        {**RANK8, "active_from": "answer", "feed_forward": 8}, 6e-3, training={"distractors": FRONT}
+        {**RANK8, "active_from": "answer", "feed_forward": 8, "head_scale": 1.0}, 6e-3, training={"distractors": FRONT}
     ),
     "built-ff-quarter-fast": Variant(
-        {**RANK8, "feed_forward": 8, "scale_pattern": {"self_attn": 0.25}}, 6e-3, training={"distractors": FRONT}
+        {**RANK8, "feed_forward": 8, "head_scale": 0.25}, 6e-3, training={"distractors": FRONT}
     ),
     "full-start-fresh": Variant({**FULL, "active_from": "start"}, 2e-3, training={"distractors": FRONT}),
     "lora-attention-fresh": Variant(ATTENTION, 3e-3, training={"distractors": FRONT}),

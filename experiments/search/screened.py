@@ -34,6 +34,8 @@ CHANGES = {
     "built-ff-tenth": "built-ff-quarter",
     "built-ff-answer": "built-ff-quarter",
     "built-ff-answer-full": "built-ff-quarter",
+    "built-ff-answer-10": "built-ff-answer",
+    "built-ff-quarter-gradient": "built-ff-quarter",
     "full-start-ff-all-fresh": "lora-fresh",
     "full-start-ff-all-fresh-low": "lora-fresh",
     "lora-attention-fresh": "lora-fresh",

@@ -89,7 +89,8 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -
 
     Args:
         model: any model that holds memories, wrapped by PEFT or not.
-        scale: factor on φ(q)ᵀM. A saved adapter keeps the scale of its config.
+        scale: factor on φ(q)ᵀM in every layer, in the place of ``scale`` and ``scale_pattern``; ``head_scale`` stays. A
+            saved adapter keeps the scale of its config.
         adapter_name: which adapter; ``None`` means all active ones.
     """
     check_number("scale", scale)
