@@ -344,6 +344,12 @@ VARIANTS = {
         3e-3,
         training={"distractors": FRONT},
     ),
+    "built-ff-unlimited": Variant(
+        {**RANK8, "feed_forward": 8, "feed_forward_limit": None}, 3e-3, training={"distractors": FRONT}
+    ),
+    "built-ff-unlimited-fast": Variant(
+        {**RANK8, "feed_forward": 8, "feed_forward_limit": None}, 9e-3, training={"distractors": FRONT}
+    ),
     "built-ff-quarter-gradient": Variant(
         {**RANK8, "feed_forward": 8}, 3e-3, training={"distractors": FRONT}, start="gradient"
     ),
