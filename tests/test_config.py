@@ -367,3 +367,9 @@ def test_a_refused_second_adapter_leaves_the_first_as_it_was():
     assert list(model.peft_config) == ["default"]
     model.add_adapter("second", PrefixMemoryConfig())
     assert len(tiny.memory_parameters(model, "second")) == 4  # A and B in two layers
+
+
+def test_what_was_saved_before_heads_had_a_scale_learned_at_1():
+    old = PrefixMemoryConfig(feed_forward=4).to_dict()
+    assert old.pop("head_scale") == 0.25
+    assert PrefixMemoryConfig(**old).head_scale == 1.0

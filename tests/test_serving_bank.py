@@ -113,6 +113,17 @@ def test_a_batch_of_all_kinds_answers_each_token_with_its_own(captured, tmp_path
 
 
 @pytest.mark.parametrize("captured", [False, True])
+def test_a_token_whose_memory_is_not_held_here_reads_none(captured, tmp_path):
+    """A memory has none in some layers, or none beside feed-forward blocks; those of other tokens are not its own."""
+    _, served = memory(tmp_path, "default")
+    outputs, rotated, content = batch(3)
+    found = outputs.flatten(1).clone()
+    bank(served[0], None).add_(found, rotated.flatten(1), content.flatten(1), step([0, 1, -1]), captured=captured)
+    assert torch.equal(found.view_as(outputs)[1:], outputs[1:])
+    assert (found.view_as(outputs)[0] - outputs[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("captured", [False, True])
 def test_one_slot_is_read_at_a_scale_of_each_tokens_own(captured, tmp_path):
     """NaN is the memory's."""
     model, served = memory(tmp_path, "gelu, without a limit")  # its scale is 0.7
@@ -306,12 +317,19 @@ def test_what_a_projection_adds_is_what_it_adds_in_transformers(limit, captured,
     )
     served = read_blocks(tmp_path, RANK)
     mlp = model.base_model.model.model.layers[0].mlp
-    assert len(served) == 3 * LAYERS and all(0 <= i < SIZES.heads for i in read_memory(tmp_path, SIZES, LAYERS, RANK))
+    assert len(served) == 3 * LAYERS and read_memory(tmp_path, SIZES, LAYERS, RANK).keys() == set(range(LAYERS))
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer, module = served[f"model.layers.0.mlp.{name}"], getattr(mlp, name)
         assert layer.manner.rank == (1 if name == "up_proj" else 3)
         slots = LayerBank(
-            2, RANK, 1, module.in_features, module.out_features, torch.float32, torch.device("cpu"), by_triton=False
+            2,
+            RANK,
+            1,
+            module.in_features,
+            module.out_features,
+            torch.float32,
+            torch.device("cpu"),
+            only=("identity", "none"),
         )
         slots.put(1, layer)
         read, whole = torch.randn(4, module.in_features), torch.randn(4, 2 * module.out_features)
@@ -358,4 +376,11 @@ def test_blocks_need_slots_that_fit(tmp_path, monkeypatch):
         check_blocks(blocks, width, 1, tmp_path)
     spoil(tmp_path, lambda t: t.update({min(t).replace(".A", ".C"): t.pop(next(n for n in t if "down_proj" in n))}))
     with pytest.raises(PrefixMemoryError, match="are not those of its config"):
+        read_blocks(tmp_path, RANK)
+
+
+def test_a_name_without_a_layers_number_is_refused(tmp_path):
+    with_blocks(tmp_path)
+    spoil(tmp_path, lambda t: t.update({n.replace("mlp", "mlp.0"): t.pop(n) for n in list(t) if "down_proj" in n}))
+    with pytest.raises(PrefixMemoryError, match=r"mlp\.0\.down_proj: its name has no single number"):
         read_blocks(tmp_path, RANK)

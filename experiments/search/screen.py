@@ -358,17 +358,6 @@ VARIANTS = {
         3e-3,
         training={"distractors": FRONT, "epochs": 10},
     ),
-    "built-ff-answer-20": Variant(
-        {**RANK8, "active_from": "answer", "feed_forward": 8, "head_scale": 0.25},
-        3e-3,
-        training={"distractors": FRONT, "epochs": 20},
-    ),
-    "lora-fresh-10": Variant(LORA, 3e-3, training={"distractors": FRONT, "epochs": 10}),
-    "built-ff-quarter-10": Variant(
-        {**RANK8, "feed_forward": 8, "head_scale": 0.25},
-        3e-3,
-        training={"distractors": FRONT, "epochs": 10},
-    ),
     "built-ff-answer-full": Variant(
         {**RANK8, "active_from": "answer", "feed_forward": 8, "head_scale": 1.0}, 6e-3, training={"distractors": FRONT}
     ),

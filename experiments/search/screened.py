@@ -36,6 +36,8 @@ CHANGES = {
     "built-ff-answer-full": "built-ff-quarter",
     "built-ff-answer-10": "built-ff-answer",
     "built-ff-quarter-gradient": "built-ff-quarter",
+    "built-ff-unlimited": "built-ff-quarter",
+    "built-ff-unlimited-fast": "built-ff-quarter",
     "full-start-ff-all-fresh": "lora-fresh",
     "full-start-ff-all-fresh-low": "lora-fresh",
     "lora-attention-fresh": "lora-fresh",

@@ -35,6 +35,19 @@ def test_one_batch_of_base_memories_and_lora_on_the_same_projections(llm, made):
     check(llm, made, questions(NAMES), COUNT)
 
 
+@pytest.mark.parametrize("names", [["blocks", "default"], ["blocks", "default", BASE, "lora in blocks"]])
+def test_one_of_them_beside_memories_without(names, llm, made):
+    """Its slot is the only one that a projection holds."""
+    check(llm, made, questions(names), COUNT)
+
+
+def test_slots_are_buffers_of_the_model(llm):
+    """Or vLLM's sleep loses them."""
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    names = [name for name, _ in model.named_buffers() if "mlp.down_proj" in name and name.endswith(".A")]
+    assert len(names) == 3
+
+
 @torch.no_grad()
 def test_the_blocks_say_something(made):
     """Or the check would hold for the heads alone."""
@@ -76,10 +89,12 @@ def test_a_compiled_model(made, monkeypatch):
 
 def test_the_base_model_is_that_of_an_engine_without_slots_bit_for_bit(made, monkeypatch):
     said: list[list[Answer]] = []
-    for value in ("0", "1"):
+    for value, others in {"0": "default", "1": "blocks"}.items():
         monkeypatch.setenv(FEED_FORWARD, value)
         with engine(made, lora_target_modules=["attn"]) as llm:
-            said.append([answer(output) for output in ask(llm, made, questions([BASE]), COUNT)])
+            asked = questions([BASE, others])
+            outputs = ask(llm, made, asked, COUNT)
+            said.append([answer(one) for one, (name, _) in zip(outputs, asked, strict=True) if name == BASE])
     assert said[0] == said[1]
 
 

@@ -106,8 +106,9 @@ class PrefixMemoryConfig(PeftConfig):
         memory_options: keyword arguments for a custom memory's class: numbers, texts, truth values.
         scale: a factor on the memory output; :func:`prefixmemory.set_scale` changes it at run time.
         head_scale: a further factor on what memories in the heads say, and not those in feed-forward blocks; it stays
-            what it is at run time. ``auto``: 0.25 for a free memory with ``feed_forward``, since heads that learn as
-            fast as the blocks beside them overfit (``docs/defaults.md``), else 1. Inside the softmax it must be 1.
+            what it is at run time. ``auto``: 0.25 for a free memory with ``feed_forward`` and without ``mixing``, since
+            heads that learn as fast as the blocks beside them overfit (``docs/defaults.md``), else 1. Inside the
+            softmax it must be 1.
         active_from: from which token of a sequence on the memory speaks; before it the model is the base model, bit for
             bit. ``start`` (the paper): from the first. ``invocation``: from the last place in the sequence where
             ``invocation_tokens`` begin. ``question``, ``answer``: the same with the tokens that introduce the last
@@ -194,6 +195,7 @@ class PrefixMemoryConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PREFIX_MEMORY
+        was_saved = self.prefixmemory_version is not None
         self.prefixmemory_version = self.prefixmemory_version or __version__
         # Not a field: read from a file whose tensors are not loaded yet, so that a refusal takes the adapter with it.
         self.awaits_weights = self.weights_sha256 is not None
@@ -222,7 +224,7 @@ class PrefixMemoryConfig(PeftConfig):
         if self.feature_map is None and kind.says("is_builtin") and self.similarity != "softmax":
             check_choice("feature_map", None, FEATURE_MAPS)
         self._settle_combination(kind)
-        self._settle_head_scale(kind)
+        self._settle_head_scale(kind, was_saved)
         if self.feed_forward is None and self.feed_forward_limit not in (AUTO, None):
             raise PrefixMemoryError(
                 f"feed_forward_limit={self.feed_forward_limit!r} needs feed_forward: without it, it limits nothing."
@@ -328,10 +330,10 @@ class PrefixMemoryConfig(PeftConfig):
                 f"output_limit={self.output_limit!r} needs mixing='none': where λ mixes, λ sets the memory's share."
             )
 
-    def _settle_head_scale(self, kind: MemoryKind) -> None:
-        if self.head_scale == AUTO:
-            beside_blocks = kind is memory_kind("matrix") and self.feed_forward is not None and self.mixing == "none"
-            self.head_scale = 0.25 if beside_blocks else 1.0
+    def _settle_head_scale(self, kind: MemoryKind, was_saved: bool) -> None:
+        if self.head_scale == AUTO:  # what was saved without one had learned at 1
+            is_free = kind is memory_kind("matrix") and self.mixing == "none" and not was_saved
+            self.head_scale = 0.25 if is_free and self.feed_forward is not None else 1.0
         elif self.head_scale != 1 and self.placement == "inside":
             raise PrefixMemoryError(
                 f"head_scale={self.head_scale!r} needs placement='outside': inside the softmax, use scale."

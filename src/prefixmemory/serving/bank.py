@@ -69,16 +69,19 @@ class Step:
 class LayerBank(nn.Module):
     """The slots of one attention module, or of one projection of a feed-forward block, to which that is one head.
 
+    Args:
+        only: the one form that its memories have, which then read the content query; ``None``: any.
+
     Buffers, for S slots of rank R and ``h`` heads: ``A [h, d, S, R]``, ``B [h, S, R, v]``, ``mean [S, h, d]``,
     ``tightness [S]`` (1/c², 0 without a limit), ``scale [S]``, ``form [S]`` and ``rotary [S]``.
     """
 
     def __init__(
         self, slots: int, rank: int, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype,
-        device: torch.device, by_triton: bool = True,
+        device: torch.device, only: Form | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim
+        self.heads, self.head_dim, self.value_dim, self.only = heads, head_dim, value_dim, only
 
         def buffer(name: str, *shape: int, kind: torch.dtype = dtype) -> None:
             self.register_buffer(name, torch.zeros(*shape, dtype=kind, device=device), persistent=False)
@@ -95,7 +98,7 @@ class LayerBank(nn.Module):
         self.held: list[Manner | None] = [None] * slots  # what the host knows of them
         self.launched: set[bool] = set()  # for few tokens, for many: compiled before a graph is recorded
         # for good: graphs are recorded
-        self.by_triton = by_triton and serves(device.type) and set(served_maps()) <= set(KINDS)
+        self.by_triton = only is None and serves(device.type) and set(served_maps()) <= set(KINDS)
 
     A: Tensor
     B: Tensor
@@ -163,8 +166,9 @@ class LayerBank(nn.Module):
             parts = [x.index_select(0, rows) for x in parts]
         own, of_rotated, of_content, slots, scales = parts
         if captured:
-            new = self._add_all(own, self._features(of_rotated, of_content, slots, forms(), None), slots, scales)
-        elif len(used) == 1 and not step.scaled:
+            occurring, rotary = ([self.only], False) if self.only else (forms(), None)
+            new = self._add_all(own, self._features(of_rotated, of_content, slots, occurring, rotary), slots, scales)
+        elif len(used) == 1 and used == step.used and not step.scaled:  # or a token reads what is not held here
             new = self._add_one(own, of_rotated, of_content, used[0])
         else:
             manners = [cast(Manner, self.held[slot]) for slot in used]

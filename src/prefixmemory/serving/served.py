@@ -163,8 +163,13 @@ def read_blocks(folder: Path, max_rank: int) -> dict[str, ServedLayer]:
         return served
     for module, tensors in _tensors(file).items():
         number, path = place_of(module)
-        if number is None or not is_in_block(path):
+        if not is_in_block(path):
             continue
+        if number is None:
+            raise PrefixMemoryError(
+                f"{file}, {module}: its name has no single number of a layer, so that a server cannot tell where it "
+                "stands. Use the memory through transformers."
+            )
         own = config.of_module(module, in_feed_forward=True)
         A, B = (tensors[name].float() if name in tensors else None for name in ("A", "B"))
         fits = A is not None and B is not None and A.ndim == B.ndim == 3 and len(A) == len(B) == 1
@@ -221,7 +226,7 @@ def check_blocks(blocks: Mapping[str, ServedLayer], width: int | None, parallel:
     if not has_room_for_blocks():
         raise PrefixMemoryError(
             f"{folder} has memories in feed-forward blocks, and the server made no slots for them. Start it with "
-            f"{FEED_FORWARD}=1 in its environment."
+            f"{FEED_FORWARD}=1 in its environment; `prefixmemory serve` with --feed-forward."
         )
 
 

@@ -8,7 +8,7 @@ step some time, whether memories fill them or not; so they are made only where `
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from prefixmemory.attention.feed_forward import is_in_block
 from prefixmemory.serving.bank import LayerBank
 from prefixmemory.serving.served import ServedLayer
 from prefixmemory.serving.vllm_layers import MemoryAttention, around_of, is_captured
+
+#: The form of these memories: what a projection reads, as it is.
+AS_IT_IS = ("identity", "none")
 
 
 class MemoryProjection(BaseLayerWithLoRA):
@@ -45,13 +48,19 @@ class MemoryProjection(BaseLayerWithLoRA):
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """Make the slots."""
         device = torch.device(current_platform.device_type)
-        self.banks = {
-            path: LayerBank(
+        made = (
+            LayerBank(
                 max_loras, lora_config.max_lora_rank, 1, self.reads, here.stop - here.start, lora_config.lora_dtype,
-                device, by_triton=False,
+                device, only=AS_IT_IS,
             )
-            for path, here in self.parts.items()
-        }  # fmt: skip
+            for here in self.parts.values()
+        )  # fmt: skip
+        self.slots = nn.ModuleList(made)  # in the order of the parts
+
+    @property
+    def banks(self) -> list[LayerBank]:
+        """The slots of each part."""
+        return cast(list[LayerBank], list(self.slots))
 
     def sizes(self, path: str) -> tuple[int, int]:
         """How many numbers a projection reads and returns."""
@@ -63,7 +72,7 @@ class MemoryProjection(BaseLayerWithLoRA):
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Put memories into a slot; ``lora_a`` has a :class:`ServedLayer` by the projection's name."""
         layers: dict[str, ServedLayer] = lora_a
-        for path, bank in self.banks.items():
+        for path, bank in zip(self.parts, self.banks, strict=True):
             if path in layers:
                 bank.put(index, layers[path])
             else:
@@ -71,7 +80,7 @@ class MemoryProjection(BaseLayerWithLoRA):
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
-        for bank in self.banks.values():
+        for bank in self.banks:
             bank.clear(index)
 
     def forward(self, read: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -89,23 +98,26 @@ class MemoryProjection(BaseLayerWithLoRA):
         """Add to the module's ``output``, in place."""
         outputs, read = output.view(-1, output.shape[-1]), read.reshape(-1, read.shape[-1])
         captured = is_captured(output)
-        for path, here in self.parts.items():
-            self.banks[path].add_(outputs[:, here], read, read, self.around.step, captured)
+        for here, bank in zip(self.parts.values(), self.banks, strict=True):
+            bank.add_(outputs[:, here], read, read, self.around.step, captured)
 
 
 def find_projections(
-    layer: nn.Module, packed: Mapping[str, list[str]]
+    layer: nn.Module, attention: str, packed: Mapping[str, list[str]]
 ) -> Iterator[tuple[str, nn.Module, dict[str, slice]]]:
     """The linear modules of the feed-forward blocks of a layer: name in it, module, and the projections it computes.
 
     Args:
         layer: of vLLM's model.
+        attention: the name in it of what holds its attention.
         packed: the projections that vLLM computes as one, by the name of that module.
     """
     for path, module in layer.named_modules():
         linear, name = _linear(module), path.rpartition(".")[2]
-        if linear is None or name == "base_layer" or not is_in_block(path):
+        if linear is None or name == "base_layer" or not is_in_block(path) or path.startswith(f"{attention}."):
             continue
+        if linear.skip_bias_add and linear.bias is not None:
+            continue  # what it returns is not yet what the projection says
         outputs, names = [int(linear.output_size)], packed.get(name, [])
         if len(names) > 1 and len(names) == len(sizes := list(getattr(linear, "output_sizes", ()))):
             outputs = sizes

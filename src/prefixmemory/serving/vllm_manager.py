@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import replace_submodule
@@ -80,9 +81,12 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
 
     def _stand_beside(self, number: int, layer: str, around: MemoryAttention) -> None:
         """Make slots around the projections of a layer's feed-forward blocks."""
-        found = list(find_projections(self.model.get_submodule(layer), self.packed_modules_mapping))
+        attention = self.attentions[number][0].removeprefix(f"{layer}.").rpartition(".")[0]
+        found = list(find_projections(self.model.get_submodule(layer), attention, self.packed_modules_mapping))
         for path, module, parts in found:
             name = f"{layer}.{path}"
+            if not isinstance(module, BaseLayerWithLoRA) and self._match_target_modules(name):
+                continue  # vLLM could not put its LoRA there, and warms up what it finds in its place
             projection = MemoryProjection(module, around, parts)
             projection.create_lora_weights(self.lora_slots, self.lora_config)
             replace_submodule(self.model, name, projection)
@@ -129,7 +133,12 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
         check_blocks(blocks, None, self.parallel, folder)
         for module, served in blocks.items():
             name, path = self._projection(module, served, folder)
-            weights.setdefault(name, _OfLayer({})).lora_a[path] = served
+            if path in (here := weights.setdefault(name, _OfLayer({})).lora_a):
+                raise PrefixMemoryError(
+                    f"{folder} has two memories for {path} of layer {place_of(module)[0]}, one of them beside "
+                    f"{module}. Use it through transformers."
+                )
+            here[path] = served
         ranks = [served.manner.rank for served in (*layers.values(), *blocks.values())]
         return MemoryModel(number, max(ranks), weights)
 
@@ -138,9 +147,10 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
         number, path = place_of(module)
         name, projection = self.projections.get((cast(int, number), path), ("", None))
         if projection is None:
+            here = sorted(part for layer, part in self.projections if layer == number)
             raise PrefixMemoryError(
-                f"{folder} has a memory beside {module}, and vLLM's {type(self.model).__name__} has no such projection "
-                "(experts lie in one tensor there). Use the memory through transformers."
+                f"{folder} has a memory beside {module}. In that layer, vLLM's {type(self.model).__name__} has slots "
+                f"for {', '.join(here) or 'none of its feed-forward block'}. Use the memory through transformers."
             )
         (reads, returns), present = (served.A.shape[1], served.B.shape[2]), projection.sizes(path)
         if (reads, returns) != present:

@@ -59,7 +59,12 @@ class Intake:
         self.numbers: dict[int, int] = {}  # of the store's memories, by the caller's
 
     def _check(self, folder: Path) -> None:
-        """Refuse what a worker could not load."""
+        """Refuse what a worker could not load, or would read wrongly."""
+        if getattr(self._config.cache_config, "kv_sharing_fast_prefill", False):
+            raise PrefixMemoryError(
+                "With --kv-sharing-fast-prefill, later layers see some of a step's tokens, and memories would not know "
+                "which. Start the server without it."
+            )
         model, text = self._config.model_config, self._config.model_config.hf_text_config
         sizes = HeadSizes(
             text.num_attention_heads, model.get_total_num_kv_heads(), model.get_head_size(), model.get_head_size()
