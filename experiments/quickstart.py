@@ -38,7 +38,7 @@ PLAIN = {"normalize": "none", "output_limit": None}
 MEMORIES = {  # fields of the memory, settings of the training
     "full": ({"rank": None, **PLAIN}, {"learning_rate": 3e-4, "warmup": 0.1}),
     "rank-8": (PLAIN, {"learning_rate": 2e-3, "warmup": 0.1}),
-    "default": ({}, {"learning_rate": TrainingSettings.learning_rate}),
+    "default": ({}, {"learning_rate": 6e-3}),
     "blocks": ({"feed_forward": 8, "active_from": "question"}, {"learning_rate": 3e-3}),
 }
 FACTORS = {"1/3": 1 / 3, "1": 1.0, "3": 3.0}

@@ -26,6 +26,7 @@ from prefixmemory_cli import main
 
 ROWS = [{"text": f"line {i} is dead", "label": "ab"[i % 2]} for i in range(8)]
 SETTINGS = ("--batch-size", "4", "--epochs", "2", "--save-steps", "2", "--dtype", "float32")
+SETTINGS = (*SETTINGS, "--set", "method.feed_forward=null", "--set", "method.active_from=start")  # heads alone
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 

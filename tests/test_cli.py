@@ -337,8 +337,8 @@ def test_a_dry_run_tells_of_model_rows_and_modules(place):
     plan = shown(call(*words, "--validation", "tickets-test.jsonl", "--max-length", 22).success)
     base = AutoModelForCausalLM.from_pretrained(MODEL)
     assert plan["base model"] == f"{(place / MODEL).resolve()}, {base.num_parameters():,} parameters, frozen"
-    assert plan["method"].startswith("prefix_memory, 1,024 trainable parameters (4.14 %)")
-    assert plan["modules"].startswith("2 (512 parameters each): model.layers.0.self_attn ... model.layers.1.self_attn")
+    assert plan["method"].startswith("prefix_memory, 4,864 trainable parameters (17.02 %)")
+    assert plan["modules"].startswith("8 (512 to 640 parameters each): model.layers.0.self_attn ... model.layers.1.")
     # "Text: line 10 is dead\nLabel:" and " a<eos>"
     lengths = [len(f"Text: {row['text']}\nLabel: {row['label']}") + 1 for row in [*TICKETS, *TICKETS[:6]]]
     assert plan["rows"] == (

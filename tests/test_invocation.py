@@ -11,8 +11,9 @@ import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, invocation_tokens
 from prefixmemory.adapters.evaluate import refuse_untrained
 from prefixmemory.adapters.loading import Adapter
-from prefixmemory.rows.encoding import encode_prompt, tokenize
-from prefixmemory.rows.invocation import begins, check_invoked, settle
+from prefixmemory.rows.distractors import Distractors
+from prefixmemory.rows.encoding import begins, encode_prompt, tokenize
+from prefixmemory.rows.invocation import check_invoked, settle
 from prefixmemory.rows.rendering import render
 from prefixmemory.scoring.generation import answers
 from prefixmemory.training.job import TrainingJob
@@ -136,12 +137,32 @@ def test_kinds_of_rows_with_other_tokens_are_refused_together():
         settle(PrefixMemoryConfig(active_from="answer"), tiny.tokenizer(), [*TEXTS, *TALKS])
 
 
+@pytest.mark.parametrize("front", [None, Distractors(share=1.0, tokens=20)])
+def test_a_row_that_is_cut_keeps_the_tokens_from_which_on_it_speaks(front):
+    """The rest of a question is a question; what stands in front of it is cut first."""
+    tokenizer = tiny.tokenizer()
+    long = {"text": "word " * 40, "label": "card"}
+    settings = TrainingSettings(max_length=60, distractors=front)
+    job = TrainingJob("base", tokenizer, [TEXTS[0], long], PrefixMemoryConfig(active_from="question"), settings)
+    whole = TrainingJob("base", tokenizer, [long], PrefixMemoryConfig(active_from="question")).tokens[0]
+    tokens = job.tokens_of(0)[1]
+    first, spoken = begins(tokens.prompt, job.invocation), len(job.invocation)
+    assert tokens.cut and len(tokens) == 60 and tokens.completion == whole.completion
+    assert first == begins(whole.prompt, job.invocation) < 2  # behind a beginning-of-sequence token, if there is one
+    rest = tokens.prompt[first + spoken :]
+    assert rest == whole.prompt[-len(rest) :] and len(rest) > 10
+    ids = torch.tensor([tokens.prompt])
+    assert speaking(ids, tuple(job.invocation))[1].tolist() == [first]
+
+
 def test_a_row_that_lost_its_question_is_named():
     tokenizer = tiny.tokenizer()
-    config = PrefixMemoryConfig(active_from="question")
     long = {"text": "word " * 40, "label": "card"}
-    job = TrainingJob("base", tokenizer, [TEXTS[0], long], config, TrainingSettings(max_length=60))
-    with pytest.raises(PrefixMemoryError, match=r"Row 2: the tokens .* are not in it.*raise max_length"):
+    config = PrefixMemoryConfig(active_from="question")
+    short = TrainingJob("base", tokenizer, [long], config)
+    room = len(short.tokens[0].completion) + len(short.invocation) - 1
+    job = TrainingJob("base", tokenizer, [long], config, TrainingSettings(max_length=room))
+    with pytest.raises(PrefixMemoryError, match=r"Row 1: the tokens .* are not in it.*raise max_length"):
         _ = job.tokens
 
 

@@ -155,7 +155,9 @@ def test_the_quickstart_shows_and_records_its_figures(tmp_path, monkeypatch):
     assert figures["accuracy_adapted"] == 100.0
     assert figures["seed"] == recorded["settings"]["seed"] == 3
     assert figures["learning_rate"] == recorded["settings"]["learning_rate"]
-    assert figures["trainable_parameters"] == recorded["trainable_parameters"] == 2 * 4 * (8 * 8 + 8 * 8)
+    in_heads, in_blocks = 2 * 4 * (8 * 8 + 8 * 8), 2 * 3 * 8 * (32 + 48)
+    parameters = in_heads + in_blocks
+    assert figures["trainable_parameters"] == recorded["trainable_parameters"] == parameters
     assert figures["adapter_bytes"] == (tmp_path / "memory" / "adapter_model.safetensors").stat().st_size
     assert figures["adapter_bytes"] >= 4 * figures["trainable_parameters"]
     assert 0 < figures["train_seconds"] <= figures["total_seconds"] < 60
@@ -178,7 +180,7 @@ def test_the_quickstart_shows_and_records_its_figures(tmp_path, monkeypatch):
     assert rows["accuracy, base model with the labels listed"] == "50.0 %"
     assert rows["accuracy, base model with one example a label"] == "7.1 %"
     assert rows["accuracy with memory, reloaded in a new process"] == "100.0 %"
-    assert rows["trainable parameters"] == "1,024"
+    assert rows["trainable parameters"] == f"{parameters:,}"
     assert rows["peak memory"] == f"{figures['peak_memory_mib']:,} MiB"
     assert northline("test")[0]["text"][:30] in screen
     assert f"prefixmemory generate --adapter {tmp_path / 'memory'} --prompt" in screen.replace("\n", "")

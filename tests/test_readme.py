@@ -54,7 +54,7 @@ def test_the_command_lines_take_ones_own_data_from_recipe_to_chat(tmp_path, monk
     for field, theirs, ours in (
         ("model", "smollm2", "base"),
         ("train", "train.jsonl", "mine.jsonl"),
-        ("learning_rate", "6e-3", "1e-3"),
+        ("learning_rate", "3e-3", "1e-3"),
     ):
         assert f"{field}: {theirs}" in edited
         edited = edited.replace(f"{field}: {theirs}", f"{field}: {ours}")

@@ -302,6 +302,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Watc
 OVERFITTING = (
     "--learning-rate", 0.03, "--epochs", 12, "--batch-size", 8, "--save-steps", 3, "--set", "training.warmup=0",
     "--validation", "held.jsonl", "--set", "method.output_limit=null", "--normalize", "none",
+    "--set", "method.feed_forward=null", "--set", "method.active_from=start",
 )  # fmt: skip
 
 

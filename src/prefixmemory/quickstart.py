@@ -26,6 +26,7 @@ from prefixmemory.rows.rendering import classification_prompt
 from prefixmemory.rows.rows import Rows, labels_of
 from prefixmemory.scoring.generation import accuracy, answers
 from prefixmemory.training.job import TrainingJob
+from prefixmemory.training.methods import RECOMMENDED, method_config
 from prefixmemory.training.output import Output
 from prefixmemory.training.run import run_training
 from prefixmemory.training.settings import TrainingSettings
@@ -112,7 +113,7 @@ def _quickstart(
     shots = one_example_per_label(train_rows)
     few_shot = measure(model, tokenizer, test_rows, console, "base model, one example a label", context=shots)
 
-    job = TrainingJob(name, tokenizer, train_rows, PrefixMemoryConfig(task_type="CAUSAL_LM"), settings)
+    job = TrainingJob(name, tokenizer, train_rows, method_config(RECOMMENDED), settings)
     record = run_training(model, job, output, resume, overwrite, console)
     figures_file = folder / ".reloaded.json.tmp"
     if again:

@@ -44,6 +44,12 @@ class Tokens:
         }
 
 
+def begins(ids: Sequence[int], invocation: Sequence[int]) -> int | None:
+    """Where the last occurrence of ``invocation`` in ``ids`` begins."""
+    n, wanted = len(invocation), list(invocation)
+    return next((i for i in range(len(ids) - n, -1, -1) if list(ids[i : i + n]) == wanted), None)
+
+
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a prompt, as training saw them: see :func:`encode_prompts`."""
     return encode_prompts([prompt], tokenizer)[0]
@@ -64,17 +70,23 @@ def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, answers: int = 1
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    answers: int = 1,
+    invocation: Sequence[int] | None = None,
 ) -> list[Tokens]:
     """Token ids of each example.
 
-    A prompt that is too long loses its beginning, all but the beginning-of-sequence token; a completion loses nothing.
+    A prompt that is too long loses its beginning, all but the beginning-of-sequence token and ``invocation``, if that
+    would be lost; a completion loses nothing.
 
     Args:
         examples: rendered examples.
         tokenizer: of the base model.
         max_length: longest example, in tokens.
         answers: this many examples in a row share their prompt, which is cut to the same length for all of them.
+        invocation: tokens from whose last occurrence on the adapter speaks; ``None``: from the start.
 
     Raises:
         PrefixMemoryError: a completion alone is longer than ``max_length`` tokens.
@@ -98,7 +110,11 @@ def tokenize(
         cut = len(prompt) > room
         if cut:
             kept = len(head) if prompt[: len(head)] == head and len(head) <= room else 0
-            prompt = prompt[:kept] + prompt[kept + len(prompt) - room :]
+            shorter = prompt[:kept] + prompt[kept + len(prompt) - room :]
+            fits = invocation and kept + len(invocation) < room
+            if invocation and fits and begins(shorter, invocation) is None and begins(prompt, invocation) is not None:
+                shorter[kept : kept + len(invocation)] = invocation
+            prompt = shorter
         found += [Tokens(prompt, completion, cut) for completion in completions]
     return found
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError, check_choice
-from prefixmemory.rows.encoding import Tokens, encode_prompts
+from prefixmemory.rows.encoding import Tokens, begins, encode_prompts
 from prefixmemory.rows.rendering import chat_prompt, classification_prompt, has_chat_template
 from prefixmemory.rows.rows import Rows, kind_of
 
@@ -49,7 +49,7 @@ def invocation_tokens(active_from: str, tokenizer: PreTrainedTokenizerBase, kind
         why = "" if kind == "text" or has_chat_template(tokenizer) else "; there is no chat template"
         raise PrefixMemoryError(
             f"active_from={active_from!r} cannot be told from the tokens of such prompts: no tokens mark the place in "
-            f"all of them{why}. Use active_from='invocation' with invocation_tokens of your own."
+            f"all of them{why}. Use active_from='start', or 'invocation' with invocation_tokens of your own."
         )
     return found
 
@@ -106,12 +106,6 @@ def _in_rows(name: str, field: str, tokenizer: PreTrainedTokenizerBase, rows: Ro
             f"{found['text']} and {found[None]}. Train on one kind of rows, or give invocation_tokens."
         )
     return next(iter(found.values()))
-
-
-def begins(ids: Sequence[int], invocation: Sequence[int]) -> int | None:
-    """Where the last occurrence of ``invocation`` in ``ids`` begins."""
-    n, wanted = len(invocation), list(invocation)
-    return next((i for i in range(len(ids) - n, -1, -1) if list(ids[i : i + n]) == wanted), None)
 
 
 def check_invoked(rows: Sequence[Tokens], invocation: Sequence[int], places: Sequence[str]) -> None:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.rows.collator import collator
-from prefixmemory.rows.encoding import IGNORED, Tokens, tokenize
-from prefixmemory.rows.invocation import ALORA, begins
+from prefixmemory.rows.encoding import IGNORED, Tokens, begins, tokenize
+from prefixmemory.rows.invocation import ALORA
 from prefixmemory.rows.rendering import Example
 from prefixmemory.scoring.generation import Progress, common_beginning, read_beginning, repeated
 

@@ -81,7 +81,7 @@ class TrainingJob:
             return self.tokens
         limits = self.tokenizer, self.settings.max_length, self._answers(self.rows)
         behind = front.in_front(self._examples(self.rows), self.tokens, *limits, self.settings.seed, epoch)
-        return self._checked(tokenize(behind, *limits), behind)
+        return self._checked(tokenize(behind, *limits, self.invocation), behind)
 
     def _answers(self, rows: Rows) -> int:
         """How many examples in a row share their prompt."""
@@ -92,7 +92,7 @@ class TrainingJob:
 
     def _tokens(self, rows: Rows) -> list[Tokens]:
         examples = self._examples(rows)
-        limits = self.tokenizer, self.settings.max_length, self._answers(rows)
+        limits = self.tokenizer, self.settings.max_length, self._answers(rows), self.invocation
         return self._checked(tokenize(examples, *limits), examples)
 
     def _checked(self, found: list[Tokens], examples: list[Example]) -> list[Tokens]:

@@ -19,6 +19,8 @@ from prefixmemory.rows.invocation import ALORA, NAMES
 prefixmemory.tuner.registration.register()
 
 DEFAULT = "prefix_memory"
+#: The ``method:`` section of a run that has none: what did best in ``docs/comparison.md``.
+RECOMMENDED = {"name": DEFAULT, "feed_forward": 8, "active_from": "question"}
 #: What every PEFT config has, or a library writes into it: no choices of the method.
 _COMMON = {field.name for field in fields(PeftConfig)} | {"base_model_fingerprint", "weights_sha256"}
 #: Methods that need more than rows and a Trainer.

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefixmemory.attention.sites import CHILD
 from prefixmemory.models.loading import explain, full_name, load_tokenizer, location
-from prefixmemory.rows.invocation import begins
+from prefixmemory.rows.encoding import begins
 from prefixmemory.training.job import TrainingJob, job_of, rows_of
 from prefixmemory.training.methods import attach
 from prefixmemory.training.recipe import Recipe

@@ -17,7 +17,7 @@ from prefixmemory.files.yaml_files import Source, blamed_path, explained, put, r
 from prefixmemory.models.loading import Dtype
 from prefixmemory.models.quantization import Quantization
 from prefixmemory.rows.data import Data
-from prefixmemory.training.methods import DEFAULT, method_config, method_fields, methods
+from prefixmemory.training.methods import DEFAULT, RECOMMENDED, method_config, method_fields, methods
 from prefixmemory.training.settings import TrainingSettings
 
 
@@ -29,7 +29,7 @@ class Recipe:
         model: base model: a folder, a ``.gguf`` file, a Hub id, or ``smollm2`` (SmolLM2-135M-Instruct).
         output: folder for the trained adapter.
         data: see :class:`~prefixmemory.rows.data.Data`.
-        method: ``name`` of a PEFT method and fields of its config; the default is a memory with its defaults.
+        method: ``name`` of a PEFT method and fields of its config; the default is ``RECOMMENDED`` in ``methods.py``.
         training: see :class:`~prefixmemory.training.settings.TrainingSettings`.
         dtype: of the base model; ``auto`` keeps the checkpoint's.
         attention: as transformers' ``attn_implementation``; ``None`` is the model's default.
@@ -40,7 +40,7 @@ class Recipe:
     model: str
     output: str
     data: Data
-    method: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=lambda: dict(RECOMMENDED))
     training: TrainingSettings = field(default_factory=TrainingSettings)
     dtype: Dtype = "auto"
     attention: str | None = None
@@ -85,12 +85,13 @@ def load_recipe(
     for section in ("method", *SECTIONS):
         if section in content and content[section] is None:
             content[section] = {}  # all of its lines are comments
-    method = content.get("method")
+    names_method = "method" in content
+    method = content.setdefault("method", dict(RECOMMENDED))
     if isinstance(method, dict):
         name = method.get("name", DEFAULT)
         if overrides.get("method.name", name) != name:
             content["method"] = {}  # the fields of one method mean nothing to another, nor does its learning rate
-            if isinstance(content.get("training"), dict):
+            if names_method and isinstance(content.get("training"), dict):
                 content["training"].pop("learning_rate", None)
     for path, value in overrides.items():
         put(content, path, value, source)

@@ -15,14 +15,15 @@ Precision = Literal["none", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What a training run can be told; the defaults suit a :class:`PrefixMemoryConfig` with its defaults.
+    """What a training run can be told; the defaults suit a :class:`PrefixMemoryConfig` of rank 8.
 
     Args:
         objective: ``sft`` (likelihood of completions), ``dpo`` or ``simpo`` (preference pairs), or ``kto`` (answers
             marked good or bad); all but the first run in TRL.
-        learning_rate: peak of the schedule. The default is that of the default memory, of rank 8 and with a limit
-            (``docs/LOG.md``). The paper's form (``rank=None, normalize="none", output_limit=None``) wants 3e-4 and a
-            warm-up of 0.1; other methods have rates of their own, LoRA about 1e-3.
+        learning_rate: peak of the schedule. The default is that of memories of rank 8 with a limit, in feed-forward
+            blocks too or in heads alone (``docs/defaults.md``). The paper's form (``rank=None, normalize="none",
+            output_limit=None``) wants 3e-4 and a warm-up of 0.1; other methods have rates of their own, LoRA about
+            1e-3.
         epochs: passes over the data.
         batch_size: rows per step, on each device.
         gradient_accumulation: steps whose gradients make one optimizer step.
@@ -47,7 +48,7 @@ class TrainingSettings:
     """
 
     objective: Objective = "sft"
-    learning_rate: float = 6e-3
+    learning_rate: float = 3e-3
     epochs: int | float = 3
     batch_size: int = 8
     gradient_accumulation: int = 1
