@@ -14,7 +14,7 @@ for length in 1 4 16 64 256; do
     --learning-rate 3e-2 --set method.placement=inside --set method.prefix_length=$length
 done
 [ -d "$folder/memory" ] || prefixmemory train "${common[@]}" --output "$folder/memory" --learning-rate 3e-4 \
-  --set method.rank=null --set method.normalize=none --set method.output_limit=null
+  --set method.feed_forward=null --set method.active_from=start --set method.rank=null --set method.normalize=none --set method.output_limit=null
 rm -rf "$results/tradeoff" "$results/spectrum"
 prefixmemory inspect "${prefixes[@]}" --what tradeoff --length 4096 --output "$results/tradeoff"
 prefixmemory inspect "$folder/prefix-16" "$folder/memory" --what spectrum --output "$results/spectrum"

@@ -17,6 +17,7 @@ from command_line import call, files_of, jsonl, weights
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.yaml_files import read_value
+from prefixmemory.training.methods import RECOMMENDED
 from prefixmemory.training.recipe import Recipe, load_recipe
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory_cli.recipes import shipped
@@ -359,6 +360,28 @@ def test_options_win_over_the_recipe(tmp_path):
 
 
 RATE = {"training.learning_rate": 1e-3}
+
+
+def test_a_run_that_says_nothing_of_its_method_trains_the_recommended_one(tmp_path):
+    """What it says goes on top of that; another kind of memory, or another method, has nothing of it."""
+    written = "model: base\noutput: out\ndata: {train: rows.jsonl}\n"
+    files = {
+        "none": written,
+        "comments": f"{written}method:\n  # rank: 4\n",
+        "given": f"{written}method: {{rank: 4}}\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    options = {"model": "base", "output": "out", "data.train": "rows.jsonl"}
+    for recipe in (load_recipe(None, options), load_recipe(tmp_path / "none"), load_recipe(tmp_path / "comments")):
+        assert recipe.method == RECOMMENDED and recipe.training.learning_rate == 3e-3
+        assert (recipe.config().feed_forward, recipe.config().active_from, recipe.config().rank) == (8, "question", 8)
+    assert load_recipe(tmp_path / "given").method == {"rank": 4}
+    assert load_recipe(tmp_path / "none", {"method.rank": 4}).method == {**RECOMMENDED, "rank": 4}
+    inside = {"method.placement": "inside", "method.prefix_length": 4}
+    assert load_recipe(tmp_path / "none", inside).config().feed_forward is None
+    lora = load_recipe(tmp_path / "none", {"method.name": "lora", "training.learning_rate": 1e-3})
+    assert lora.method == {"name": "lora"}
 
 
 def test_another_method_does_not_get_the_fields_of_the_first(tmp_path):

@@ -21,6 +21,8 @@ prefixmemory.tuner.registration.register()
 DEFAULT = "prefix_memory"
 #: The ``method:`` section of a run that has none: what did best in ``docs/comparison.md``.
 RECOMMENDED = {"name": DEFAULT, "feed_forward": 8, "active_from": "question"}
+#: Fields that ask for another kind of memory, to which that does not apply.
+ANOTHER_KIND = ("placement", "prefix_length", "memory")
 #: What every PEFT config has, or a library writes into it: no choices of the method.
 _COMMON = {field.name for field in fields(PeftConfig)} | {"base_model_fingerprint", "weights_sha256"}
 #: Methods that need more than rows and a Trainer.

@@ -17,7 +17,7 @@ from prefixmemory.files.yaml_files import Source, blamed_path, explained, put, r
 from prefixmemory.models.loading import Dtype
 from prefixmemory.models.quantization import Quantization
 from prefixmemory.rows.data import Data
-from prefixmemory.training.methods import DEFAULT, RECOMMENDED, method_config, method_fields, methods
+from prefixmemory.training.methods import ANOTHER_KIND, DEFAULT, RECOMMENDED, method_config, method_fields, methods
 from prefixmemory.training.settings import TrainingSettings
 
 
@@ -84,9 +84,10 @@ def load_recipe(
     source = Source(file, lines, {path: f"--set {path}" for path in overrides} | dict(options or {}))
     for section in ("method", *SECTIONS):
         if section in content and content[section] is None:
-            content[section] = {}  # all of its lines are comments
+            content.pop(section)  # all of its lines are comments
     names_method = "method" in content
-    method = content.setdefault("method", dict(RECOMMENDED))
+    of_another_kind = any(f"method.{name}" in overrides for name in ANOTHER_KIND)
+    method = content.setdefault("method", {} if of_another_kind else dict(RECOMMENDED))
     if isinstance(method, dict):
         name = method.get("name", DEFAULT)
         if overrides.get("method.name", name) != name:
