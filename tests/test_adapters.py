@@ -381,6 +381,7 @@ def test_summing_does_not_change_which_parameters_train(tmp_path):
         ({}, {"share_heads": True}, "share_heads is False and True"),
         ({}, {"layers_to_transform": [0]}, "they adapt different layers"),
         ({}, {"output_limit": 0.3}, "output_limit is None and 0.3"),
+        ({}, {"head_scale": 0.5}, "head_scale is 1.0 and 0.5"),
         ({"output_limit": 0.7, "rank": 2}, {"output_limit": 0.3, "rank": 2}, "output_limit is 0.7 and 0.3"),
     ],
     ids=str,

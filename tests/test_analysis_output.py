@@ -208,8 +208,8 @@ def test_a_memory_that_writes_one_token_is_read_out_as_it(family: str) -> None:
 
 
 def test_directions_of_all_heads_leading_first() -> None:
-    model = tiny.with_memory(tiny.build(), rank=2, share_heads=True)
-    set_scale(model, 3.0)
+    model = tiny.with_memory(tiny.build(), rank=2, share_heads=True, head_scale=0.5)
+    set_scale(model, 6.0)
     found = readout(model, tiny.tokenizer(), directions=2, tokens=4)
     assert len(found.directions) == 2 * 4 * 2
     first, second = found.directions[:2]

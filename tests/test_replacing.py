@@ -92,6 +92,7 @@ def refused(model: PeftModel, replace: Callable[..., None], *args: Any, match: s
         ({"feature_map": "gelu"}, "over the adapter 'default': feature_map is 'gelu' there and 'elu' here"),
         ({"rank": 2}, "rank is 2 there and None here"),
         ({"scale": 0.5}, "scale is 0.5 there and 1.0 here"),
+        ({"head_scale": 0.5}, "head_scale is 0.5 there and 1.0 here"),
         ({"layers_to_transform": [0]}, "lacks 1 of its 2 memory tensors"),
         ({"base_seed": 3}, "was made for another base model"),
     ],
