@@ -81,27 +81,26 @@ def by_task(runs: dict[str, ByTask]) -> None:
 
 
 def rates(all_runs: list[Record], shots: ByTask) -> None:
-    """Every rate with the seeds that were run at it, and runs below the k-shot base model."""
-    print("\n| method | rate | runs | match, alone | worst run | runs below one example a label in the prompt |")
+    """Every rate, over the tasks and seeds that were run at all of them; runs below the k-shot base model."""
+    print(
+        "\n| method | rate | tasks x seeds | match, alone | worst run | runs below one example a label in the prompt |"
+    )
     print("|---|---|---|---|---|---|")
     k_shot = {task: np.mean([greedy(one.test).mean() for one in by_seed.values()]) for task, by_seed in shots.items()}
     for method in (MEMORY, LORA):
-        found: dict[float, list[Record]] = {}
+        reached: dict[float, dict[tuple[str, int], float]] = {}
         for record in all_runs:
             if record.run.method == method:
-                found.setdefault(record.run.learning_rate, []).append(record)
-        for rate, records in sorted(found.items()):
-            reached = [greedy(record.test).mean() for record in records]
-            below = [
-                score < k_shot[record.run.task]
-                for score, record in zip(reached, records, strict=True)
-                if record.run.task in k_shot
-            ]
-            tasks = {record.run.task for record in records}
-            average = np.mean(
-                [np.mean([s for s, r in zip(reached, records, strict=True) if r.run.task == task]) for task in tasks]
-            )
-            print(f"| {method} | {rate:g} | {len(records)} | {average:.1f} | {min(reached):.1f} | {sum(below)} |")
+                place = record.run.task, record.run.seed
+                reached.setdefault(record.run.learning_rate, {})[place] = greedy(record.test).mean()
+        common = set.intersection(*map(set, reached.values()))
+        for rate, scores in sorted(reached.items()):
+            found = {place: scores[place] for place in sorted(common)}
+            known = [place for place in found if place[0] in k_shot]
+            below = sum(found[place] < k_shot[place[0]] for place in known)
+            said = f"{below} of {len(known)}" if known else "not run"
+            average, worst = np.mean(list(found.values())), min(found.values())
+            print(f"| {method} | {rate:g} | {len(found)} | {average:.1f} | {worst:.1f} | {said} |")
 
 
 def main(file: Path) -> None:
