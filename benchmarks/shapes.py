@@ -223,7 +223,8 @@ def check(
         ours = [p for p in memories[0].parameters() if p.requires_grad] if learns else []
         leaves = [at["query"], at["own"], *ours]
         right = [x.detach().double().requires_grad_(learns) for x in leaves]
-        expected = _by_reference(memories, right, layer.configs[names[0]].output_limit, spoken)
+        config = layer.configs[names[0]]
+        expected = _by_reference(memories, right, config.output_limit, config.scale * config.head_scale, spoken)
         own = right[1].detach()
         pairs = [("what it adds", at["new"].detach().double() - own, expected.detach() - own)]
         if learns:
@@ -237,7 +238,9 @@ def check(
                 raise SystemExit(f"{what} in layer {number} is wrong by {error:.2g}: nothing is timed")
 
 
-def _by_reference(memories: Sequence[Any], right: Sequence[Tensor], limit: float | None, spoken: int) -> Tensor:
+def _by_reference(
+    memories: Sequence[Any], right: Sequence[Tensor], limit: float | None, scale: float, spoken: int
+) -> Tensor:
     """The heads' outputs with their memories, ``[batch, tokens, heads * size]``; parameters are those in ``right``."""
     query, own, *parameters = right
     said = []
@@ -251,4 +254,4 @@ def _by_reference(memories: Sequence[Any], right: Sequence[Tensor], limit: float
         answer = answer if limit is None else reference.limited(answer, o, limit)
         said.append(answer.transpose(1, 2).flatten(start_dim=2))
     speaks = torch.arange(own.shape[1], device=own.device) >= spoken
-    return own + torch.cat(said) * speaks[:, None]
+    return own + torch.cat(said) * scale * speaks[:, None]

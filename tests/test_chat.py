@@ -21,12 +21,13 @@ ROWS = {
     "questions": [{"prompt": f"why {i}?", "completion": "so" + "!" * (i % 3)} for i in range(12)],
     "tickets": [{"text": f"line {i} is dead", "label": "abc"[i % 3]} for i in range(12)],
 }
+START = ("--set", "method.active_from=start", "--set", "method.feed_forward=null")
 #: Adapter, base model, rows that it was trained on, options.
 ADAPTERS = {
-    "memory": ("base", "questions", ()),
+    "memory": ("base", "questions", START),
     "waiting": ("base", "questions", ("--set", "method.active_from=question")),
     "lora": ("base", "questions", ("--method", "lora", "--learning-rate", 1e-3)),
-    "labels": ("base", "tickets", ()),
+    "labels": ("base", "tickets", START),
     "plain": ("bare", "questions", ()),
 }
 TOKENS = 6

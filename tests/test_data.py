@@ -466,7 +466,7 @@ def train(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
         raise ModelIsLoaded
 
     monkeypatch.setattr("prefixmemory.training.run.load_model", load_model)
-    common = ("--model", base, "--output", tmp_path / "new", "--max-length", 20)
+    common = ("--model", base, "--output", tmp_path / "new", "--max-length", 20, "--set", "method.active_from=start")
     return lambda data, *words: call("train", "--data", data, *common, *words)
 
 

@@ -32,7 +32,8 @@ MESSAGES = [
     for row in QUESTIONS
 ]
 METHODS = {
-    "memory": ("--set", "method.output_limit=null"),  # a base model of random weights says nothing to hold on to
+    # a base model of random weights says nothing to hold on to
+    "memory": ("--set", "method.output_limit=null", "--set", "method.active_from=start"),
     "lora": ("--method", "lora", "--set", "method.target_modules=all-linear"),
     "prompt_tuning": ("--method", "prompt_tuning", "--set", "method.num_virtual_tokens=4"),
     "prefix_tuning": ("--method", "prefix_tuning", "--set", "method.num_virtual_tokens=4"),

@@ -242,7 +242,7 @@ def test_heads_speak_more_softly_than_the_blocks():
     assert PrefixMemoryConfig(feed_forward=4).head_scale == 0.25
     assert PrefixMemoryConfig().head_scale == PrefixMemoryConfig(feed_forward=4, mixing="head").head_scale == 1
     assert PrefixMemoryConfig(feed_forward=4, head_scale=0.5).head_scale == 0.5
-    for fields in ({"head_scale": 0.5, "placement": "inside", "prefix_length": 4}, {"head_scale": 0}):
+    for fields in ({"head_scale": 0.5, "placement": "inside", "prefix_length": 4}, {"head_scale": 0.0}):
         with pytest.raises(PrefixMemoryError, match="head_scale"):
             PrefixMemoryConfig(**fields)
     ids = tiny.tokens()

@@ -17,7 +17,8 @@ from command_line import call, files_of, jsonl, weights
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.yaml_files import read_value
-from prefixmemory.training.methods import RECOMMENDED
+from prefixmemory.rows.invocation import settle
+from prefixmemory.training.methods import RECOMMENDED, method_config
 from prefixmemory.training.recipe import Recipe, load_recipe
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory_cli.recipes import shipped
@@ -376,6 +377,13 @@ def test_a_run_that_says_nothing_of_its_method_trains_the_recommended_one(tmp_pa
     for recipe in (load_recipe(None, options), load_recipe(tmp_path / "none"), load_recipe(tmp_path / "comments")):
         assert recipe.method == RECOMMENDED and recipe.training.learning_rate == 3e-3
         assert (recipe.config().feed_forward, recipe.config().active_from, recipe.config().rank) == (8, "question", 8)
+        for template, found in {True: "question", False: "start"}.items():
+            config = recipe.config()
+            settle(config, tiny.tokenizer(chat=template), [{"prompt": "why?", "completion": "so"}])
+            assert config.active_from == found and bool(config.invocation_tokens) == template
+    with pytest.raises(PrefixMemoryError, match="cannot be told from the tokens"):
+        asked = [{"prompt": "why?", "completion": "so"}]
+        settle(method_config({"active_from": "question"}), tiny.tokenizer(chat=False), asked)
     assert load_recipe(tmp_path / "given").method == {"rank": 4}
     assert load_recipe(tmp_path / "none", {"method.rank": 4}).method == {**RECOMMENDED, "rank": 4}
     inside = {"method.placement": "inside", "method.prefix_length": 4}

@@ -17,6 +17,8 @@ from prefixmemory.rows.rows import Rows, kind_of
 NAMES = ("question", "answer")
 #: The field of PEFT's LoraConfig that makes it an activated LoRA (arXiv 2504.12397).
 ALORA = "alora_invocation_tokens"
+#: An attribute of configs that speak from the start where such tokens are not found.
+OR_START = "or_start"
 #: Questions that have no beginning and no end in common.
 QUESTIONS = ("green apples?", "Why 42")
 #: Texts in front of the prompt of a row that has no chat template.
@@ -87,7 +89,12 @@ def settle(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> None:
         PrefixMemoryError: they have none in common.
     """
     if getattr(config, "active_from", None) in NAMES and config.invocation_tokens is None:
-        config.invocation_tokens = _in_rows(config.active_from, "active_from", tokenizer, rows)
+        try:
+            config.invocation_tokens = _in_rows(config.active_from, "active_from", tokenizer, rows)
+        except PrefixMemoryError:
+            if not getattr(config, OR_START, False):
+                raise
+            config.active_from = "start"
     if (name := getattr(config, ALORA, None)) in NAMES:
         setattr(config, ALORA, _in_rows(cast(str, name), ALORA, tokenizer, rows))
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.rows.collator import collator
 from prefixmemory.rows.encoding import IGNORED, Tokens, begins, tokenize
-from prefixmemory.rows.invocation import ALORA
+from prefixmemory.rows.invocation import ALORA, invocation_of
 from prefixmemory.rows.rendering import Example
 from prefixmemory.scoring.generation import Progress, common_beginning, read_beginning, repeated
 
@@ -76,7 +76,9 @@ def likelihoods(
     was_training = model.training
     model.eval()
     limit = getattr(model.config, "max_position_embeddings", None) or 10**9
-    rows = tokenize([replace(one, prompt=context + one.prompt) for one in examples], tokenizer, limit)
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    whole = [replace(one, prompt=context + one.prompt) for one in examples]
+    rows = tokenize(whole, tokenizer, limit, invocation=invocation_of(config))
     collate = collator(model, tokenizer)
     prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     shared = common_beginning([one.prompt for one in rows]) if context and not prepends else []

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 import prefixmemory.tuner.registration
 from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
 from prefixmemory.memories.patterns import check_patterns
-from prefixmemory.rows.invocation import ALORA, NAMES
+from prefixmemory.rows.invocation import ALORA, NAMES, OR_START
 
 prefixmemory.tuner.registration.register()
 
 DEFAULT = "prefix_memory"
 #: The ``method:`` section of a run that has none: what did best in ``docs/comparison.md``.
-RECOMMENDED = {"name": DEFAULT, "feed_forward": 8, "active_from": "question"}
+RECOMMENDED = {"name": DEFAULT, "feed_forward": 8, "active_from": "auto"}
 #: Fields that ask for another kind of memory, to which that does not apply.
 ANOTHER_KIND = ("placement", "prefix_length", "memory")
 #: What every PEFT config has, or a library writes into it: no choices of the method.
@@ -58,6 +58,8 @@ def method_fields(name: str) -> list[str]:
 def method_config(section: Mapping[str, Any]) -> PeftConfig:
     """The PEFT config of a recipe's ``method:`` section: ``name`` and the fields of that method's config.
 
+    A memory's ``active_from`` may be ``auto``: the question, where the rows show where it begins, else the start.
+
     Raises:
         PrefixMemoryError: no such method or field, a value of the wrong type, or one that the method refuses.
     """
@@ -67,6 +69,9 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
     if name in _NOT_HERE:
         raise PrefixMemoryError(f"method.name={name!r} cannot be trained by a recipe: it needs {_NOT_HERE[name]}.")
     kind, known = _config_class(name), method_fields(name)
+    or_start = name == DEFAULT and values.get("active_from") == "auto"
+    if or_start:
+        values["active_from"] = "question"
     hints = get_type_hints(kind)
     for field, value in values.items():
         if field not in known:
@@ -79,6 +84,8 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
         raise
     except (TypeError, ValueError) as error:
         raise PrefixMemoryError(f"method: {name} refuses these values: {error}") from error
+    if or_start:
+        setattr(config, OR_START, True)
     check_patterns(config)
     if str(getattr(config, "init_lora_weights", "")).startswith(_CHANGES_BASE):
         raise PrefixMemoryError(
