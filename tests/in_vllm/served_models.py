@@ -69,9 +69,9 @@ def save_all(folder: Path) -> Path:
     tokenizer().save_pretrained(folder / BASE)
     for number, (name, fields) in enumerate(MEMORIES.items()):
         save_memory(folder, name, seed=number, **fields)
+    save_lora(folder, "lora", ["q_proj", "v_proj"])
     for number, (name, fields) in enumerate(BLOCKS.items()):
         save_memory(folder, name, seed=10 + number, **fields)
-    save_lora(folder, "lora", ["q_proj", "v_proj"])
     save_lora(folder, "lora in blocks", ["gate_proj", "up_proj", "down_proj"])
     return folder
 
