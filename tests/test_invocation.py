@@ -16,6 +16,7 @@ from prefixmemory.rows.encoding import begins, encode_prompt, tokenize
 from prefixmemory.rows.invocation import check_invoked, settle
 from prefixmemory.rows.rendering import render
 from prefixmemory.scoring.generation import answers
+from prefixmemory.scoring.likelihood import likelihoods
 from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.methods import attach, method_config
 from prefixmemory.training.settings import TrainingSettings
@@ -153,6 +154,21 @@ def test_a_row_that_is_cut_keeps_the_tokens_from_which_on_it_speaks(front):
     assert rest == whole.prompt[-len(rest) :] and len(rest) > 10
     ids = torch.tensor([tokens.prompt])
     assert speaking(ids, tuple(job.invocation))[1].tolist() == [first]
+
+
+@pytest.mark.filterwarnings("error:The invocation tokens:UserWarning")
+def test_a_prompt_that_is_cut_for_the_model_is_scored_with_its_memory():
+    """What is left of it is the question's end."""
+    model, tokenizer = tiny.build(), tiny.tokenizer()
+    config = method_config({"active_from": "question"})
+    settle(config, tokenizer, TEXTS)
+    adapted = attach(model, config)
+    tiny.randomize(adapted, std=0.5)
+    long = render([{"text": "word " * 400, "label": "card"}], tokenizer)
+    (found,) = likelihoods(adapted, tokenizer, long)
+    with adapted.disable_adapter():
+        (silent,) = likelihoods(adapted, tokenizer, long)
+    assert found.cut and abs(found.nats - silent.nats) > 1e-3
 
 
 def test_a_row_that_lost_its_question_is_named():

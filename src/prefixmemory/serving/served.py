@@ -30,6 +30,8 @@ from prefixmemory.memories.registry import MemorySite
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.prefix_memory\.prefix_memory_bank\.(?P<tensor>.+)")
 #: In a server's environment: 1 makes slots beside feed-forward blocks, too.
 FEED_FORWARD = "PREFIXMEMORY_FEED_FORWARD"
+#: The sizes of slots that vLLM makes.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 #: Holds a memory's tensors.
 FILE = "adapter_model.safetensors"
 #: Singular values below this share of the largest are rounding errors.
@@ -340,8 +342,12 @@ def _smaller(A: Tensor, B: Tensor, max_rank: int, where: str) -> tuple[Tensor, T
 
 
 def _too_large(rank: int, max_rank: int, where: str) -> PrefixMemoryError:
-    size = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
     return PrefixMemoryError(
         f"{where}: the memory has rank {rank}, and the server has room for {max_rank}. Start it with --max-lora-rank "
-        f"{size}."
+        f"{slot_size(rank)}."
     )
+
+
+def slot_size(rank: int) -> int:
+    """The smallest of vLLM's slots that has room for ``rank``; ``rank`` itself, where none has, which vLLM refuses."""
+    return next((size for size in RANKS if size >= rank), rank)

@@ -20,11 +20,9 @@ from prefixmemory.files.json_text import read_object
 from prefixmemory.files.names import check_name
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
-from prefixmemory.serving.served import FEED_FORWARD, read_config
+from prefixmemory.serving.served import FEED_FORWARD, read_config, slot_size
 from prefixmemory.serving.store import FOLDERS
 
-#: The sizes of slots that vLLM makes.
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 #: Slots for adapters that are loaded later.
 SPARE = 8
 #: A name that is none of a module, and that vLLM wraps no LoRA around.
@@ -106,7 +104,7 @@ def launch(
     count = slots or max(1, len(adapters) + (SPARE if folder is not None else 0)) + int(lora)
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", served_model(model), "--enable-lora"]
     arguments += ["--served-model-name", *_names(model, folders), "--max-loras", str(count)]
-    arguments += ["--max-lora-rank", str(next((size for size in RANKS if size >= rank), rank))]
+    arguments += ["--max-lora-rank", str(slot_size(rank))]
     if not lora:
         arguments += ["--lora-target-modules", NO_LORA]
     if adapters:
