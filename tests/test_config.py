@@ -85,6 +85,7 @@ MAPS = "elu, gelu, relu, silu, identity, softmax, mlp"
         ({"active_from": "answer", "invocation_tokens": "<a>"}, "invocation_tokens='<a>' is no list of token ids"),
         ({"invocation_tokens": [3]}, "invocation_tokens=[3] needs active_from='invocation'"),
         ({"strict_invocation": True}, "strict_invocation=True needs active_from='invocation'"),
+        ({"active_from": "auto", "invocation_tokens": [3]}, "invocation_tokens=[3] needs active_from='invocation'"),
         ({"strict_invocation": 1}, "strict_invocation=1 is no truth value"),
         ({"r": 8}, "PrefixMemoryConfig has no field 'r'. Did you mean 'rank'?"),
     ],

@@ -112,6 +112,16 @@ def test_tokens_that_are_given_stay():
     assert config.invocation_tokens == [9]
 
 
+def test_auto_is_the_question_or_the_start_and_needs_the_rows():
+    with pytest.raises(PrefixMemoryError, match="active_from='auto' needs a recipe, which reads the rows"):
+        attach(tiny.build(), PrefixMemoryConfig(active_from="auto"))
+    for rows, found in ((TEXTS, "question"), ([*TEXTS, *TALKS], "start")):
+        config = PrefixMemoryConfig(active_from="auto")
+        settle(config, tiny.tokenizer(), rows)
+        assert config.active_from == found and bool(config.invocation_tokens) == (found == "question")
+        attach(tiny.build(), config)
+
+
 def test_an_activated_lora_of_peft_finds_its_tokens_by_the_same_names():
     tokenizer, section = tiny.tokenizer(), {"name": "lora", "target_modules": ["q_proj"]}
     job = TrainingJob("base", tokenizer, TEXTS, method_config({**section, "alora_invocation_tokens": "answer"}))

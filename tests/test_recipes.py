@@ -376,7 +376,7 @@ def test_a_run_that_says_nothing_of_its_method_trains_the_recommended_one(tmp_pa
     options = {"model": "base", "output": "out", "data.train": "rows.jsonl"}
     for recipe in (load_recipe(None, options), load_recipe(tmp_path / "none"), load_recipe(tmp_path / "comments")):
         assert recipe.method == RECOMMENDED and recipe.training.learning_rate == 3e-3
-        assert (recipe.config().feed_forward, recipe.config().active_from, recipe.config().rank) == (8, "question", 8)
+        assert (recipe.config().feed_forward, recipe.config().active_from, recipe.config().rank) == (8, "auto", 8)
         for template, found in {True: "question", False: "start"}.items():
             config = recipe.config()
             settle(config, tiny.tokenizer(chat=template), [{"prompt": "why?", "completion": "so"}])

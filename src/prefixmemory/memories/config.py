@@ -46,7 +46,7 @@ PATTERNS = ("rank", "scale", "output_limit")
 
 Query = Literal["content", "rotary"]
 Auto = Literal["auto"]
-ActiveFrom = Literal["start", "invocation", "question", "answer"]
+ActiveFrom = Literal["start", "invocation", "question", "answer", "auto"]
 
 
 @dataclass
@@ -113,6 +113,7 @@ class PrefixMemoryConfig(PeftConfig):
             bit. ``start`` (the paper): from the first. ``invocation``: from the last place in the sequence where
             ``invocation_tokens`` begin. ``question``, ``answer``: the same with the tokens that introduce the last
             question, or end the prompt; recipes find them, elsewhere :func:`prefixmemory.invocation_tokens` does.
+            ``auto``, in recipes: ``question``, where the rows show where it begins, else ``start``.
             :func:`prefixmemory.activation` overrides it in a call.
         invocation_tokens: ids of these tokens.
         strict_invocation: whether a sequence without them is an error; else the base model answers it, with a warning.
@@ -282,10 +283,11 @@ class PrefixMemoryConfig(PeftConfig):
             if not whole or not tokens:
                 raise PrefixMemoryError(f"invocation_tokens={tokens!r} is no list of token ids: give whole numbers.")
             self.invocation_tokens = list(tokens)
-        if self.active_from == "start" and (tokens is not None or self.strict_invocation):
+        if self.active_from in ("start", AUTO) and (tokens is not None or self.strict_invocation):
             name = "invocation_tokens" if tokens is not None else "strict_invocation"
             raise PrefixMemoryError(
-                f"{name}={getattr(self, name)!r} needs active_from='invocation': with 'start' it means nothing."
+                f"{name}={getattr(self, name)!r} needs active_from='invocation': with {self.active_from!r} it means "
+                "nothing."
             )
         if self.active_from == "invocation" and tokens is None:
             raise PrefixMemoryError(

@@ -17,8 +17,6 @@ from prefixmemory.rows.rows import Rows, kind_of
 NAMES = ("question", "answer")
 #: The field of PEFT's LoraConfig that makes it an activated LoRA (arXiv 2504.12397).
 ALORA = "alora_invocation_tokens"
-#: An attribute of configs that speak from the start where such tokens are not found.
-OR_START = "or_start"
 #: Questions that have no beginning and no end in common.
 QUESTIONS = ("green apples?", "Why 42")
 #: Texts in front of the prompt of a row that has no chat template.
@@ -83,18 +81,21 @@ def _common_end(rows: Sequence[list[int]]) -> list[int]:
 
 def settle(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> None:
     """Give a config that names its invocation the tokens that it has in the prompts of ``rows``: a memory's, or that of
-    PEFT's activated LoRA, whose ``alora_invocation_tokens`` may be a name here.
+    PEFT's activated LoRA, whose ``alora_invocation_tokens`` may be a name here. ``auto`` becomes ``question`` or
+    ``start``.
 
     Raises:
         PrefixMemoryError: they have none in common.
     """
-    if getattr(config, "active_from", None) in NAMES and config.invocation_tokens is None:
+    active_from = getattr(config, "active_from", None)
+    if active_from == "auto":
         try:
-            config.invocation_tokens = _in_rows(config.active_from, "active_from", tokenizer, rows)
+            config.invocation_tokens = _in_rows("question", "active_from", tokenizer, rows)
+            config.active_from = "question"
         except PrefixMemoryError:
-            if not getattr(config, OR_START, False):
-                raise
             config.active_from = "start"
+    elif active_from in NAMES and config.invocation_tokens is None:
+        config.invocation_tokens = _in_rows(active_from, "active_from", tokenizer, rows)
     if (name := getattr(config, ALORA, None)) in NAMES:
         setattr(config, ALORA, _in_rows(cast(str, name), ALORA, tokenizer, rows))
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import prefixmemory.tuner.registration
 from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
 from prefixmemory.memories.patterns import check_patterns
-from prefixmemory.rows.invocation import ALORA, NAMES, OR_START
+from prefixmemory.rows.invocation import ALORA, NAMES
 
 prefixmemory.tuner.registration.register()
 
@@ -58,8 +58,6 @@ def method_fields(name: str) -> list[str]:
 def method_config(section: Mapping[str, Any]) -> PeftConfig:
     """The PEFT config of a recipe's ``method:`` section: ``name`` and the fields of that method's config.
 
-    A memory's ``active_from`` may be ``auto``: the question, where the rows show where it begins, else the start.
-
     Raises:
         PrefixMemoryError: no such method or field, a value of the wrong type, or one that the method refuses.
     """
@@ -69,9 +67,6 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
     if name in _NOT_HERE:
         raise PrefixMemoryError(f"method.name={name!r} cannot be trained by a recipe: it needs {_NOT_HERE[name]}.")
     kind, known = _config_class(name), method_fields(name)
-    or_start = name == DEFAULT and values.get("active_from") == "auto"
-    if or_start:
-        values["active_from"] = "question"
     hints = get_type_hints(kind)
     for field, value in values.items():
         if field not in known:
@@ -84,8 +79,6 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
         raise
     except (TypeError, ValueError) as error:
         raise PrefixMemoryError(f"method: {name} refuses these values: {error}") from error
-    if or_start:
-        setattr(config, OR_START, True)
     check_patterns(config)
     if str(getattr(config, "init_lora_weights", "")).startswith(_CHANGES_BASE):
         raise PrefixMemoryError(

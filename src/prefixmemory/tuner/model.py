@@ -67,9 +67,10 @@ class PrefixMemoryModel(BaseTuner):
                 "the adapter here all the same, pass a config with base_model_fingerprint=None."
             )
         if peft_config.active_from != "start" and peft_config.invocation_tokens is None:
+            place = "question" if peft_config.active_from == "auto" else peft_config.active_from
             raise PrefixMemoryError(
-                f"active_from={peft_config.active_from!r} needs invocation_tokens; "
-                f"prefixmemory.invocation_tokens({peft_config.active_from!r}, tokenizer) finds them."
+                f"active_from={peft_config.active_from!r} needs a recipe, which reads the rows. Use {place!r} with "
+                f"invocation_tokens=prefixmemory.invocation_tokens({place!r}, tokenizer), or 'start'."
             )
         attention = find_sites(self.model)
         feed_forward = {} if peft_config.feed_forward is None else find_feed_forward(self.model, attention)
