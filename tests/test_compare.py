@@ -31,6 +31,7 @@ from prefixmemory.compare.suite import Loaded, load_suite
 from prefixmemory.compare.work import checksums
 from prefixmemory.compare.worker import Worker
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.tasks.scoring import score
 from prefixmemory.tuner.plan import Step
 
 pytestmark = [
@@ -184,6 +185,21 @@ def test_in_context_examples_stand_in_front(made):
     assert worker.examples(task, rows, 1).count("Label:") == 3 and worker.examples(task, rows, 2).count("Label:") == 6
     for row in rows[:1]:
         assert f"Text: {row['text']}\nLabel: {row['label']}\n\n" in worker.examples(task, rows, 2)
+
+
+def test_examples_are_of_each_label_and_end_without_the_end_token_where_a_loss_is_scored_too(made):
+    folder, _ = made
+    worker = Worker(loaded_store(folder / "suite.yaml"), None)
+    task = dataclasses.replace(worker.loaded.tasks["letters"], scoring="loss")
+    split = task.split(None, 6, 9, 3)
+    shots = worker.examples(task, split.train, 1)
+    assert shots.count("Label:") == 3
+    asked = worker.models.base, worker.models.tokenizer, task, split.test, "behind " + shots
+    without, with_end = score(*asked, with_end=False), score(*asked)
+    found = worker._score(worker.models.base, task, split.test, shots, front="behind ")
+    assert found.points == pytest.approx(without.points, abs=1e-3) != pytest.approx(with_end.points, abs=1e-2)
+    plain = worker._score(worker.models.base, task, split.test, "", front="behind ")
+    assert plain.points == pytest.approx(score(*asked[:4], "behind ").points, abs=1e-3)
 
 
 def test_decoding_is_timed_while_a_memory_speaks_though_no_invocation_was_read(made, monkeypatch):
@@ -498,8 +514,8 @@ def test_workers_and_a_launcher_give_the_same_scores(made, tmp_path):
     found = scores(tmp_path)
     assert len(found) == 4
     before = {score[0]: score for score in scores(folder).values()}  # by run
-    for score in found.values():
-        close_figures(score, before[score[0]])
+    for one in found.values():
+        close_figures(one, before[one[0]])
     trained = [record.training for record in records(tmp_path).values() if record.training is not None]
     assert len(trained) == 3 and all(one.processes == 1 and one.made_with.hardware for one in trained)
 

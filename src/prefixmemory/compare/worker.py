@@ -21,7 +21,7 @@ from prefixmemory.compare.store import Store
 from prefixmemory.files.records import provenance, write_json
 from prefixmemory.models.loading import full_name
 from prefixmemory.rows.rendering import render
-from prefixmemory.rows.rows import Row, with_one_answer
+from prefixmemory.rows.rows import Row, kind_of, with_one_answer
 from prefixmemory.rows.unrelated_text import unrelated_text
 from prefixmemory.scoring.generation import answers, longest_label
 from prefixmemory.tasks import Task
@@ -104,8 +104,8 @@ class Worker:
             long_input = {}
             behind = sample_rows(split.test, self.suite.long_input_rows, "long input")
             for tokens in sorted(self.suite.long_input):
-                text = unrelated_text(self.models.tokenizer, tokens) + shots
-                long_input[str(tokens)] = self._score(model, task, behind, text, settings)
+                text = unrelated_text(self.models.tokenizer, tokens)
+                long_input[str(tokens)] = self._score(model, task, behind, shots, settings, text)
             if self.suite.long_input:  # the same rows without the text before them
                 same = behind is split.test
                 long_input["0"] = test if same else self._score(model, task, behind, shots, settings)
@@ -138,7 +138,7 @@ class Worker:
         counts: dict[str, int] = {}
         chosen = []
         for row in rows:
-            label = row["label"] if task.scoring == "exact_match" and "label" in row else ""
+            label = row["label"] if kind_of(row) == "text" else ""
             counts[label] = counts.get(label, 0) + 1
             if counts[label] <= shots:
                 chosen.append(row)
@@ -155,13 +155,16 @@ class Worker:
         model: PreTrainedModel | PeftModel,
         task: Task,
         rows: list[Row],
-        context: str,
+        shots: str,
         settings: TrainingSettings | None = None,
+        front: str = "",
     ) -> Scores:
+        """``shots`` are rendered examples, whose answers end with an empty line; ``front`` is text before them."""
         length = (
             longest_label(rows, self.models.tokenizer) if "label" in rows[0] and task.scoring == "exact_match" else 32
         )
-        scored = score(model, self.models.tokenizer, task, rows, context, length, settings=settings)
+        context, with_end = front + shots, not shots
+        scored = score(model, self.models.tokenizer, task, rows, context, length, settings=settings, with_end=with_end)
         said = scored.answers if task.scoring == "exact_match" else []  # short enough to keep
         points = [round(point, 3) for point in scored.points]
         return Scores(round(scored.score, 4), points, scored.metrics, said, scored.greedy)
