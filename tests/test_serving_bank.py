@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefixmemory import PrefixMemoryError, register_feature_map
-from prefixmemory.serving.bank import LayerBank, Step
+from prefixmemory.serving.bank import Cut, LayerBank, Step
 from prefixmemory.serving.served import (
     FEED_FORWARD,
     HeadSizes,
@@ -308,6 +311,11 @@ def with_blocks(folder: Path, **fields: object) -> PeftModel:
     return model
 
 
+def block_bank(reads: int, returns: int, cut: Cut | None = None) -> LayerBank:
+    as_it_is, cpu = ("identity", "none"), torch.device("cpu")
+    return LayerBank(2, RANK, 1, reads, returns, torch.float32, cpu, only=as_it_is, cut=cut)
+
+
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("limit", [0.5, None])
 def test_what_a_projection_adds_is_what_it_adds_in_transformers(limit, captured, tmp_path):
@@ -321,16 +329,7 @@ def test_what_a_projection_adds_is_what_it_adds_in_transformers(limit, captured,
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer, module = served[f"model.layers.0.mlp.{name}"], getattr(mlp, name)
         assert layer.manner.rank == (1 if name == "up_proj" else 3)
-        slots = LayerBank(
-            2,
-            RANK,
-            1,
-            module.in_features,
-            module.out_features,
-            torch.float32,
-            torch.device("cpu"),
-            only=("identity", "none"),
-        )
+        slots = block_bank(module.in_features, module.out_features)
         slots.put(1, layer)
         read, whole = torch.randn(4, module.in_features), torch.randn(4, 2 * module.out_features)
         here, before = whole[:, module.out_features :], whole.clone()
@@ -342,6 +341,55 @@ def test_what_a_projection_adds_is_what_it_adds_in_transformers(limit, captured,
         assert (here - before[:, module.out_features :])[0].abs().max() > 1e-3
         assert torch.equal(here[[1, 3]], before[[1, 3], module.out_features :])
         assert torch.equal(whole[:, : module.out_features], before[:, : module.out_features])
+
+
+class Processes:
+    """Threads in the place of processes that add up their tensors."""
+
+    def __init__(self, number: int) -> None:
+        self.barrier, self.given = Barrier(number), [torch.empty(0)] * number
+
+    def total(self, rank: int, tensor: Tensor) -> Tensor:
+        self.given[rank] = tensor
+        self.barrier.wait(30)
+        total = torch.stack(self.given).sum(0)
+        self.barrier.wait(30)
+        return total
+
+
+@pytest.mark.parametrize("cut", ["inputs", "outputs"])
+def test_processes_that_share_a_projection_add_what_one_process_does(cut, tmp_path):
+    with_blocks(tmp_path)
+    layer = read_blocks(tmp_path, RANK)["model.layers.0.mlp.up_proj"]
+    reads, returns, processes = layer.A.shape[1], layer.B.shape[2], Processes(2)
+    read, before, slots = torch.randn(5, reads), torch.randn(5, returns), [1, -1, 1, 0, 1]
+    whole = before.clone()
+
+    def add(part: ServedLayer, read: Tensor, outputs: Tensor, cut: Cut | None) -> Tensor:
+        bank = block_bank(read.shape[1], outputs.shape[1], cut)
+        bank.put(1, part)
+        scales = [float("nan")] * 4 + [0.3]
+        bank.add_(outputs, read, read, step(slots, scales))
+        bank.add_(outputs, read, read, step([1] * 5))  # all of them the same
+        return outputs
+
+    add(layer, read, whole, None)
+    places = {"inputs": torch.arange(reads), "outputs": torch.arange(returns)}
+
+    def of_process(rank: int) -> Tensor:
+        mine = {name: all_.chunk(2)[rank] if name == cut else all_ for name, all_ in places.items()}
+        shared = Cut(cut == "inputs", cut == "outputs", partial(processes.total, rank))
+        part = layer.of_part(mine["inputs"], mine["outputs"])
+        return add(part, read[:, mine["inputs"]], before[:, mine["outputs"]].clone(), shared)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(of_process, range(2)))
+    assert (whole - before).abs().max() > 1e-2
+    if cut == "inputs":
+        assert torch.equal(*found)
+        torch.testing.assert_close(found[0], whole, atol=TOLERANCE, rtol=TOLERANCE)
+    else:
+        torch.testing.assert_close(torch.cat(found, dim=1), whole, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_a_server_is_asked_for_slots_where_an_adapter_needs_them(tmp_path, monkeypatch):
@@ -361,11 +409,10 @@ def test_blocks_need_slots_that_fit(tmp_path, monkeypatch):
     blocks = read_blocks(tmp_path, RANK)
     width = SIZES.heads * SIZES.head_dim
     monkeypatch.setenv(FEED_FORWARD, "1")
-    check_blocks(blocks, width, 1, tmp_path)
-    check_blocks({}, width, 2, tmp_path)
-    for words, given in {"have 7 numbers": (7, 1), "tensor parallelism": (width, 2)}.items():
-        with pytest.raises(PrefixMemoryError, match=words):
-            check_blocks(blocks, *given, tmp_path)
+    check_blocks(blocks, width, tmp_path)
+    check_blocks({}, 7, tmp_path)
+    with pytest.raises(PrefixMemoryError, match="have 7 numbers"):
+        check_blocks(blocks, 7, tmp_path)
     with pytest.raises(PrefixMemoryError, match="--max-lora-rank 8"):
         read_blocks(tmp_path, 2)
     monkeypatch.setenv(FEED_FORWARD, "yes")
@@ -373,7 +420,7 @@ def test_blocks_need_slots_that_fit(tmp_path, monkeypatch):
         has_room_for_blocks()
     monkeypatch.delenv(FEED_FORWARD)
     with pytest.raises(PrefixMemoryError, match=f"Start it with {FEED_FORWARD}=1"):
-        check_blocks(blocks, width, 1, tmp_path)
+        check_blocks(blocks, width, tmp_path)
     spoil(tmp_path, lambda t: t.update({min(t).replace(".A", ".C"): t.pop(next(n for n in t if "down_proj" in n))}))
     with pytest.raises(PrefixMemoryError, match="are not those of its config"):
         read_blocks(tmp_path, RANK)

@@ -60,13 +60,7 @@ def config() -> LlamaConfig:
 
 def save_all(folder: Path) -> Path:
     """Base model, memories and LoRA, each in a folder of its name."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config()).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)  # far from uniform: a wrong token has another probability
-    model.save_pretrained(folder / BASE)
-    tokenizer().save_pretrained(folder / BASE)
+    save_base(folder, config())
     for number, (name, fields) in enumerate(MEMORIES.items()):
         save_memory(folder, name, seed=number, **fields)
     save_lora(folder, "lora", ["q_proj", "v_proj"])
@@ -74,6 +68,17 @@ def save_all(folder: Path) -> Path:
         save_memory(folder, name, seed=10 + number, **fields)
     save_lora(folder, "lora in blocks", ["gate_proj", "up_proj", "down_proj"])
     return folder
+
+
+def save_base(folder: Path, config: Any) -> None:
+    """A base model with random contents."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # far from uniform: a wrong token has another probability
+    model.save_pretrained(folder / BASE)
+    tokenizer().save_pretrained(folder / BASE)
 
 
 def save_lora(folder: Path, name: str, modules: list[str]) -> None:

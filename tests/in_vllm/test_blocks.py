@@ -11,8 +11,9 @@ import torch
 from asked import COUNT, questions
 from engines import TOLERANCE, answer, ask, check, difference, engine, in_another_process, request
 from peft import PeftModel
-from served_models import BASE, BLOCKS, Answer, base, config, expected, prompt, save_memory
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from served_models import BASE, BLOCKS, Answer, base, config, expected, prompt, save_base, save_memory
+from transformers import AutoModelForCausalLM, Phi3Config
 from vllm import LLM
 
 from prefixmemory import PrefixMemoryError
@@ -20,6 +21,11 @@ from prefixmemory.serving.served import FEED_FORWARD
 from prefixmemory.tuner.in_feed_forward import InFeedForward
 from prefixmemory.tuner.layers import memory_layers
 
+#: Fields of a config.
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+)  # fmt: skip
 NAMES = [BASE, *BLOCKS, "default", "activated", "lora in blocks"]
 
 
@@ -126,7 +132,20 @@ def test_what_does_not_fit_is_refused(made, monkeypatch):
         check(llm, made, [("blocks", prompt(20, seed=5)), (BASE, prompt(21, seed=5))], COUNT)
 
 
-def test_two_tensor_parallel_processes_have_no_slots_for_them(made):
+def test_two_tensor_parallel_processes(made):
+    """Each has half of what the down projection reads, and half of what gate and up return."""
     several = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", FEED_FORWARD: "1"}
-    problem = in_another_process(made, ["blocks"], several, fails=True, tensor_parallel_size=2)
-    assert "not cut for tensor parallelism" in problem
+    found = in_another_process(made, NAMES, several, tensor_parallel_size=2, max_loras=7)
+    for (adapter, text), said in zip(questions(NAMES), found, strict=True):
+        assert difference(said, expected(made, adapter, text, COUNT)) < TOLERANCE, adapter
+
+
+def test_two_processes_cut_a_projection_that_is_two_in_one_as_vllm_does(tmp_path):
+    """Each has half of the gate and half of what goes up, not one of them."""
+    save_base(tmp_path, Phi3Config(**{name: getattr(config(), name) for name in SIZES}))
+    save_memory(tmp_path, "fused", seed=1, feed_forward=8)
+    assert "gate_up_proj" in str(load_file(tmp_path / "fused" / "adapter_model.safetensors").keys())
+    several = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", FEED_FORWARD: "1"}
+    found = in_another_process(tmp_path, [BASE, "fused"], several, tensor_parallel_size=2)
+    for (adapter, text), said in zip(questions([BASE, "fused"]), found, strict=True):
+        assert difference(said, expected(tmp_path, adapter, text, COUNT)) < TOLERANCE, adapter

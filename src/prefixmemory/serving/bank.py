@@ -9,6 +9,7 @@ Triton is asked for (``kernels/impl.py``), one kernel reads for each token the s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -66,11 +67,27 @@ class Step:
         self.rows = None if found == self.used else (slots >= 0).nonzero()[:, 0].to(self.slots.device)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How several processes share a projection.
+
+    Attributes:
+        inputs: whether each has a part of what it reads.
+        outputs: whether each has a part of what it returns.
+        total: the sum of a tensor over them.
+    """
+
+    inputs: bool
+    outputs: bool
+    total: Callable[[Tensor], Tensor]
+
+
 class LayerBank(nn.Module):
     """The slots of one attention module, or of one projection of a feed-forward block, to which that is one head.
 
     Args:
         only: the one form that its memories have, which then read the content query; ``None``: any.
+        cut: among processes, each of which has its part of the factors; ``None``: not, or between heads.
 
     Buffers, for S slots of rank R and ``h`` heads: ``A [h, d, S, R]``, ``B [h, S, R, v]``, ``mean [S, h, d]``,
     ``tightness [S]`` (1/c², 0 without a limit), ``scale [S]``, ``form [S]`` and ``rotary [S]``.
@@ -78,10 +95,10 @@ class LayerBank(nn.Module):
 
     def __init__(
         self, slots: int, rank: int, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype,
-        device: torch.device, only: Form | None = None,
+        device: torch.device, only: Form | None = None, cut: Cut | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.heads, self.head_dim, self.value_dim, self.only = heads, head_dim, value_dim, only
+        self.heads, self.head_dim, self.value_dim, self.only, self.cut = heads, head_dim, value_dim, only, cut
 
         def buffer(name: str, *shape: int, kind: torch.dtype = dtype) -> None:
             self.register_buffer(name, torch.zeros(*shape, dtype=kind, device=device), persistent=False)
@@ -168,7 +185,8 @@ class LayerBank(nn.Module):
         if captured:
             occurring, rotary = ([self.only], False) if self.only else (forms(), None)
             new = self._add_all(own, self._features(of_rotated, of_content, slots, occurring, rotary), slots, scales)
-        elif len(used) == 1 and used == step.used and not step.scaled:  # or a token reads what is not held here
+        # one slot for all, unless a token reads what is not held here
+        elif len(used) == 1 and used == step.used and not step.scaled and self.cut is None:
             new = self._add_one(own, of_rotated, of_content, used[0])
         else:
             manners = [cast(Manner, self.held[slot]) for slot in used]
@@ -226,13 +244,18 @@ class LayerBank(nn.Module):
         hidden = torch.baddbmm(self.constant.flatten(1)[:, None], features.transpose(0, 1), columns, beta=-1)
         mine = (slots[:, None] == self.numbers)[:, :, None]  # [t, S, 1]
         hidden = torch.where(mine, hidden.unflatten(2, self.A.shape[2:]), 0.0)
+        if self.cut is not None and self.cut.inputs:
+            hidden = torch.where(mine, self.cut.total(hidden.sum(2, keepdim=True)), 0.0)
         answer = torch.bmm(hidden.flatten(2), self.B.flatten(1, 2)).transpose(0, 1)  # [t, h, v]
         place = slots.clamp(min=0)
         scale = torch.where(scales.isnan(), self.scale[place], scales)[:, None, None]
         tightness = self.tightness[place][:, None, None]
         length, size = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) for x in (answer, own))
-        mine_own = size * size + own.shape[-1] * TINY * torch.where(tightness > 0, tightness, 1.0)
-        factor = (mine_own / (mine_own + length * length * tightness)).sqrt()
+        of_own = size * size + own.shape[-1] * TINY * torch.where(tightness > 0, tightness, 1.0)
+        of_answer = length * length
+        if self.cut is not None and self.cut.outputs:
+            of_own, of_answer = self.cut.total(torch.stack([of_own, of_answer]))
+        factor = (of_own / (of_own + of_answer * tightness)).sqrt()
         return torch.addcmul(own, answer, factor * scale).to(own.dtype)
 
 

@@ -88,6 +88,10 @@ class ServedLayer:
         """The part of some of the heads, for a process that computes these."""
         return ServedLayer(self.A[heads], self.B[heads], None if self.mean is None else self.mean[heads], self.manner)
 
+    def of_part(self, inputs: Tensor, outputs: Tensor) -> ServedLayer:
+        """For a process that has these of the numbers that a projection reads and returns; the mean is zero there."""
+        return ServedLayer(self.A[:, inputs], self.B[:, :, outputs], None, self.manner)
+
 
 def why_not(config: PrefixMemoryConfig) -> str | None:
     """Why a memory cannot be served; ``None``: it can."""
@@ -200,13 +204,12 @@ def has_room_for_blocks() -> bool:
     return value == "1"
 
 
-def check_blocks(blocks: Mapping[str, ServedLayer], width: int | None, parallel: int, folder: Path) -> None:
+def check_blocks(blocks: Mapping[str, ServedLayer], width: int | None, folder: Path) -> None:
     """Refuse memories in feed-forward blocks that a server has no slots for.
 
     Args:
         blocks: of the memory in ``folder``.
         width: of the served model's hidden states, which each projection reads or returns; ``None``: not known.
-        parallel: among how many processes a layer is cut.
 
     Raises:
         PrefixMemoryError: says which, and what to do.
@@ -220,11 +223,6 @@ def check_blocks(blocks: Mapping[str, ServedLayer], width: int | None, parallel:
                 f"none of the served model, whose hidden states have {width} numbers. Serve it with the model that it "
                 "was trained on."
             )
-    if parallel > 1:
-        raise PrefixMemoryError(
-            f"{folder} has memories in feed-forward blocks, which are not cut for tensor parallelism yet. Serve it "
-            "with --tensor-parallel-size 1."
-        )
     if not has_room_for_blocks():
         raise PrefixMemoryError(
             f"{folder} has memories in feed-forward blocks, and the server made no slots for them. Start it with "

@@ -12,13 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.lora.layers import BaseLayerWithLoRA
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from prefixmemory.attention.feed_forward import is_in_block
-from prefixmemory.serving.bank import LayerBank
+from prefixmemory.serving.bank import Cut, LayerBank
 from prefixmemory.serving.served import ServedLayer
 from prefixmemory.serving.vllm_layers import MemoryAttention, around_of, is_captured
 
@@ -32,15 +33,21 @@ class MemoryProjection(BaseLayerWithLoRA):
     Args:
         base_layer: the module.
         around: what stands around the attention of its layer, and knows the tokens' slots.
-        parts: the projections that it computes by their names in the layer, as transformers has them, and which of the
-            outputs are theirs.
+        parts: the projections that it computes, in order, by their names in the layer, as transformers has them, and
+            how many numbers each returns; several, where it is itself of several, which processes cut one by one.
     """
 
-    def __init__(self, base_layer: nn.Module, around: MemoryAttention, parts: Mapping[str, slice]) -> None:
+    def __init__(self, base_layer: nn.Module, around: MemoryAttention, parts: Mapping[str, list[int]]) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.reads = int(_linear(base_layer).input_size)
+        linear = _linear(base_layer)
+        self.reads, self.rank = int(linear.input_size), int(linear.tp_rank)
         self.parts = dict(parts)
+        # among how many processes each has what is read, and what is returned
+        self.shared = (
+            int(linear.tp_size) if isinstance(linear, RowParallelLinear) and linear.input_is_parallel else 1,
+            int(linear.tp_size) if isinstance(linear, ColumnParallelLinear) else 1,
+        )
         self.place = next(iter(parts))
         self.__dict__["around"] = around  # past nn.Module.__setattr__: it is no child of ours
         around.beside[self.place] = self
@@ -48,12 +55,14 @@ class MemoryProjection(BaseLayerWithLoRA):
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """Make the slots."""
         device = torch.device(current_platform.device_type)
+        inputs, outputs = self.shared
+        cut = Cut(inputs > 1, outputs > 1, tensor_model_parallel_all_reduce) if max(self.shared) > 1 else None
         made = (
             LayerBank(
-                max_loras, lora_config.max_lora_rank, 1, self.reads, here.stop - here.start, lora_config.lora_dtype,
-                device, only=AS_IT_IS,
+                max_loras, lora_config.max_lora_rank, 1, self.reads // inputs, sum(returns) // outputs,
+                lora_config.lora_dtype, device, only=AS_IT_IS, cut=cut,
             )
-            for here in self.parts.values()
+            for returns in self.parts.values()
         )  # fmt: skip
         self.slots = nn.ModuleList(made)  # in the order of the parts
 
@@ -64,7 +73,7 @@ class MemoryProjection(BaseLayerWithLoRA):
 
     def sizes(self, path: str) -> tuple[int, int]:
         """How many numbers a projection reads and returns."""
-        return self.reads, self.parts[path].stop - self.parts[path].start
+        return self.reads, sum(self.parts[path])
 
     def set_mapping(self, punica_wrapper: Any) -> None:
         """The mapping of LoRA layers is not used."""
@@ -72,11 +81,18 @@ class MemoryProjection(BaseLayerWithLoRA):
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Put memories into a slot; ``lora_a`` has a :class:`ServedLayer` by the projection's name."""
         layers: dict[str, ServedLayer] = lora_a
-        for path, bank in zip(self.parts, self.banks, strict=True):
+        inputs, outputs = self.shared
+        for (path, returns), bank in zip(self.parts.items(), self.banks, strict=True):
             if path in layers:
-                bank.put(index, layers[path])
+                here = self._share([self.reads], inputs), self._share(returns, outputs)
+                bank.put(index, layers[path].of_part(*here))
             else:
                 bank.clear(index)
+
+    def _share(self, sizes: list[int], processes: int) -> Tensor:
+        """The places of what this process has, where groups of these sizes are cut among ``processes``."""
+        rank = self.rank if processes > 1 else 0
+        return torch.cat([group.chunk(processes)[rank] for group in torch.arange(sum(sizes)).split(sizes)])
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
@@ -98,14 +114,16 @@ class MemoryProjection(BaseLayerWithLoRA):
         """Add to the module's ``output``, in place."""
         outputs, read = output.view(-1, output.shape[-1]), read.reshape(-1, read.shape[-1])
         captured = is_captured(output)
-        for here, bank in zip(self.parts.values(), self.banks, strict=True):
-            bank.add_(outputs[:, here], read, read, self.around.step, captured)
+        own = outputs.split([bank.value_dim for bank in self.banks], dim=1)
+        for here, bank in zip(own, self.banks, strict=True):
+            bank.add_(here, read, read, self.around.step, captured)
 
 
 def find_projections(
     layer: nn.Module, attention: str, packed: Mapping[str, list[str]]
-) -> Iterator[tuple[str, nn.Module, dict[str, slice]]]:
-    """The linear modules of the feed-forward blocks of a layer: name in it, module, and the projections it computes.
+) -> Iterator[tuple[str, nn.Module, dict[str, list[int]]]]:
+    """The linear modules of the feed-forward blocks of a layer: name in it, module, and what it computes, as
+    :class:`MemoryProjection` has it.
 
     Args:
         layer: of vLLM's model.
@@ -116,18 +134,25 @@ def find_projections(
         linear, name = _linear(module), path.rpartition(".")[2]
         if linear is None or name == "base_layer" or not is_in_block(path) or path.startswith(f"{attention}."):
             continue
-        if linear.skip_bias_add and linear.bias is not None:
+        if (linear.skip_bias_add and linear.bias is not None) or not _is_cut_as_known(linear):
             continue  # what it returns is not yet what the projection says
-        outputs, names = [int(linear.output_size)], packed.get(name, [])
-        if len(names) > 1 and len(names) == len(sizes := list(getattr(linear, "output_sizes", ()))):
-            outputs = sizes
+        sizes, names = list(getattr(linear, "output_sizes", ())) or [int(linear.output_size)], packed.get(name, [])
+        if 1 < len(names) == len(sizes):
+            parts = {path.removesuffix(name) + own: [size] for own, size in zip(names, sizes, strict=True)}
         else:
-            names = [name]
-        parts, start = {}, 0
-        for own, size in zip(names, outputs, strict=True):
-            parts[path.removesuffix(name) + own] = slice(start, start + size)
-            start += size
+            parts = {path: sizes}
         yield path, module, parts
+
+
+def _is_cut_as_known(linear: Any) -> bool:
+    """Whether a module is whole in each process, or cut among all of them, who have their sum or each a part."""
+    if linear.tp_size == 1:
+        return True
+    if linear.tp_size != get_tensor_model_parallel_world_size():
+        return False
+    if isinstance(linear, RowParallelLinear):
+        return bool(linear.reduce_results)
+    return not (isinstance(linear, ColumnParallelLinear) and linear.gather_output)
 
 
 def _linear(module: nn.Module) -> Any:

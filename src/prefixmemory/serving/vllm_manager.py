@@ -75,7 +75,7 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
             around.stand_in(self.step, rank * around.num_heads)
             self._number(name, around)
         self.projections: dict[tuple[int, str], tuple[str, MemoryProjection]] = {}
-        if has_room_for_blocks() and self.parallel == 1:
+        if has_room_for_blocks():
             for number, (name, around) in self.attentions.items():
                 self._stand_beside(number, name[: name.index(f".{number}.") + len(f".{number}")], around)
 
@@ -130,7 +130,7 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
             )
         weights: Any = {self.attentions[layer][0]: _OfLayer(served) for layer, served in layers.items()}
         blocks = read_blocks(folder, self.lora_config.max_lora_rank)
-        check_blocks(blocks, None, self.parallel, folder)
+        check_blocks(blocks, None, folder)
         for module, served in blocks.items():
             name, path = self._projection(module, served, folder)
             if path in (here := weights.setdefault(name, _OfLayer({})).lora_a):

@@ -31,7 +31,9 @@ NEEDED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.lora.model_manager", "LRUCacheLoRAModelManager.register_module", ("module_name", "module")),
     ("vllm.lora.layers", "BaseLayerWithLoRA.create_lora_weights", ("max_loras", "lora_config", "model_config")),
     ("vllm.lora.utils", "_all_lora_classes", ()),
-    ("vllm.model_executor.layers.linear", "LinearBase", ()),
+    *(("vllm.model_executor.layers.linear", name, ())
+      for name in ("LinearBase", "ColumnParallelLinear", "RowParallelLinear")),
+    ("vllm.distributed", "tensor_model_parallel_all_reduce", ("input_",)),
     ("vllm.exceptions", "VLLMValidationError", ()),
     ("vllm.lora.resolver", "LoRAResolver.resolve_lora", ("base_model_name", "lora_name")),
     ("vllm.lora.utils", "get_adapter_absolute_path", ("lora_path",)),

@@ -71,8 +71,7 @@ class Intake:
         )
         rank = self._config.lora_config.max_lora_rank
         read_memory(folder, sizes, text.num_hidden_layers, rank)
-        width, parallel = getattr(text, "hidden_size", None), self._config.parallel_config.tensor_parallel_size
-        check_blocks(read_blocks(folder, rank), width, parallel, folder)
+        check_blocks(read_blocks(folder, rank), getattr(text, "hidden_size", None), folder)
 
     def exchanged(self, asked: LoRARequest, scale: float | None = None) -> LoRARequest | None:
         """The request for what lies at the path that ``asked`` names; what is no memory stays as it is. ``None``: the
