@@ -4,10 +4,11 @@
     .venvs/vllm/bin/python -m benchmarks.serving --output results/benchmarks/serving.json
 
 Each case has an engine of its own: without adapters; with the plugin, asked for the base model, for one memory and for
-eight; with room for LoRA. All get the same prompts, and their steps are taken in turn, since a machine's speed drifts
-within seconds. What counts is CPU seconds (one thread) as a ratio to the first engine within a round: of the first
-step, which reads all prompts, and of the others, which decode; the median of the rounds and their middle half. An
-answer that is not the same in every round stops the benchmark.
+eight; the same with slots beside the feed-forward blocks, and memories there too; with room for LoRA. All get the same
+prompts, and their steps are taken in turn, since a machine's speed drifts within seconds. What counts is CPU seconds
+(one thread) as a ratio to the first engine within a round: of the first step, which reads all prompts, and of the
+others, which decode; the median of the rounds and their middle half. An answer that is not the same in every round
+stops the benchmark.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import statistics
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +34,34 @@ from peft import LoraConfig, get_peft_model
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.files.records import provenance, write_json
 from prefixmemory.models.loading import load_model, smollm2
+from prefixmemory.serving.served import FEED_FORWARD
 
 REQUESTS, PROMPT, ANSWER = 32, 32, 32
 MEMORIES = 8
-FLOOR, LORA = "base, no plugin", "LoRA r=16"
+#: Ranks in feed-forward blocks, by the names of the memories.
+BLOCKS = {"memory": None, "blocks": 8}
+FLOOR, ROOM = "base, no plugin", "base, slots in blocks"
+#: What each LoRA stands beside.
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LORAS = {"LoRA r=16": ATTENTION, "LoRA r=16, all linear": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}
 
 
 def save_models(folder: Path) -> None:
-    """SmolLM2, eight memories with random contents, and a LoRA of rank 16 on all linear layers of attention."""
+    """SmolLM2, eight memories in the heads and eight in blocks too, with random contents, and LoRAs of rank 16."""
     base = load_model(smollm2(), "float32")
     base.save_pretrained(folder / "base")
-    for number in range(MEMORIES):
-        model = get_peft_model(base, PrefixMemoryConfig(task_type="CAUSAL_LM"))
+    for name, number in product(BLOCKS, range(MEMORIES)):
+        model = get_peft_model(base, PrefixMemoryConfig(task_type="CAUSAL_LM", feed_forward=BLOCKS[name]))
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "prefix_memory_bank" in name:
+            for path, parameter in model.named_parameters():
+                if "prefix_memory_bank" in path:
                     parameter.normal_(std=0.1)
-        model.save_pretrained(folder / f"memory-{number}")
+        model.save_pretrained(folder / f"{name}-{number}")
         base = model.unload()
-    lora = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    get_peft_model(base, lora).save_pretrained(folder / "lora")
+    for name, modules in LORAS.items():
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules=modules))
+        model.save_pretrained(folder / name)
+        base = model.unload()
 
 
 def engine(folder: Path, case: str) -> Any:
@@ -60,11 +70,13 @@ def engine(folder: Path, case: str) -> Any:
 
     settings: dict[str, Any] = dict(
         dtype="float32", max_model_len=PROMPT + ANSWER, max_num_seqs=REQUESTS, skip_tokenizer_init=True,
-        enable_prefix_caching=False, max_num_batched_tokens=2048, enforce_eager=True,
+        enable_prefix_caching=False, max_num_batched_tokens=2048, enforce_eager=True, block_size=32,
+        num_gpu_blocks_override=2 * REQUESTS * (PROMPT + ANSWER) // 32,  # all engines at once in 10 GiB
     )  # fmt: skip
     if case != FLOOR:
         settings |= dict(enable_lora=True, max_loras=MEMORIES, max_cpu_loras=2 * MEMORIES)
-        settings |= dict(max_lora_rank=16) if case == LORA else dict(max_lora_rank=8, lora_target_modules=["attn"])
+        settings |= dict(max_lora_rank=16) if case in LORAS else dict(max_lora_rank=8, lora_target_modules=["attn"])
+    os.environ[FEED_FORWARD] = str(int("blocks" in case))
     return LLM(str(folder / "base"), **settings).llm_engine
 
 
@@ -112,9 +124,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         save_models(folder)
-        eight = [f"memory-{number}" for number in range(MEMORIES)]
-        cases = {FLOOR: [], "base, plugin": [], "one memory": eight[:1], "eight memories": eight, LORA: ["lora"]}
+        eight, blocks = ([f"{name}-{number}" for number in range(MEMORIES)] for name in BLOCKS)
+        cases = {
+            FLOOR: [], "base, plugin": [], "one memory": eight[:1], "eight memories": eight, ROOM: [],
+            "one memory, in blocks too": blocks[:1], "eight memories, in blocks too": blocks,
+            **{name: [name] for name in LORAS},
+        }  # fmt: skip
         engines = {name: engine(folder, name) for name in cases}
+        os.environ[FEED_FORWARD] = "1"  # requests are checked against it
         seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in cases}
         said: dict[str, Any] = {}
         for number in range(options.rounds + 1):
@@ -128,8 +145,9 @@ def main() -> None:
                     seconds[name]["prefill"].append(batch.seconds[0])
                     seconds[name]["decode"].append(sum(batch.seconds[1:]))
             print(f"round {number} of {options.rounds}", flush=True)
-        if said["base, plugin"] != said[FLOOR] or said["one memory"] == said[FLOOR]:
-            raise SystemExit("the base model answers otherwise with the plugin, or a memory says nothing")
+        silent = [name for name in cases if "memor" in name and said[name] == said[FLOOR]]
+        if silent or not said["base, plugin"] == said[ROOM] == said[FLOOR]:
+            raise SystemExit(f"the base model answers otherwise with the plugin, or a memory says nothing: {silent}")
     floor = seconds[FLOOR]
     ratios = {
         name: {kind: _summary([base / own for own, base in zip(times, floor[kind], strict=True)])
