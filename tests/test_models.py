@@ -22,6 +22,7 @@ from experiments.models.running import Failed, logits
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.kernels.read import read
 from prefixmemory.tuner import plan
+from prefixmemory.tuner.activation import activation
 
 #: One of each way to write attention: separate and fused projections, grouped keys, ALiBi, gates, sinks, latent
 #: attention, sliding and chunked windows, shared keys and values, experts, hybrids, decoders of encoder-decoders.
@@ -48,10 +49,11 @@ def test_the_sample_has_25_types_and_every_kind() -> None:
 @pytest.mark.parametrize(
     ("kind", "model_type"), [(CAUSAL_LM.name, t) for t in SAMPLE] + list(OTHER_KINDS.items()), ids=str
 )
-def test_memory_passes(kind: str, model_type: str) -> None:
+@pytest.mark.parametrize("method", ["memory", checks.BLOCKS])
+def test_memory_passes(kind: str, model_type: str, method: str) -> None:
     facts = ask_base(by_name(kind), model_type)
     assert facts.attends
-    outcome = checks.ask_method(by_name(kind), model_type, "memory", facts)
+    outcome = checks.ask_method(by_name(kind), model_type, method, facts)
     assert outcome["failed"] == {}
     asked = {"attach", *checks.CHECKS} - outcome["not_applicable"].keys()
     assert set(outcome["passed"]) == asked
@@ -100,6 +102,19 @@ def fails(check: str, on: checks.Subject) -> str:
 
 def test_a_layer_without_a_memory_fails() -> None:
     assert "no memory in 1 of 2" in fails("every layer", subject(layers_to_transform=[0]))
+
+
+def test_a_block_without_a_memory_fails() -> None:
+    asked = subject(feed_forward=2, exclude_modules=r".*layers\.1\.mlp\.\w+")
+    asked.method = checks.BLOCKS
+    assert "in a feed-forward block beside model.layers.1.self_attn" in fails("every layer", asked)
+
+
+def test_a_memory_that_speaks_too_early_or_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong, said in ((-1, "in front of the token"), (99, "stays silent")):
+        with monkeypatch.context() as patch:
+            patch.setattr(checks, "activation", lambda places, by=wrong: activation([place + by for place in places]))
+            assert said in fails("silent front", subject())
 
 
 def test_a_memory_that_does_nothing_fails() -> None:
@@ -173,6 +188,7 @@ def record(**failed: str) -> dict[str, object]:
         "base": {"class": "SomeModel", "attends": ["a", "b"], "cannot": {"generate": "the base model: it cannot"}},
         "methods": {
             "memory": {**outcome, "failed": failed},
+            checks.BLOCKS: outcome,
             "LoRA": outcome,
             "PREFIX_TUNING": {**outcome, "failed": {"acts": "a|b", "step": "no"}},
         },
@@ -182,7 +198,7 @@ def record(**failed: str) -> dict[str, object]:
 def test_a_failing_record_gives_a_row_with_the_check_and_the_reason() -> None:
     row = report.row(record(padding="logits of a padded row differ by 3"))
     assert row == (
-        "| somemodel | 2 | **no**: padding: logits of a padded row differ by 3 | works | "
+        "| somemodel | 2 | **no**: padding: logits of a padded row differ by 3 | works | works | "
         "**no**: acts: a\\|b (and 1 more) | generate: it cannot |"
     )
 

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
+from prefixmemory.tuner.activation import activation
+from prefixmemory.tuner.in_feed_forward import InFeedForward
 from prefixmemory.tuner.layers import memory_layers
 
 from .base import Facts, is_cross
-from .kinds import LONG, Batch, Kind, build_case
+from .kinds import CAUSAL_LM, LONG, Batch, Kind, build_case
 from .running import TOLERANCE, Failed, compare_generate, logits, loss, padding_error, reason
 
-METHODS = ("memory", "LoRA", "PREFIX_TUNING")
+#: A memory in the heads and one beside the feed-forward projections too, as recipes have it.
+BLOCKS = "with blocks"
+METHODS = ("memory", BLOCKS, "LoRA", "PREFIX_TUNING")
 #: A memory's other place, asked for by name: it has no column in docs/models.md.
 INSIDE = "inside"
 
@@ -56,6 +60,8 @@ def method_configs(method: str, kind: Kind, config: Any) -> dict[str, PeftConfig
     task = {"task_type": kind.task_type}
     if method == "memory":
         return {"default": PrefixMemoryConfig(**task)}
+    if method == BLOCKS:
+        return {"default": PrefixMemoryConfig(**task, feed_forward=8)}
     if method == INSIDE:
         return {"default": PrefixMemoryConfig(**task, placement="inside", prefix_length=4)}
     if method == "PREFIX_TUNING":
@@ -139,9 +145,13 @@ def check_zero_start(subject: Subject) -> None:
 
 def check_every_layer(subject: Subject) -> None:
     """A memory in every self-attention with a softmax through which gradients flow, and only where there is one."""
-    if subject.method not in ("memory", INSIDE):
+    if subject.method not in ("memory", BLOCKS, INSIDE):
         raise NotApplicable("asked of memories only")
-    hosts = {name for name, module in subject.base.named_modules() if "prefix_memory" in module._modules}
+    found = {n: m._modules["prefix_memory"] for n, m in subject.base.named_modules() if "prefix_memory" in m._modules}
+    hosts = {name for name, layer in found.items() if not isinstance(layer, InFeedForward)}
+    beside = {_layer(name) for name in found.keys() - hosts}
+    if subject.method == BLOCKS and (alone := [name for name in hosts if _layer(name) not in beside]):
+        raise Failed(f"no memory in a feed-forward block beside {alone[0]}")
 
     def related(a: str, b: str) -> bool:
         return a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
@@ -171,6 +181,25 @@ def check_acts(subject: Subject) -> None:
         raise Failed("the logits with a filled adapter are not finite")
     if torch.equal(changed, subject.base_logits):
         raise Failed("a filled adapter leaves the logits as they are")
+
+
+def check_silent_front(subject: Subject) -> None:
+    """A memory that speaks from a token on leaves the base model's logits before it, bit for bit."""
+    if subject.method not in ("memory", BLOCKS) or subject.kind != CAUSAL_LM:
+        raise NotApplicable("asked of memories in causal language models only")
+    half = LONG // 2
+    other = dict(subject.batch, input_ids=subject.batch["input_ids"].clone())
+    other["input_ids"][:, half:] = other["input_ids"][:, half:].flip(1)
+    with subject.model.disable_adapter():
+        ahead = logits(subject.model, other, subject.model_type)
+    if not torch.equal(ahead[:, :half], subject.base_logits[:, :half]):
+        raise NotApplicable("the base model's logits depend on later tokens, if only by rounding")
+    with activation([half] * len(subject.base_logits)):
+        said = logits(subject.model, subject.batch, subject.model_type)
+    if not torch.equal(said[:, :half], subject.base_logits[:, :half]):
+        raise Failed("logits in front of the token from which it speaks are not the base model's")
+    if torch.equal(said[:, half:], subject.base_logits[:, half:]):
+        raise Failed("it stays silent behind the token from which it speaks")
 
 
 def check_gradients(subject: Subject) -> None:
@@ -280,6 +309,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "zero start": check_zero_start,
     "every layer": check_every_layer,
     "acts": check_acts,
+    "silent front": check_silent_front,
     "gradients": check_gradients,
     "generate": check_generate,
     "padding": check_padding,
@@ -323,6 +353,13 @@ def ask_method(kind: Kind, model_type: str, method: str, facts: Facts) -> dict[s
             outcome["passed"].append(check)
         model.eval()
     return outcome
+
+
+def _layer(name: str) -> str:
+    """A module's name up to its first number: what it shares with the modules beside it."""
+    parts = name.split(".")
+    place = next((place for place, part in enumerate(parts) if part.isdecimal()), 0)
+    return ".".join(parts[: place + 1])
 
 
 def _short(name: str) -> str:

@@ -11,7 +11,7 @@ from . import records
 from .kinds import CAUSAL_LM, INPUTS_NEED_GRADIENTS, KINDS
 
 FILE = Path(__file__).parent.parent.parent / "docs" / "models.md"
-METHODS = ("memory", "LoRA", "PREFIX_TUNING")
+METHODS = ("memory", "with blocks", "LoRA", "PREFIX_TUNING")
 LONGEST = 200  # characters of a reason in a table
 NOT_THE_BASE = ("does not generate", "rows of one size")
 
@@ -30,10 +30,10 @@ Record = Mapping[str, Any]
 INTRODUCTION = """# Which models
 
 Every type of transformers' causal-LM mapping, and samples of other kinds, built tiny and random from the config class,
-offline, with three methods on each: a memory (`PrefixMemoryConfig()`), PEFT's `LoraConfig` and PEFT's
-`PrefixTuningConfig`. This file is written by
+offline, with four methods on each: a memory (`PrefixMemoryConfig()`), one with memories in the feed-forward blocks too
+(`feed_forward=8`, as recipes have it), PEFT's `LoraConfig` and PEFT's `PrefixTuningConfig`. This file is written by
 
-    python -m experiments.models             # measures everything (ten minutes on one core), writes this file
+    python -m experiments.models             # measures everything (15 minutes on one core), writes this file
     python -m experiments.models --report    # writes this file from the records in results/models
 
 {provenance}
@@ -44,8 +44,10 @@ offline, with three methods on each: a memory (`PrefixMemoryConfig()`), PEFT's `
 |---|---|
 | attach | `get_peft_model` accepts the model |
 | zero start | untrained, the base model's logits, bit for bit (not asked of a prefix, which starts at random) |
-| every layer | memory only: one in every module that is seen to compute softmax self-attention, and in no other |
+| every layer | memory only: one in every module that is seen to compute softmax self-attention, and in no other; \
+with blocks, one in a feed-forward block beside each |
 | acts | an adapter with random contents changes the logits |
+| silent front | memory in causal models: one that speaks from a token on leaves the logits before it, bit for bit |
 | gradients | training: every parameter of the adapter gets a finite gradient, not zero where its module gets one |
 | generate | greedy `generate` with cache: the tokens that whole forward passes give, and their logits to 1e-3 |
 | padding | a row padded on the left (encoders: on the right) has the logits that it has alone, to 1e-4 |
@@ -125,8 +127,8 @@ def section(title: str, by_type: Mapping[str, Record]) -> str:
             if alone:
                 lines.append(f"  {alone} of these fail at padding and nothing else.")
     lines += [""] if lines[-1] else []
-    lines += ["| type | attentions | memory | LoRA | PREFIX_TUNING | what the base model fails itself |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += [f"| type | attentions | {' | '.join(METHODS)} | what the base model fails itself |"]
+    lines += [f"|---|---|{'---|' * len(METHODS)}---|"]
     lines += [row(r) for r in kept]
     without = [r for r in by_type.values() if not counted(r) and not why_not_run(r)]
     if without:
@@ -168,9 +170,10 @@ def text(kinds: Mapping[str, Mapping[str, Record]]) -> str:
     parts.append(
         f"Of the {len(causal)} causal-LM types, {len(kept)} have softmax attention and can be run tiny "
         f"({len(causal) - len(kept) - not_run} have none,\n{not_run} cannot be run). A memory works on "
-        f"{right['memory']} of them, LoRA on {right['LoRA']}, prefix tuning on {right['PREFIX_TUNING']}.\n"
+        f"{right['memory']} of them, with blocks on {right['with blocks']}, LoRA on {right['LoRA']}, prefix tuning on "
+        f"{right['PREFIX_TUNING']}.\n"
     )
-    table = ["| kind | types that count | memory | LoRA | PREFIX_TUNING |", "|---|---|---|---|---|"]
+    table = [f"| kind | types that count | {' | '.join(METHODS)} |", f"|---|---|{'---|' * len(METHODS)}"]
     table += [summary_row(TITLES[n], [r for r in by_type.values() if counted(r)]) for n, by_type in kinds.items()]
     parts.append("\n".join(table) + "\n")
     parts += [section(TITLES[name], by_type) for name, by_type in kinds.items()]
