@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import Zamba2Config, Zamba2ForCausalLM
+from transformers import NemotronHConfig, NemotronHForCausalLM, Zamba2Config, Zamba2ForCausalLM
 
 import family_models
 import tiny
@@ -57,9 +57,11 @@ FOUND = {
     "qwen3_next": ["mlp"],
     "deepseek_v4": ["mlp"],
     "llama4": ["feed_forward"],
+    # experts of matrices that are no tensor of three axes
+    "dbrx": ["ffn"],
+    "jetmoe": ["mlp"],
+    "xlm": ["lin1", "lin2"],  # a list of blocks beside one of attentions
 }
-#: Their experts are lists of matrices, or their layers hold lists of blocks.
-NOT_FOUND = ("dbrx", "xlm", "jetmoe")
 #: Modules of the oracle: rotary and learned positions, a gate or none, biases, one projection for two.
 FAMILIES = {
     **dict.fromkeys(["llama", "llama_gqa", "qwen2", "qwen3", "gemma2", "gemma3", "mistral"], GATED),
@@ -136,7 +138,7 @@ def test_the_projections_of_the_blocks_are_found_and_no_others(family):
     assert not any(word in name for name in names for word in ("attn.", "attention.", "router", "norm"))
 
 
-@pytest.mark.parametrize("family", [name for name in CASES if name not in NOT_FOUND])
+@pytest.mark.parametrize("family", CASES)
 def test_each_of_them_counts_and_unload_leaves_nothing(family):
     model = family_models.build(CASES[family])
     with torch.no_grad():
@@ -176,6 +178,25 @@ def test_experts_that_are_a_block_by_themselves_stand_beside_the_other_block():
             layer.set_scale("default", 1.0)
 
 
+def test_layers_that_are_feed_forward_alone_have_them_where_no_layer_is_both():
+    config = NemotronHConfig(
+        vocab_size=128, hidden_size=32, layers_block_type=["linear_attention", "full_attention", "mlp"], head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, ssm_state_size=4, mamba_num_heads=4,
+        mamba_head_dim=8, n_groups=2, chunk_size=4,
+    )  # fmt: skip
+    model = NemotronHForCausalLM(config).eval()
+    adapted = with_both(model)
+    assert [name.rpartition("model.")[2] for name in in_blocks(adapted)] == [
+        "layers.2.mixer.up_proj", "layers.2.mixer.down_proj",
+    ]  # fmt: skip
+    ids = tiny.tokens()
+    whole = logits(adapted, ids)
+    for layer in in_blocks(adapted).values():
+        layer.set_scale("default", 0.0)
+        assert not torch.equal(logits(adapted, ids), whole)
+        layer.set_scale("default", 1.0)
+
+
 def test_a_models_own_adapters_are_no_projections():
     config = Zamba2Config(
         vocab_size=128, hidden_size=32, num_hidden_layers=2, layers_block_type=["mamba", "hybrid"], num_mem_blocks=1,
@@ -187,10 +208,12 @@ def test_a_models_own_adapters_are_no_projections():
     assert names and not any("adapter" in name for name in names)
 
 
-@pytest.mark.parametrize("family", NOT_FOUND)
-def test_a_model_whose_blocks_are_not_known_is_refused(family):
+def test_a_model_whose_blocks_are_not_known_is_refused():
+    model = tiny.build()
+    for layer in model.model.layers:
+        layer.mlp = nn.Identity()
     with pytest.raises(PrefixMemoryError, match="feed_forward=4 finds no feed-forward projection"):
-        get_peft_model(family_models.build(CASES[family]), PrefixMemoryConfig(feed_forward=4))
+        get_peft_model(model, PrefixMemoryConfig(feed_forward=4))
 
 
 def test_only_what_is_asked_for():
@@ -408,8 +431,8 @@ def test_lora_that_is_taken_away_from_around_it_is_missed():
         logits(merged, tiny.tokens())
 
 
-def test_lists_of_experts_are_left_alone():
-    """Each reads the tokens that chose it: their places in the batch are lost."""
+def test_a_block_with_a_list_of_experts_has_one_as_a_whole():
+    """Each expert reads the tokens that chose it: their places in the batch are lost."""
 
     class Experts(nn.Module):
         def __init__(self, plain: nn.Module) -> None:
@@ -419,7 +442,10 @@ def test_lists_of_experts_are_left_alone():
     model = tiny.build()
     for layer in model.model.layers:
         layer.mlp = Experts(layer.mlp)
-    assert not find_feed_forward(model, find_sites(model))
+    found = find_feed_forward(model, find_sites(model))
+    assert {name: (site.reads, site.returns) for name, site in found.items()} == {
+        f"model.layers.{i}.mlp": (32, 32) for i in range(len(model.model.layers))
+    }
 
 
 def test_an_adapter_without_them_makes_none():

@@ -19,7 +19,7 @@ from prefixmemory.tuner.in_feed_forward import InFeedForward
 from prefixmemory.tuner.layers import memory_layers
 
 from .base import Facts, is_cross
-from .kinds import CAUSAL_LM, LONG, Batch, Kind, build_case
+from .kinds import CAUSAL_LM, LONG, Batch, Kind, build_case, ids
 from .running import TOLERANCE, Failed, compare_generate, logits, loss, padding_error, reason
 
 #: A memory in the heads and one beside the feed-forward projections too, as recipes have it.
@@ -94,6 +94,8 @@ def attach(method: str, kind: Kind, model_type: str) -> tuple[PreTrainedModel, P
 
 #: Of the largest logit: 84 times the rounding step of float32.
 RELOADED = 1e-5
+#: The same: four rounding steps.
+ROUNDED = 5e-7
 
 
 def adapter(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -150,7 +152,9 @@ def check_every_layer(subject: Subject) -> None:
     found = {n: m._modules["prefix_memory"] for n, m in subject.base.named_modules() if "prefix_memory" in m._modules}
     hosts = {name for name, layer in found.items() if not isinstance(layer, InFeedForward)}
     beside = {_layer(name) for name in found.keys() - hosts}
-    if subject.method == BLOCKS and (alone := [name for name in hosts if _layer(name) not in beside]):
+    alone = sorted(name for name in hosts if _layer(name) not in beside)
+    of_either_kind = beside and len(alone) == len(hosts)  # each layer is attention or feed-forward
+    if subject.method == BLOCKS and alone and not of_either_kind:
         raise Failed(f"no memory in a feed-forward block beside {alone[0]}")
 
     def related(a: str, b: str) -> bool:
@@ -187,18 +191,23 @@ def check_silent_front(subject: Subject) -> None:
     """A memory that speaks from a token on leaves the base model's logits before it, bit for bit."""
     if subject.method not in ("memory", BLOCKS) or subject.kind != CAUSAL_LM:
         raise NotApplicable("asked of memories in causal language models only")
-    half = LONG // 2
+    half, own = LONG // 2, subject.base_logits
+    # experts multiply all of their tokens at once, so that how a token's numbers are rounded hangs on later ones
+    rounding = ROUNDED * float(own.abs().max()) if any("expert" in name for name in subject.modules) else 0.0
     other = dict(subject.batch, input_ids=subject.batch["input_ids"].clone())
-    other["input_ids"][:, half:] = other["input_ids"][:, half:].flip(1)
+    other["input_ids"][:, half:] = ids(*other["input_ids"][:, half:].shape, seed=5)
     with subject.model.disable_adapter():
         ahead = logits(subject.model, other, subject.model_type)
-    if not torch.equal(ahead[:, :half], subject.base_logits[:, :half]):
-        raise NotApplicable("the base model's logits depend on later tokens, if only by rounding")
-    with activation([half] * len(subject.base_logits)):
-        said = logits(subject.model, subject.batch, subject.model_type)
-    if not torch.equal(said[:, :half], subject.base_logits[:, :half]):
+    if (ahead - own)[:, :half].abs().max() > rounding:
+        raise NotApplicable("the base model's logits depend on later tokens")
+    try:
+        with activation([half] * len(own)):
+            said = logits(subject.model, subject.batch, subject.model_type)
+    except PrefixMemoryError as error:
+        raise NotApplicable(f"refused: {error}") from error
+    if (said - own)[:, :half].abs().max() > rounding:
         raise Failed("logits in front of the token from which it speaks are not the base model's")
-    if torch.equal(said[:, half:], subject.base_logits[:, half:]):
+    if (said - own)[:, half:].abs().max() < 1e-3:
         raise Failed("it stays silent behind the token from which it speaks")
 
 
@@ -258,7 +267,9 @@ def check_padding(subject: Subject) -> None:
     # A prefix inside stands at one place, so that queries must have the positions that they have alone.
     positions = positions or (subject.method == INSIDE and subject.kind.padding == "left")
     error = padding_error(subject.model, subject.kind, config, subject.model_type, positions)
-    if not error <= TOLERANCE:
+    with subject.model.disable_adapter():
+        own = padding_error(subject.model, subject.kind, config, subject.model_type, positions)
+    if not error <= max(TOLERANCE, 2 * own):
         raise Failed(f"logits of a padded row differ by {error:.1g}")
 
 

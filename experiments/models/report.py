@@ -47,10 +47,12 @@ offline, with four methods on each: a memory (`PrefixMemoryConfig()`), one with 
 | every layer | memory only: one in every module that is seen to compute softmax self-attention, and in no other; \
 with blocks, one in a feed-forward block beside each |
 | acts | an adapter with random contents changes the logits |
-| silent front | memory in causal models: one that speaks from a token on leaves the logits before it, bit for bit |
+| silent front | memory in causal models: one that speaks from a token on leaves the logits before it, bit for bit; to \
+four roundings where experts multiply all their tokens at once |
 | gradients | training: every parameter of the adapter gets a finite gradient, not zero where its module gets one |
 | generate | greedy `generate` with cache: the tokens that whole forward passes give, and their logits to 1e-3 |
-| padding | a row padded on the left (encoders: on the right) has the logits that it has alone, to 1e-4 |
+| padding | a row padded on the left (encoders: on the right) has the logits that it has alone, to 1e-4, or to \
+twice what the base model's own differ by |
 | reload | `save_pretrained`, then `from_pretrained` onto a fresh base: the same parameters bit for bit, close logits |
 | disable | inside `disable_adapter()`, the base model's logits, bit for bit |
 | cross attention | memory in encoder-decoders: cross attention gets some when it is named; they act and get gradients |
@@ -126,6 +128,9 @@ def section(title: str, by_type: Mapping[str, Record]) -> str:
             lines.append(f"- {method} fails on {sum(first.values())}; by the first check that fails: {listed}.")
             if alone:
                 lines.append(f"  {alone} of these fail at padding and nothing else.")
+    refused = [r["type"] for r in kept if _refused(r)]
+    if refused:
+        lines += ["- A memory that speaks from a token on is refused, in one sentence, by " + ", ".join(refused) + "."]
     lines += [""] if lines[-1] else []
     lines += [f"| type | attentions | {' | '.join(METHODS)} | what the base model fails itself |"]
     lines += [f"|---|---|{'---|' * len(METHODS)}---|"]
@@ -141,6 +146,12 @@ def section(title: str, by_type: Mapping[str, Record]) -> str:
         lines += ["", "Not built tiny, or not run:", ""]
         lines += [f"- {name}: {_short(why)}" for name, why in not_run.items()]
     return "\n".join([*lines, ""])
+
+
+def _refused(record: Record) -> bool:
+    """Whether a memory that speaks from a token on is refused."""
+    outcome = record["methods"].get("memory") or {"not_applicable": {}}
+    return str(outcome["not_applicable"].get("silent front", "")).startswith("refused")
 
 
 def provenance(all_records: list[Record]) -> str:

@@ -1,14 +1,15 @@
 """Finding the feed-forward blocks beside attention: their projections, as places for memories.
 
 A feed-forward block is a key-value memory itself, f(xK)V (Geva et al., 2012.14913). A memory beside each of its
-projections reads what the projection reads, and adds to what it returns. Experts that lie in one tensor are no modules:
-there the memory stands beside the whole block, as one beside all of its experts.
+projections reads what the projection reads, and adds to what it returns. Experts that lie in one tensor are no modules
+(nor are those of which each reads the tokens that chose it): there the memory stands beside the whole block, as one
+beside all of its experts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,28 +60,31 @@ class FeedForwardSite:
 
 
 def feed_forward_site(module: nn.Module, parent: nn.Module | None = None, name: str = "") -> FeedForwardSite | None:
-    """Describe a projection, or a block with experts in one tensor; ``None``: it is neither."""
-    for reads, returns in (("in_features", "out_features"), ("nx", "nf")):  # the latter: transformers' Conv1D
-        widths = getattr(module, reads, None), getattr(module, returns, None)
-        if isinstance(widths[0], int) and isinstance(widths[1], int):
-            return FeedForwardSite(module, widths[0], widths[1], parent, name)
-    if width := _width_of_experts(module):
-        return FeedForwardSite(module, width, width, parent, name)
-    return None
+    """Describe a projection, or a block with experts in it; ``None``: it is neither."""
+    widths = _widths(module)
+    if widths is None and (width := _width_of_router(module)):
+        widths = width, width
+    return None if widths is None else FeedForwardSite(module, *widths, parent, name)
 
 
 def find_feed_forward(model: nn.Module, attention: Mapping[str, AttentionSite]) -> dict[str, FeedForwardSite]:
     """The feed-forward projections of the layers in which the sites ``attention`` stand, by module name.
 
-    Layers are the outermost items of a list that hold attention; a layer without any that is known has none.
+    Layers are the outermost items of a list that hold attention; a layer without any that is known has none. Where no
+    such layer has one, since a layer is either attention or feed-forward (Nemotron-H, XLM): those of their model.
     """
-    found: dict[str, FeedForwardSite] = {}
     outputs = {id(site.output_projection) for site in attention.values()}
-    for layer in dict.fromkeys(_layer_of(model, name) for name in attention):
-        start = f"{layer}." if layer else ""
-        for path, site in _in_layer(model.get_submodule(layer), outputs):
-            found[start + path] = site
-    return found
+    layers = list(dict.fromkeys(_layer_of(model, name) for name in attention))
+    models = dict.fromkeys(layer.rpartition(".")[0].rpartition(".")[0] for layer in layers if "." in layer)
+
+    def within(names: Iterable[str]) -> dict[str, FeedForwardSite]:
+        return {
+            f"{name}.{path}" if name else path: site
+            for name in names
+            for path, site in _in_blocks(model.get_submodule(name), outputs)
+        }
+
+    return within(layers) or within(models)
 
 
 def is_in_block(path: str) -> bool:
@@ -97,22 +101,43 @@ def _layer_of(model: nn.Module, name: str) -> str:
     return ".".join(parts[:-1])
 
 
-def _in_layer(layer: nn.Module, outputs: set[int]) -> Iterator[tuple[str, FeedForwardSite]]:
-    waiting: list[tuple[str, bool, nn.Module]] = [("", False, layer)]
-    while waiting:
-        path, inside, module = waiting.pop()
-        site = feed_forward_site(module) if inside else None
-        if site is not None:
-            yield path, site
+def _in_blocks(
+    module: nn.Module, outputs: set[int], path: str = "", inside: bool = False
+) -> Iterator[tuple[str, FeedForwardSite]]:
+    """The sites of the blocks in ``module``, or, where it is ``inside`` of one, of it and what it holds."""
+    if inside and (widths := _widths(module)) is not None:
+        yield path, FeedForwardSite(module, *widths)
+        return
+    for name, child in module._modules.items():
+        if child is None or id(child) in outputs or name == CHILD or NOT_IN_BLOCKS.fullmatch(name):
             continue
-        children = [(name, child) for name, child in module._modules.items() if child is not None]
-        for name, child in reversed(children):
-            is_attention = ATTENTION.search(type(child).__name__) and feed_forward_site(child) is None
-            if is_attention or id(child) in outputs or name == CHILD or NOT_IN_BLOCKS.fullmatch(name):
-                continue
-            if isinstance(child, nn.ModuleList) and EXPERTS.fullmatch(name):
-                continue
-            waiting.append((f"{path}.{name}" if path else name, inside or bool(BLOCKS.fullmatch(name)), child))
+        if ATTENTION.search(type(child).__name__) and _widths(child) is None:
+            continue
+        if isinstance(child, nn.ModuleList) and EXPERTS.fullmatch(name):
+            continue
+        here = f"{path}.{name}" if path else name
+        is_block = not inside and bool(BLOCKS.fullmatch(name))
+        found = list(_in_blocks(child, outputs, here, inside or is_block))
+        if is_block and not found and (whole := feed_forward_site(child)) is not None:
+            found = [(here, whole)]
+        yield from found
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """How many features a projection reads and returns, or a block whose experts lie in one tensor."""
+    for reads, returns in (("in_features", "out_features"), ("nx", "nf")):  # the latter: transformers' Conv1D
+        widths = getattr(module, reads, None), getattr(module, returns, None)
+        if isinstance(widths[0], int) and isinstance(widths[1], int):
+            return widths[0], widths[1]
+    width = _width_of_experts(module)
+    return (width, width) if width else None
+
+
+def _width_of_router(block: nn.Module) -> int | None:
+    """The features that a block reads, if something in it chooses experts by them, whatever these are made of."""
+    routers = [child for name, child in block.named_children() if NOT_IN_BLOCKS.fullmatch(name)]
+    sizes = (getattr(module, "in_features", None) for router in routers for module in router.modules())
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def _width_of_experts(module: nn.Module) -> int | None:

@@ -80,7 +80,7 @@ def _check_blocks(
     if not known:
         raise PrefixMemoryError(
             f"feed_forward={config.feed_forward} finds no feed-forward projection in {model} that prefixmemory knows. "
-            "Leave it out."
+            "Leave it out; a recipe without a method has it by itself: give it `method: {active_from: auto}`."
         )
     saved = set(config.modules_to_save or ())
     if both := [name for name in known if saved.intersection(name.split("."))]:
