@@ -258,5 +258,5 @@ def test_memories_reach_the_target() -> None:
     kept = [r for r in records.read(CAUSAL_LM.name).values() if report.counted(r)]
     right = {method: sum(report.works(r["methods"][method]) for r in kept) for method in report.METHODS}
     assert len(kept) >= 175
-    assert right["memory"] >= 0.95 * len(kept)
+    assert min(right["memory"], right[checks.BLOCKS]) >= 0.95 * len(kept)
     assert right["memory"] >= right["LoRA"]
