@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import tiny
 from family_models import CASES, build, inputs, run
 from prefixmemory import PrefixMemoryConfig, reference
 from prefixmemory.attention import families
@@ -338,3 +339,17 @@ def test_every_row_of_the_tables_is_tried():
     assert cores == set(families.CORES)
     rows = {_projection(site.core) for site in sites}
     assert {row.path for row in set(families.QUERY_PROJECTIONS) - rows} == {"q_attn"}  # tried above
+
+
+def test_a_memory_stays_where_a_model_makes_the_module_around_its_projections_anew():
+    """BigBird does when a text is short: the query projection is where it was, in another module."""
+    case = CASES["big_bird"]
+    model = build(case)
+    adapted = get_peft_model(model, PrefixMemoryConfig()).eval()
+    core = model.get_submodule(next(iter(find_sites(model)))).self
+    with torch.no_grad():
+        before = run(case, model)
+    assert model.get_submodule(next(iter(find_sites(model)))).self is not core
+    tiny.randomize(adapted, std=0.5)
+    with torch.no_grad():
+        assert (run(case, adapted) - before).abs().max() > 1e-3

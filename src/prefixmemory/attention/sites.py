@@ -120,7 +120,11 @@ class AttentionSite:
     def intact(self) -> bool:
         """Whether the hooked modules are still where they were found (nothing wrapped them since)."""
         links: tuple[Any, ...] = self.__dict__["_links"]
-        return all([children.get(name) is child for children, name, child in links])
+        if all([children.get(name) is child for children, name, child in links]):
+            return True
+        # BigBird makes the module between anew, around the same projections, when a text is short
+        hooked = ((self.query_path, self.query_source), (self.output_path, self.output_projection))
+        return all(_at(self.module, path) is module for path, module in hooked)
 
     def attach(self, layer: nn.Module) -> None:
         """Hang a memory layer into the module, where the query tap finds it too."""
@@ -168,6 +172,14 @@ def _steps(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Mo
         assert child is not None
         yield module, name, child
         module = child
+
+
+def _at(module: nn.Module, path: str) -> nn.Module | None:
+    """The descendant of that dotted name; ``None``: there is none."""
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 def placement(projection: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
