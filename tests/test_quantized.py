@@ -57,6 +57,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning"),
 ]
 
+#: In the heads alone, and beside the packed projections of the feed-forward blocks too.
+PLACES = pytest.mark.parametrize("fields", [{}, {"feed_forward": 4}], ids=["heads", "blocks"])
+
 # --- the measuring stick itself ---------------------------------------------------------------------------------
 
 
@@ -80,14 +83,15 @@ def test_negative_control_one_flipped_bit_in_any_storage_is_seen(folder, kind):
 # --- exactness and gradients ------------------------------------------------------------------------------------
 
 
+@PLACES
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_disabled_and_unloaded_memories_leave_the_quantised_base_exactly(folder, kind, dtype, mode):
+def test_zero_disabled_and_unloaded_memories_leave_the_quantised_base_exactly(folder, kind, dtype, mode, fields):
     model = load_model(folder, dtype, quantization=kind).train(mode == "train")
     before = bits(model)
     alone = logits(model)
-    adapted = adapt(model).train(mode == "train")
+    adapted = adapt(model, **fields).train(mode == "train")
     assert {p.dtype for p in memory_parameters(adapted).values()} == {torch.float32}
     assert torch.equal(logits(adapted), alone)
     randomize(adapted)
@@ -109,8 +113,9 @@ def test_without_peft_upcasting_a_memory_takes_a_floating_dtype(folder, kind):
     assert all(p.abs().max() > 0 for p in memory_parameters(adapted).values())
 
 
+@PLACES
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_on_the_unpacked_weights(folder, kind):
+def test_gradients_are_those_on_the_unpacked_weights(folder, kind, fields):
     packed = load_model(folder, "float32", quantization=kind)
     plain = build()
     for name, module in packed.named_modules():
@@ -118,7 +123,7 @@ def test_gradients_are_those_on_the_unpacked_weights(folder, kind):
             plain.get_submodule(name).weight.data.copy_(unpacked(module))
 
     def gradients(model):
-        adapted = adapt(model).train()
+        adapted = adapt(model, **fields).train()
         randomize(adapted)
         ids = tokens(4, 12).to(model.device)
         adapted(ids, labels=ids).loss.backward()
@@ -209,15 +214,16 @@ def test_a_float32_memory_trains_on_a_bfloat16_base(folder, kind, autocast):
     check_training(adapt(model), before, autocast=autocast)
 
 
+@PLACES
 @pytest.mark.parametrize("prepared", [False, True], ids=["as loaded", "prepared"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_trainer_with_evaluations_and_gradient_checkpointing(folder, tmp_path, kind, prepared):
+def test_trainer_with_evaluations_and_gradient_checkpointing(folder, tmp_path, kind, prepared, fields):
     reentrant = {"use_reentrant": prepared}  # both ways that torch has; the first needs the inputs' gradient
     model = load_model(folder, "bfloat16" if prepared else "float32", quantization=kind)
     if prepared:
         model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=reentrant)
     before = bits(model)
-    adapted = adapt(model)
+    adapted = adapt(model, **fields)
     start, rows = copies(adapted), [{"input_ids": r, "labels": r} for r in tokens(8, 12).tolist()]
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
@@ -257,10 +263,11 @@ def test_trl_sft_with_evaluations(folder, tmp_path, kind):
 # --- between plain and packed bases -----------------------------------------------------------------------------
 
 
+@PLACES
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_moves_between_the_plain_and_the_packed_base(folder, tmp_path, kind):
+def test_an_adapter_moves_between_the_plain_and_the_packed_base(folder, tmp_path, kind, fields):
     for source, target in ((None, kind), (kind, None)):
-        trained = adapt(load_model(folder, "float32", quantization=source))
+        trained = adapt(load_model(folder, "float32", quantization=source), **fields)
         randomize(trained, std=0.2)  # entries of A·B of about 0.1
         adapter = tmp_path / f"from-{source}"
         trained.save_pretrained(adapter)
