@@ -160,13 +160,14 @@ def check_hotswap() -> None:
     print("ok: hotswap_adapter, no recompilation")
 
 
-def check_switch() -> None:
+def check_switch(**fields: int) -> None:
     """Adapters alike share a graph of the model below PEFT's, whose forward names the adapter; all scales but 1 one."""
     torch._dynamo.reset()
-    model, ids = with_memory(build("llama_gqa"), **DEFAULT), tokens(2, 11)
+    config = {**DEFAULT, **fields}
+    model, ids = with_memory(build("llama_gqa"), **config), tokens(2, 11)
     names = ["default", *(f"other{n}" for n in range(10))]  # more than dynamo's limit of graphs
     for seed, name in enumerate(names[1:], start=3):
-        model.add_adapter(name, PrefixMemoryConfig(task_type="CAUSAL_LM", **DEFAULT))
+        model.add_adapter(name, PrefixMemoryConfig(task_type="CAUSAL_LM", **config))
         randomize(model, name, seed)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model.get_base_model(), backend=counter, fullgraph=True)
@@ -203,6 +204,7 @@ def main(query: str, backend: str) -> None:
         check_activation()
         check_hotswap()
         check_switch()
+        check_switch(feed_forward=4)
         for fields in ({}, {"scale": 0.5}):
             check_whole(placement="inside", prefix_length=3, **fields)
         check_whole(prefix_length=3, similarity="softmax", mixing="head")

@@ -56,6 +56,7 @@ ALIKE = [
     {"rank": None, "normalize": "feature_mean", "query": "rotary", "scale": 0.5},
     {"feature_map": "softmax", "output_limit": 0.1, "layers_to_transform": [1]},
     {"prefix_length": 3},
+    {**DEFAULT, "feed_forward": 4},
 ]
 
 
@@ -64,7 +65,8 @@ ALIKE = [
 def test_memories_that_are_alike_are_read_together_and_each_row_gets_its_own(config, length, stacks):
     model, ids = three(**config), tokens(len(ROWS), length)
     found = logits(model, ROWS, ids)
-    assert stacks == [3] * len(stacks) and len(stacks) == (1 if "layers_to_transform" in config else 2)
+    layers = 1 if "layers_to_transform" in config else 2
+    assert stacks == [3] * (layers * (4 if "feed_forward" in config else 1))
     for row, name in enumerate(ROWS):
         alone = logits(model, [name], ids[[row]])
         close_logits(found[[row]], alone)

@@ -69,8 +69,9 @@ class PrefixMemoryModel(BaseTuner):
         if peft_config.active_from != "start" and peft_config.invocation_tokens is None:
             place = "question" if peft_config.active_from == "auto" else peft_config.active_from
             raise PrefixMemoryError(
-                f"active_from={peft_config.active_from!r} needs a recipe, which reads the rows. Use {place!r} with "
-                f"invocation_tokens=prefixmemory.invocation_tokens({place!r}, tokenizer), or 'start'."
+                f"active_from={peft_config.active_from!r} says where, and a recipe finds the tokens there; elsewhere give "
+                f"active_from={place!r} and invocation_tokens: prefixmemory.invocation_tokens({place!r}, tokenizer) finds "
+                "them."
             )
         attention = find_sites(self.model)
         feed_forward = {} if peft_config.feed_forward is None else find_feed_forward(self.model, attention)
