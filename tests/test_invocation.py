@@ -113,7 +113,7 @@ def test_tokens_that_are_given_stay():
 
 
 def test_auto_is_the_question_or_the_start_and_needs_the_rows():
-    with pytest.raises(PrefixMemoryError, match="active_from='auto' says where.*give active_from='question' and"):
+    with pytest.raises(PrefixMemoryError, match=r"active_from='auto' says where.*give active_from='question' and"):
         attach(tiny.build(), PrefixMemoryConfig(active_from="auto"))
     for rows, found in ((TEXTS, "question"), ([*TEXTS, *TALKS], "start")):
         config = PrefixMemoryConfig(active_from="auto")

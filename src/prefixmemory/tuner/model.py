@@ -67,11 +67,12 @@ class PrefixMemoryModel(BaseTuner):
                 "the adapter here all the same, pass a config with base_model_fingerprint=None."
             )
         if peft_config.active_from != "start" and peft_config.invocation_tokens is None:
-            place = "question" if peft_config.active_from == "auto" else peft_config.active_from
+            asked = peft_config.active_from
+            place = "question" if asked == "auto" else asked
             raise PrefixMemoryError(
-                f"active_from={peft_config.active_from!r} says where, and a recipe finds the tokens there; elsewhere give "
-                f"active_from={place!r} and invocation_tokens: prefixmemory.invocation_tokens({place!r}, tokenizer) finds "
-                "them."
+                f"active_from={asked!r} says where, and a recipe finds the tokens there; elsewhere give "
+                f"active_from={place!r} and invocation_tokens: prefixmemory.invocation_tokens({place!r}, tokenizer) "
+                "finds them."
             )
         attention = find_sites(self.model)
         feed_forward = {} if peft_config.feed_forward is None else find_feed_forward(self.model, attention)
