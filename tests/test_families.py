@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import tiny
 from family_models import CASES, build, inputs, run
-from prefixmemory import PrefixMemoryConfig, reference
+from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, reference
 from prefixmemory.attention import families
 from prefixmemory.attention.discovery import _projection, find_site, find_sites, is_cross_attention
 from prefixmemory.attention.sites import AttentionSite
@@ -353,3 +353,6 @@ def test_a_memory_stays_where_a_model_makes_the_module_around_its_projections_an
     tiny.randomize(adapted, std=0.5)
     with torch.no_grad():
         assert (run(case, adapted) - before).abs().max() > 1e-3
+    inject_adapter_in_model(LoraConfig(target_modules=["query"]), model)
+    with pytest.raises(PrefixMemoryError, match="wrapped or replaced"), torch.no_grad():
+        run(case, model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import NemotronHConfig, NemotronHForCausalLM, Zamba2Config, Zamba2ForCausalLM
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    NllbMoeConfig,
+    SwitchTransformersConfig,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+)
 
 import family_models
 import tiny
@@ -429,6 +438,68 @@ def test_lora_that_is_taken_away_from_around_it_is_missed():
     merged = lora.merge_and_unload()
     with pytest.raises(PrefixMemoryError, match="down_proj of LlamaMLP was replaced"):
         logits(merged, tiny.tokens())
+
+
+SPARSE = {
+    "switch": SwitchTransformersConfig(
+        vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, num_decoder_layers=2, num_experts=4,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0, router_jitter_noise=0.0,
+    ),
+    "nllb": NllbMoeConfig(
+        vocab_size=128, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_experts=4, encoder_sparse_step=2,
+        decoder_sparse_step=2, pad_token_id=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_rows_with_adapters_of_their_own_get_them_beside_experts_too(kind):
+    """Within an expert, nobody could say whose its tokens are."""
+    torch.manual_seed(0)
+    adapted = AutoModelForSeq2SeqLM.from_config(SPARSE[kind]).eval()
+    config = PrefixMemoryConfig(task_type="SEQ_2_SEQ_LM", feed_forward=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of cross attention, which gets none
+        adapted = get_peft_model(adapted, config)
+        adapted.add_adapter("b", dataclasses.replace(config))
+    for seed, name in enumerate(("default", "b"), start=2):
+        tiny.randomize(adapted, name, seed=seed)
+    adapted.eval()
+    assert not any(".expert_" in name for name in in_blocks(adapted))
+    batch = {"input_ids": tiny.tokens(2, 9), "decoder_input_ids": tiny.tokens(2, 5)}
+    with torch.no_grad():
+        both = adapted(**batch, adapter_names=["default", "b"]).logits
+        for row, name in enumerate(("default", "b")):
+            own = {key: value[[row]] for key, value in batch.items()}
+            alone, other = (
+                adapted(**own, adapter_names=[each]).logits for each in (name, "b" if not row else "default")
+            )
+            torch.testing.assert_close(both[[row]], alone, atol=1e-5, rtol=0)
+            assert (alone - other).abs().max() > 1e-3
+
+
+def test_where_no_layer_has_a_block_those_beside_its_model_are_no_layers():
+    model = tiny.build()
+    for layer in model.model.layers:
+        layer.mlp = nn.Identity()
+    model.model.connector = nn.ModuleDict({"mlp": nn.Linear(32, 32)})
+    model.fc_head = nn.Linear(32, 4)
+    assert not find_feed_forward(model, find_sites(model))
+
+
+def test_a_tower_with_blocks_does_not_hide_the_layers_of_another():
+    """Nemotron-H's beside a vision tower's: each model by itself."""
+    model = tiny.build()
+    model.tower = tiny.build().model
+    for number, layer in enumerate(model.model.layers):
+        if number % 2:
+            layer.self_attn = nn.Identity()
+        else:
+            layer.mlp = nn.Identity()
+    found = find_feed_forward(model, find_sites(model))
+    assert {name.split(".")[0] for name in found} == {"model", "tower"}
+    assert [name for name in found if name.startswith("model.")] == [f"model.layers.1.mlp.{name}" for name in GATED]
 
 
 def test_a_block_with_a_list_of_experts_has_one_as_a_whole():

@@ -1,9 +1,8 @@
 """Finding the feed-forward blocks beside attention: their projections, as places for memories.
 
 A feed-forward block is a key-value memory itself, f(xK)V (Geva et al., 2012.14913). A memory beside each of its
-projections reads what the projection reads, and adds to what it returns. Experts that lie in one tensor are no modules
-(nor are those of which each reads the tokens that chose it): there the memory stands beside the whole block, as one
-beside all of its experts.
+projections reads what the projection reads, and adds to what it returns. Experts have none of their own: they lie in
+one tensor, or each reads the tokens that chose it. Where a block has nothing else, one stands beside the whole block.
 """
 
 from __future__ import annotations
@@ -23,8 +22,10 @@ BLOCKS = re.compile(
     r"(block_sparse_)?moe|\w*mlp\w*|\w*ffn\w*|feed_?forward\w*|ff|fc\w*|intermediate|output|DenseReluDense|wi(_\d)?|wo"
     r"|lin[12]|linear[12]|dense_(h_to_4h|4h_to_h)|(gate|up|down|gate_up)_proj|\w*expert\w*"
 )
-#: Names of what chooses experts, weighs them, normalises in front of a block, or adapts it (Zamba 2).
-NOT_IN_BLOCKS = re.compile(r"gate|router|\w*_gate|\w*norm\w*|\w*adapter\w*")
+#: Names of what chooses experts, or weighs them.
+ROUTERS = re.compile(r"gate|router|\w*_gate")
+#: Names of these, of what normalises in front of a block, or adapts it (Zamba 2).
+NOT_IN_BLOCKS = re.compile(rf"{ROUTERS.pattern}|\w*norm\w*|\w*adapter\w*")
 #: Names of lists of experts: each reads the tokens that chose it, so that nobody can say whose they are.
 EXPERTS = re.compile(r"\w*experts?")
 
@@ -71,20 +72,20 @@ def find_feed_forward(model: nn.Module, attention: Mapping[str, AttentionSite]) 
     """The feed-forward projections of the layers in which the sites ``attention`` stand, by module name.
 
     Layers are the outermost items of a list that hold attention; a layer without any that is known has none. Where no
-    such layer has one, since a layer is either attention or feed-forward (Nemotron-H, XLM): those of their model.
+    layer of a list has one, since each is either attention or feed-forward (Nemotron-H, XLM): those in that list, and
+    in the lists beside it.
     """
     outputs = {id(site.output_projection) for site in attention.values()}
-    layers = list(dict.fromkeys(_layer_of(model, name) for name in attention))
-    models = dict.fromkeys(layer.rpartition(".")[0].rpartition(".")[0] for layer in layers if "." in layer)
-
-    def within(names: Iterable[str]) -> dict[str, FeedForwardSite]:
-        return {
-            f"{name}.{path}" if name else path: site
-            for name in names
-            for path, site in _in_blocks(model.get_submodule(name), outputs)
-        }
-
-    return within(layers) or within(models)
+    by_model: dict[str | None, dict[str, None]] = {}  # what holds the list, and its layers
+    for name in attention:
+        layer = _layer_of(model, name)
+        above = layer.rpartition(".")[0]
+        listed = isinstance(model.get_submodule(above), nn.ModuleList)
+        by_model.setdefault(above.rpartition(".")[0] if listed else None, {})[layer] = None
+    found: dict[str, FeedForwardSite] = {}
+    for holder, layers in by_model.items():
+        found |= dict(_within(model, layers, outputs)) or dict(_in_lists(model, holder, outputs))
+    return found
 
 
 def is_in_block(path: str) -> bool:
@@ -101,6 +102,19 @@ def _layer_of(model: nn.Module, name: str) -> str:
     return ".".join(parts[:-1])
 
 
+def _within(model: nn.Module, names: Iterable[str], outputs: set[int]) -> Iterator[tuple[str, FeedForwardSite]]:
+    for name in names:
+        yield from _in_blocks(model.get_submodule(name), outputs, name)
+
+
+def _in_lists(model: nn.Module, holder: str | None, outputs: set[int]) -> Iterator[tuple[str, FeedForwardSite]]:
+    """Those of the lists that ``holder`` has; ``None``: it is not known."""
+    for name, child in () if holder is None else model.get_submodule(holder).named_children():
+        if isinstance(child, nn.ModuleList):
+            path = f"{holder}.{name}" if holder else name
+            yield from _in_blocks(child, outputs, path, inside=bool(BLOCKS.fullmatch(name)))
+
+
 def _in_blocks(
     module: nn.Module, outputs: set[int], path: str = "", inside: bool = False
 ) -> Iterator[tuple[str, FeedForwardSite]]:
@@ -113,7 +127,7 @@ def _in_blocks(
             continue
         if ATTENTION.search(type(child).__name__) and _widths(child) is None:
             continue
-        if isinstance(child, nn.ModuleList) and EXPERTS.fullmatch(name):
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and EXPERTS.fullmatch(name):
             continue
         here = f"{path}.{name}" if path else name
         is_block = not inside and bool(BLOCKS.fullmatch(name))
@@ -135,7 +149,7 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
 
 def _width_of_router(block: nn.Module) -> int | None:
     """The features that a block reads, if something in it chooses experts by them, whatever these are made of."""
-    routers = [child for name, child in block.named_children() if NOT_IN_BLOCKS.fullmatch(name)]
+    routers = [child for name, child in block.named_children() if ROUTERS.fullmatch(name)]
     sizes = (getattr(module, "in_features", None) for router in routers for module in router.modules())
     return next((size for size in sizes if isinstance(size, int)), None)
 

@@ -122,9 +122,9 @@ class AttentionSite:
         links: tuple[Any, ...] = self.__dict__["_links"]
         if all([children.get(name) is child for children, name, child in links]):
             return True
-        # BigBird makes the module between anew, around the same projections, when a text is short
+        # BigBird makes the core anew, around the same projections, when a text is short; it shows no rotated query
         hooked = ((self.query_path, self.query_source), (self.output_path, self.output_projection))
-        return all(_at(self.module, path) is module for path, module in hooked)
+        return all(descendant(self.module, path) is module for path, module in hooked)
 
     def attach(self, layer: nn.Module) -> None:
         """Hang a memory layer into the module, where the query tap finds it too."""
@@ -172,14 +172,6 @@ def _steps(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Mo
         assert child is not None
         yield module, name, child
         module = child
-
-
-def _at(module: nn.Module, path: str) -> nn.Module | None:
-    """The descendant of that dotted name; ``None``: there is none."""
-    found: nn.Module | None = module
-    for name in path.split("."):
-        found = None if found is None else found._modules.get(name)
-    return found
 
 
 def placement(projection: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

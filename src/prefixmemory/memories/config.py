@@ -76,9 +76,9 @@ class PrefixMemoryConfig(PeftConfig):
             2e-3; it scored 4 points more on short inputs, and lost more behind long ones (``docs/defaults.md``).
             Prefix vectors have none, and registered memories only if they ask for it: elsewhere it is ``None``.
         feed_forward: r of further memories beside each projection of the feed-forward blocks: x·A·B, with x what the
-            projection reads, A ``[in, r]`` and B ``[r, out]``; a block whose experts lie in one tensor has one as a
-            whole. Layers that hold no attention which gets a memory have none there either. ``None``: none, the
-            paper's form.
+            projection reads, A ``[in, r]`` and B ``[r, out]``; a block that is nothing but experts has one as a whole.
+            Layers that hold no attention which gets a memory have none there either, unless no layer of the model holds
+            both (Nemotron-H). ``None``: none, the paper's form.
         feed_forward_limit: as ``output_limit``, in lengths of what the projection itself returns. ``auto``: 0.5 where
             ``feed_forward`` is given.
         output_limit: c, the length that no memory output a reaches, in lengths of the head's own output o. Short ones
@@ -285,9 +285,10 @@ class PrefixMemoryConfig(PeftConfig):
             self.invocation_tokens = list(tokens)
         if self.active_from in ("start", AUTO) and (tokens is not None or self.strict_invocation):
             name = "invocation_tokens" if tokens is not None else "strict_invocation"
+            means = "may mean" if self.active_from == AUTO else "means"
             raise PrefixMemoryError(
-                f"{name}={getattr(self, name)!r} needs active_from='invocation': with {self.active_from!r} it means "
-                "nothing."
+                f"{name}={getattr(self, name)!r} needs active_from='invocation', 'question' or 'answer': with "
+                f"{self.active_from!r} it {means} nothing."
             )
         if self.active_from == "invocation" and tokens is None:
             raise PrefixMemoryError(

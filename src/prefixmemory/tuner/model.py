@@ -21,7 +21,7 @@ from prefixmemory.attention.sites import CHILD, AttentionSite
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.memories import checkpoint
 from prefixmemory.memories.config import PrefixMemoryConfig
-from prefixmemory.memories.registry import MemorySite, check_start, is_inside, queries_of
+from prefixmemory.memories.registry import AUTO, MemorySite, check_start, is_inside, queries_of
 from prefixmemory.models.quantization import keep_trainable
 from prefixmemory.tuner import weighted_adapter
 from prefixmemory.tuner.activation import PACKED, activation, generating
@@ -68,7 +68,7 @@ class PrefixMemoryModel(BaseTuner):
             )
         if peft_config.active_from != "start" and peft_config.invocation_tokens is None:
             asked = peft_config.active_from
-            place = "question" if asked == "auto" else asked
+            place = "question" if asked == AUTO else asked
             raise PrefixMemoryError(
                 f"active_from={asked!r} says where, and a recipe finds the tokens there; elsewhere give "
                 f"active_from={place!r} and invocation_tokens: prefixmemory.invocation_tokens({place!r}, tokenizer) "
