@@ -353,6 +353,7 @@ def test_a_memory_stays_where_a_model_makes_the_module_around_its_projections_an
     tiny.randomize(adapted, std=0.5)
     with torch.no_grad():
         assert (run(case, adapted) - before).abs().max() > 1e-3
-    inject_adapter_in_model(LoraConfig(target_modules=["query"]), model)
+    with pytest.warns(UserWarning, match="multiple adapters"):
+        inject_adapter_in_model(LoraConfig(target_modules=["query"]), model)
     with pytest.raises(PrefixMemoryError, match="wrapped or replaced"), torch.no_grad():
         run(case, model)
