@@ -11,6 +11,7 @@ import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, invocation_tokens
 from prefixmemory.adapters.evaluate import refuse_untrained
 from prefixmemory.adapters.loading import Adapter
+from prefixmemory.models.loading import load_tokenizer, smollm2
 from prefixmemory.rows.distractors import Distractors
 from prefixmemory.rows.encoding import begins, encode_prompt, tokenize
 from prefixmemory.rows.invocation import check_invoked, settle
@@ -60,6 +61,29 @@ def test_question_begins_in_front_of_the_last_question(rows):
         place = begins(tokens.prompt + tokens.completion, found)
         written = tokenizer.decode(tokens.prompt[place + len(found) :])
         assert written.strip().startswith(question), written
+
+
+ODD = ("\n\nHuman: Hi\n\n", "\nHi", " Hi ", "Hi\n", "(1) Hi", "\tHi", "1", "¿Qué?")
+
+
+def test_a_question_may_begin_and_end_with_what_its_tokenizer_joins_with_the_header():
+    """SmolLM2 writes a line break behind "user", and one token for it and a line break in front of the question."""
+    if not smollm2().endswith(".gguf"):
+        pytest.skip("the packaged model is not installed")
+    tokenizer = load_tokenizer(smollm2())
+    for name, kind in (("question", None), ("answer", None), ("question", "text"), ("answer", "text")):
+        found = invocation_tokens(name, tokenizer, kind)
+        for asked in ODD:
+            row = {"text": asked, "label": "x"} if kind else {"prompt": asked, "completion": "x"}
+            (tokens,) = rows_of([row], tokenizer)
+            place = begins(tokens.prompt + tokens.completion, found)
+            assert place is not None, (name, kind, asked)
+            behind = tokenizer.decode(tokens.prompt[place:])
+            assert (asked.strip() in behind) == (name == "question")
+            assert "system" not in behind
+    header = tokenizer("<|im_end|>\n<|im_start|>user\n")["input_ids"]
+    (tokens,) = rows_of([{"prompt": ODD[0], "completion": "x"}], tokenizer)
+    assert begins(tokens.prompt, header) is None  # or the check says nothing
 
 
 @pytest.mark.parametrize("kind", ALL, ids=str)

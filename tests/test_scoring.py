@@ -380,11 +380,13 @@ def test_the_loss_is_that_of_an_independent_computation(name, fields, context):
     assert abs(sum(found.points) / len(found.points) - found.score) > 1e-4  # longer completions weigh more in the score
 
 
-def test_behind_examples_that_end_without_it_the_end_token_is_no_part_of_a_right_answer():
+def test_behind_examples_a_right_answer_ends_as_theirs_do():
     model, context = talker(), "Text: yes\nLabel: a\n\n"
     whole = [rendered(row) for row in TICKETS]
-    by_row = [log_likelihood(model, context + prompt, answer.removesuffix("<eos>")) for prompt, answer in whole]
-    found = scored("loss", rows_of(*TICKETS), model, context=context, with_end=False)
+    by_row = [
+        log_likelihood(model, context + prompt, answer.removesuffix("<eos>") + "\n\n") for prompt, answer in whole
+    ]
+    found = scored("loss", rows_of(*TICKETS), model, context=context, end="\n\n")
     assert found.points == pytest.approx([nats / tokens for nats, tokens in by_row], rel=1e-5)
     assert found.points != pytest.approx(scored("loss", rows_of(*TICKETS), model, context=context).points, rel=1e-3)
 

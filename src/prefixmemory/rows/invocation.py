@@ -17,8 +17,9 @@ from prefixmemory.rows.rows import Rows, kind_of
 NAMES = ("question", "answer")
 #: The field of PEFT's LoraConfig that makes it an activated LoRA (arXiv 2504.12397).
 ALORA = "alora_invocation_tokens"
-#: Questions that have no beginning and no end in common.
-QUESTIONS = ("green apples?", "Why 42")
+#: Questions that have no beginning and no end in common; those with line breaks and blanks share a token with what
+#: stands before or behind them in many tokenizers, and that token is none of the invocation.
+QUESTIONS = ("green apples?", "Why 42", "\n\nHuman: yes\n", " (a) no ")
 #: Texts in front of the prompt of a row that has no chat template.
 FRONTS = ("", "A text in front.\n\n", "1. Another one!\n\n")
 

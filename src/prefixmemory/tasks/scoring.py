@@ -52,7 +52,7 @@ class _Asked:
     max_new_tokens: int
     batch_size: int
     settings: TrainingSettings
-    with_end: bool
+    end: str | None
 
     def answers(self, one_line: bool = True) -> list[str]:
         prompts = [example.prompt for example in render(self.rows, self.tokenizer)]
@@ -60,9 +60,10 @@ class _Asked:
         return answers(self.model, self.tokenizer, prompts, *limits, one_line=one_line)
 
     def likelihoods(self, examples: list[Example]) -> list[Likelihood]:
-        end = "" if self.with_end else str(self.tokenizer.eos_token)
-        asked = [replace(one, completion=one.completion.removesuffix(end)) for one in examples]
-        return likelihoods(self.model, self.tokenizer, asked, self.batch_size, self.context)
+        if self.end is not None:
+            eos = str(self.tokenizer.eos_token)
+            examples = [replace(one, completion=one.completion.removesuffix(eos) + self.end) for one in examples]
+        return likelihoods(self.model, self.tokenizer, examples, self.batch_size, self.context)
 
 
 def score(
@@ -74,7 +75,7 @@ def score(
     max_new_tokens: int = 32,
     batch_size: int = 50,
     settings: TrainingSettings | None = None,
-    with_end: bool = True,
+    end: str | None = None,
 ) -> Scored:
     """Score ``model`` on ``rows``.
 
@@ -88,10 +89,10 @@ def score(
         batch_size: prompts a batch.
         settings: how the model was trained, or would be; a preference is measured by what its objective defines.
             ``None``: as the task says.
-        with_end: whether a right answer ends with the end token; not where ``context`` shows answers that end without.
+        end: what a right answer ends with, as those that ``context`` shows do; ``None``: the end token.
     """
     length = task.max_new_tokens or max_new_tokens
-    asked = _Asked(model, tokenizer, rows, context, length, batch_size, settings or task.settings(), with_end)
+    asked = _Asked(model, tokenizer, rows, context, length, batch_size, settings or task.settings(), end)
     return SCORERS[task.scoring](asked)
 
 
