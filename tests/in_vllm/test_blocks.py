@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from safetensors.torch import load_file
 from served_models import BASE, BLOCKS, Answer, base, config, expected, prompt, save_base, save_memory
 from transformers import AutoModelForCausalLM, Phi3Config
 from vllm import LLM
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
 from prefixmemory import PrefixMemoryError
+from prefixmemory.serving import vllm_blocks
 from prefixmemory.serving.served import FEED_FORWARD
 from prefixmemory.tuner.in_feed_forward import InFeedForward
 from prefixmemory.tuner.layers import memory_layers
@@ -138,6 +141,38 @@ def test_two_tensor_parallel_processes(made):
     found = in_another_process(made, NAMES, several, tensor_parallel_size=2, max_loras=7)
     for (adapter, text), said in zip(questions(NAMES), found, strict=True):
         assert difference(said, expected(made, adapter, text, COUNT)) < TOLERANCE, adapter
+
+
+def linear(kind: type, **fields: object) -> object:
+    """As far as it says how it is cut."""
+    made = kind.__new__(kind)
+    made.__dict__.update({"tp_size": 2, **fields})
+    return made
+
+
+def test_modules_are_known_by_how_they_are_cut(monkeypatch):
+    monkeypatch.setattr(vllm_blocks, "get_tensor_model_parallel_world_size", lambda: 2)
+    known = {
+        linear(ColumnParallelLinear, gather_output=False): True,
+        linear(ColumnParallelLinear, gather_output=True): False,
+        linear(RowParallelLinear, reduce_results=True): True,
+        linear(RowParallelLinear, reduce_results=False): False,
+        linear(ReplicatedLinear): True,
+        linear(ColumnParallelLinear, gather_output=False, tp_size=1): False,  # disable_tp
+        linear(ColumnParallelLinear, gather_output=False, tp_size=4): False,  # another group
+    }
+    for module, answer_ in known.items():
+        assert vllm_blocks._is_cut_as_known(module) is answer_, (type(module).__name__, module.__dict__)
+    monkeypatch.setattr(vllm_blocks, "get_tensor_model_parallel_world_size", lambda: 1)
+    assert vllm_blocks._is_cut_as_known(linear(RowParallelLinear, reduce_results=False, tp_size=1))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_has_its_share_of_each_of_several(rank):
+    share = vllm_blocks.MemoryProjection._share
+    places = [[0, 1, 4, 5, 6], [2, 3, 7, 8, 9]][rank]
+    assert share(SimpleNamespace(rank=rank), [4, 6], 2).tolist() == places
+    assert share(SimpleNamespace(rank=rank), [4, 6], 1).tolist() == list(range(10))
 
 
 def test_two_processes_cut_a_projection_that_is_two_in_one_as_vllm_does(tmp_path):

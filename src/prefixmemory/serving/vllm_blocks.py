@@ -83,11 +83,13 @@ class MemoryProjection(BaseLayerWithLoRA):
         layers: dict[str, ServedLayer] = lora_a
         inputs, outputs = self.shared
         for (path, returns), bank in zip(self.parts.items(), self.banks, strict=True):
-            if path in layers:
+            if path not in layers:
+                bank.clear(index)
+            elif inputs == outputs == 1:
+                bank.put(index, layers[path])
+            else:
                 here = self._share([self.reads], inputs), self._share(returns, outputs)
                 bank.put(index, layers[path].of_part(*here))
-            else:
-                bank.clear(index)
 
     def _share(self, sizes: list[int], processes: int) -> Tensor:
         """The places of what this process has, where groups of these sizes are cut among ``processes``."""
@@ -145,11 +147,14 @@ def find_projections(
 
 
 def _is_cut_as_known(linear: Any) -> bool:
-    """Whether a module is whole in each process, or cut among all of them, who have their sum or each a part."""
-    if linear.tp_size == 1:
-        return True
+    """Whether a module is whole in each process, or cut among all of them, who have their sum or each a part.
+
+    One that is not cut on purpose may read other tokens in each (experts that are sequence-parallel).
+    """
     if linear.tp_size != get_tensor_model_parallel_world_size():
         return False
+    if linear.tp_size == 1:
+        return True
     if isinstance(linear, RowParallelLinear):
         return bool(linear.reduce_results)
     return not (isinstance(linear, ColumnParallelLinear) and linear.gather_output)

@@ -148,9 +148,12 @@ class MemoryModelManager(LRUCacheLoRAModelManager):
         name, projection = self.projections.get((cast(int, number), path), ("", None))
         if projection is None:
             here = sorted(part for layer, part in self.projections if layer == number)
+            instead = "Use the memory through transformers."
+            if self.parallel > 1:
+                instead = "There may be more with --tensor-parallel-size 1; else use the memory through transformers."
             raise PrefixMemoryError(
                 f"{folder} has a memory beside {module}. In that layer, vLLM's {type(self.model).__name__} has slots "
-                f"for {', '.join(here) or 'none of its feed-forward block'}. Use the memory through transformers."
+                f"for {', '.join(here) or 'none of its feed-forward block'}. {instead}"
             )
         (reads, returns), present = (served.A.shape[1], served.B.shape[2]), projection.sizes(path)
         if (reads, returns) != present:
