@@ -58,6 +58,7 @@ def test_memory_passes(kind: str, model_type: str, method: str) -> None:
     asked = {"attach", *checks.CHECKS} - outcome["not_applicable"].keys()
     assert set(outcome["passed"]) == asked
     assert {"attach", "zero start", "every layer", "acts", "gradients", "reload", "disable", "step"} <= asked
+    assert "silent front" in asked or "refused" not in outcome["not_applicable"]["silent front"]
 
 
 @pytest.mark.parametrize(("kind", "model_type"), [(CAUSAL_LM.name, "llama"), ("encoder-decoders", "t5")], ids=str)
@@ -252,6 +253,15 @@ def test_a_rerun_replaces_its_record_and_leaves_the_others(monkeypatch: pytest.M
 
 def test_docs_agree_with_the_records() -> None:
     assert report.FILE.read_text(encoding="utf-8") == report.current()
+
+
+def test_a_memory_that_waits_is_refused_by_types_that_compute_other_tokens_than_they_are_given() -> None:
+    found = records.read(CAUSAL_LM.name)
+    assert {name for name, r in found.items() if report.counted(r) and report._refused(r)} == {
+        "blt", "jetmoe", "musicgen", "musicgen_melody", "prophetnet",
+    }  # fmt: skip
+    asked = [r["methods"][checks.BLOCKS] for r in found.values() if report.counted(r)]
+    assert sum("silent front" in outcome["passed"] for outcome in asked) >= 170
 
 
 def test_memories_reach_the_target() -> None:

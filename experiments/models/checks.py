@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from .running import TOLERANCE, Failed, compare_generate, logits, loss, padding_
 
 #: A memory in the heads and one beside the feed-forward projections too, as recipes have it.
 BLOCKS = "with blocks"
+#: Types of which no layer holds both attention and a feed-forward block.
+EITHER_KIND = ("nemotron_h", "xlm")
 METHODS = ("memory", BLOCKS, "LoRA", "PREFIX_TUNING")
 #: A memory's other place, asked for by name: it has no column in docs/models.md.
 INSIDE = "inside"
@@ -151,11 +154,8 @@ def check_every_layer(subject: Subject) -> None:
         raise NotApplicable("asked of memories only")
     found = {n: m._modules["prefix_memory"] for n, m in subject.base.named_modules() if "prefix_memory" in m._modules}
     hosts = {name for name, layer in found.items() if not isinstance(layer, InFeedForward)}
-    beside = {_layer(name) for name in found.keys() - hosts}
-    alone = sorted(name for name in hosts if _layer(name) not in beside)
-    of_either_kind = beside and len(alone) == len(hosts)  # each layer is attention or feed-forward
-    if subject.method == BLOCKS and alone and not of_either_kind:
-        raise Failed(f"no memory in a feed-forward block beside {alone[0]}")
+    if subject.method == BLOCKS:
+        _check_blocks(subject, hosts, found.keys() - hosts)
 
     def related(a: str, b: str) -> bool:
         return a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
@@ -177,6 +177,24 @@ def check_every_layer(subject: Subject) -> None:
     elsewhere = [h for h in hosts if h in subject.facts.alive and not any(related(name, h) for name in attends)]
     if elsewhere:
         raise Failed(f"a memory in {elsewhere[0]}, which computes no softmax attention")
+
+
+def _check_blocks(subject: Subject, hosts: set[str], beside: set[str]) -> None:
+    """In each layer with attention a memory beside a whole block, or beside two projections at least."""
+    whole = {name for name in beside if _is_whole(subject.base.get_submodule(name))}
+    counts = Counter(_layer(name) for name in beside)
+    enough = {layer for layer, count in counts.items() if count > 1} | {_layer(name) for name in whole}
+    if subject.model_type in EITHER_KIND:
+        lacking = [] if enough else sorted(hosts)
+    else:
+        lacking = sorted(name for name in hosts if _layer(name) not in enough)
+    if lacking:
+        raise Failed(f"no memory in a feed-forward block beside {lacking[0]}")
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether it is a block, and no projection."""
+    return not any(hasattr(module, name) for name in ("in_features", "nf"))
 
 
 def check_acts(subject: Subject) -> None:
