@@ -187,7 +187,7 @@ def test_in_context_examples_stand_in_front(made):
         assert f"Text: {row['text']}\nLabel: {row['label']}\n\n" in worker.examples(task, rows, 2)
 
 
-def test_examples_are_of_each_label_and_a_right_answer_ends_as_they_do_where_a_loss_is_scored(made):
+def test_examples_are_of_each_label_and_no_end_token_is_asked_for_where_a_loss_is_scored(made):
     folder, _ = made
     worker = Worker(loaded_store(folder / "suite.yaml"), None)
     task = dataclasses.replace(worker.loaded.tasks["letters"], scoring="loss")
@@ -196,7 +196,7 @@ def test_examples_are_of_each_label_and_a_right_answer_ends_as_they_do_where_a_l
     assert shots.count("Label:") == 3
     asked = worker.models.base, worker.models.tokenizer, task, split.test, "behind " + shots
     found = worker._score(worker.models.base, task, split.test, shots, front="behind ")
-    assert found.points == pytest.approx(score(*asked, end="\n\n").points, abs=1e-3)
+    assert found.points == pytest.approx(score(*asked, end="").points, abs=1e-3)
     assert found.points != pytest.approx(score(*asked).points, abs=1e-2)
     plain = worker._score(worker.models.base, task, split.test, "", front="behind ")
     assert plain.points == pytest.approx(score(*asked[:4], "behind ").points, abs=1e-3)

@@ -380,7 +380,7 @@ def test_the_loss_is_that_of_an_independent_computation(name, fields, context):
     assert abs(sum(found.points) / len(found.points) - found.score) > 1e-4  # longer completions weigh more in the score
 
 
-def test_behind_examples_a_right_answer_ends_as_theirs_do():
+def test_a_right_answer_may_end_otherwise_than_with_the_end_token():
     model, context = talker(), "Text: yes\nLabel: a\n\n"
     whole = [rendered(row) for row in TICKETS]
     by_row = [

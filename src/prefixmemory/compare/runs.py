@@ -49,7 +49,7 @@ def key(loaded: Loaded, run: Run, data: Mapping[str, str]) -> str:
         if settings.objective == "sft":
             parts |= {"drawn": "in every epoch"}  # in the first records they were drawn once
     if task.scoring in ("loss", "preference") and method.shots:
-        parts |= {"examples": "of each label, and their end"}  # before, the first few, and the end token was asked for
+        parts |= {"examples": "of each label, no end"}  # before, the first few, and the end token was asked for
     if suite.launcher is not None:  # its processes share the steps
         parts |= {"launcher": suite.launcher}
     if run.stage == "final":
@@ -66,7 +66,7 @@ def key(loaded: Loaded, run: Run, data: Mapping[str, str]) -> str:
             deciding = [[[getattr(other, name) for name in _DECIDING], data[other.name]] for other in others]
             parts |= {"transfer": [deciding, suite.seeds[0]]}  # that seed draws the examples in their prompts
             if any(other.scoring in ("loss", "preference") for other in others):
-                parts |= {"transferred examples": "of each label, and their end"}
+                parts |= {"transferred examples": "of each label, no end"}
         if writes_answers(loaded, task):  # not always: older records have no such entry
             parts |= {"written_answers": suite.written_answers}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]

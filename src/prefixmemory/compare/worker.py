@@ -33,7 +33,6 @@ from prefixmemory.training.settings import TrainingSettings
 from prefixmemory.tuner.activation import activation, unfinished_text
 
 LONGEST_ANSWER = 256  # tokens of a free answer, where the task does not say
-BETWEEN_EXAMPLES = "\n\n"  # in a prompt
 NEUTRAL_TOKENS = 1024  # of the shipped essay: what an adapter forgets is read off its likelihood
 
 
@@ -149,7 +148,7 @@ class Worker:
         texts = (
             example.prompt + example.completion.removesuffix(eos) for example in render(chosen, self.models.tokenizer)
         )
-        return "".join(f"{text}{BETWEEN_EXAMPLES}" for text in texts)
+        return "".join(f"{text}\n\n" for text in texts)
 
     def _score(
         self,
@@ -160,11 +159,12 @@ class Worker:
         settings: TrainingSettings | None = None,
         front: str = "",
     ) -> Scores:
-        """``shots`` are rendered examples, as whose answers a right one ends; ``front`` is text before them."""
+        """``shots`` are rendered examples, whose answers end with no end token, so that none is asked for: a longer answer
+        that begins with the right one is right. ``front`` is text before them."""
         length = (
             longest_label(rows, self.models.tokenizer) if "label" in rows[0] and task.scoring == "exact_match" else 32
         )
-        context, end = front + shots, BETWEEN_EXAMPLES if shots else None
+        context, end = front + shots, "" if shots else None
         scored = score(model, self.models.tokenizer, task, rows, context, length, settings=settings, end=end)
         said = scored.answers if task.scoring == "exact_match" else []  # short enough to keep
         points = [round(point, 3) for point in scored.points]

@@ -89,7 +89,7 @@ def score(
         batch_size: prompts a batch.
         settings: how the model was trained, or would be; a preference is measured by what its objective defines.
             ``None``: as the task says.
-        end: what a right answer ends with, as those that ``context`` shows do; ``None``: the end token.
+        end: of likelihoods: what a right answer ends with; ``None``: the end token.
     """
     length = task.max_new_tokens or max_new_tokens
     asked = _Asked(model, tokenizer, rows, context, length, batch_size, settings or task.settings(), end)
