@@ -159,8 +159,8 @@ class Worker:
         settings: TrainingSettings | None = None,
         front: str = "",
     ) -> Scores:
-        """``shots`` are rendered examples, whose answers end with no end token, so that none is asked for: a longer answer
-        that begins with the right one is right. ``front`` is text before them."""
+        """``shots`` are rendered examples, whose answers end without the end token, so that it is not asked for: a
+        longer answer that begins with the right one is right. ``front`` is text before them."""
         length = (
             longest_label(rows, self.models.tokenizer) if "label" in rows[0] and task.scoring == "exact_match" else 32
         )
