@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from . import records
+from .checks import BLOCKS, METHODS
 from .kinds import CAUSAL_LM, INPUTS_NEED_GRADIENTS, KINDS
 
 FILE = Path(__file__).parent.parent.parent / "docs" / "models.md"
-METHODS = ("memory", "with blocks", "LoRA", "PREFIX_TUNING")
 LONGEST = 200  # characters of a reason in a table
 NOT_THE_BASE = ("does not generate", "rows of one size")
 
@@ -181,7 +181,7 @@ def text(kinds: Mapping[str, Mapping[str, Record]]) -> str:
     parts.append(
         f"Of the {len(causal)} causal-LM types, {len(kept)} have softmax attention and can be run tiny "
         f"({len(causal) - len(kept) - not_run} have none,\n{not_run} cannot be run). A memory works on "
-        f"{right['memory']} of them, with blocks on {right['with blocks']}, LoRA on {right['LoRA']}, prefix tuning on "
+        f"{right['memory']} of them, with blocks on {right[BLOCKS]}, LoRA on {right['LoRA']}, prefix tuning on "
         f"{right['PREFIX_TUNING']}.\n"
     )
     table = [f"| kind | types that count | {' | '.join(METHODS)} |", f"|---|---|{'---|' * len(METHODS)}"]

@@ -16,6 +16,9 @@ from prefixmemory.tasks import Task
 
 #: Raised whenever a default or a way of scoring changes so that earlier records cannot stand beside new ones.
 PROTOCOL = 1
+_BY_LIKELIHOOD = ("loss", "preference")
+#: Of the examples in their prompts; in the first records they were the first few, and the end token counted.
+_EXAMPLES = "of each label, no end"
 
 
 def rates(loaded: Loaded, method: Method) -> list[float]:
@@ -48,8 +51,8 @@ def key(loaded: Loaded, run: Run, data: Mapping[str, str]) -> str:
         parts |= {"distractors": settings.distractors.checksum()}
         if settings.objective == "sft":
             parts |= {"drawn": "in every epoch"}  # in the first records they were drawn once
-    if task.scoring in ("loss", "preference") and method.shots:
-        parts |= {"examples": "of each label, no end"}  # before, the first few, and the end token was asked for
+    if task.scoring in _BY_LIKELIHOOD and method.shots:
+        parts |= {"examples": _EXAMPLES}
     if suite.launcher is not None:  # its processes share the steps
         parts |= {"launcher": suite.launcher}
     if run.stage == "final":
@@ -65,8 +68,8 @@ def key(loaded: Loaded, run: Run, data: Mapping[str, str]) -> str:
             others = [loaded.task(name) for name in task.transfers_to]
             deciding = [[[getattr(other, name) for name in _DECIDING], data[other.name]] for other in others]
             parts |= {"transfer": [deciding, suite.seeds[0]]}  # that seed draws the examples in their prompts
-            if any(other.scoring in ("loss", "preference") for other in others):
-                parts |= {"transferred examples": "of each label, no end"}
+            if any(other.scoring in _BY_LIKELIHOOD for other in others):
+                parts |= {"transferred examples": _EXAMPLES}
         if writes_answers(loaded, task):  # not always: older records have no such entry
             parts |= {"written_answers": suite.written_answers}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
