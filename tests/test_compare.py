@@ -229,6 +229,28 @@ def test_a_full_run_trains_every_weight_and_leaves_the_base_as_it_was(tmp_path):
     close_figures(next(iter(records(again).values())).test, found["base"].test)
 
 
+def test_a_full_run_reads_the_text_that_stands_in_front_of_its_rows(tmp_path, monkeypatch):
+    read: list[str] = []
+
+    def fit(trainer, settings):
+        read.extend(tiny.tokenizer().decode(row["input_ids"]) for row in trainer.train_dataset)
+        return {"train_loss": 0.0}
+
+    monkeypatch.setattr("prefixmemory.compare.models.fit", fit)
+    training = {"epochs": 2, "batch_size": 3, "distractors": {"share": 1.0, "tokens": 20}}
+    suite = write(tmp_path, methods=["full"], rate_factors=[1], seeds=[3], training=training)
+    assert call("compare", suite).code == 0
+    assert len(read) == 6 and all(not text.startswith("Text:") and "Text: row" in text for text in read)
+
+
+def test_another_boundary_between_the_splits_is_another_task(tmp_path):
+    loaded = load_suite(write(tmp_path))
+    before = checksums(loaded, None)
+    jsonl(tmp_path / "train.jsonl", [*TRAIN, TEST[0]])
+    jsonl(tmp_path / "test.jsonl", TEST[1:])
+    assert checksums(loaded, None) != before
+
+
 def test_long_inputs_transfer_and_forgetting_are_scored_for_the_chosen_rate(tmp_path):
     other = {**TASK, "name": "other", "scoring": "exact_match"}
     suite = write(
@@ -577,6 +599,15 @@ def test_every_shipped_method_can_be_read():
         ({"training": {"epohcs": 3}}, "Did you mean 'epochs'?"),
         ({"training": {"seed": 3}}, "the protocol sets it"),
         ({"training": {"epochs": 0}}, "epochs=0 is out of range"),
+        ({"training": {"epochs": "three"}}, "training.epochs='three'"),
+        ({"training": {"epochs": True}}, "training.epochs=True: input should be a valid number"),
+        ({"training": {"batch_size": 2.5}}, "training.batch_size=2.5"),
+        ({"training": {"keep_best": True}}, "keep_best and patience go by a validation loss"),
+        ({"training": {"patience": 2}}, "keep_best and patience go by a validation loss"),
+        ({"training": {"beta": 0.1}}, "beta=0.1 needs objective='dpo', 'kto' or 'simpo'"),
+        ({"seeds": [True, 2]}, "seeds=[True, 2]: input should be a valid number"),
+        ({"validation_rows": True}, "validation_rows=True: input should be a valid number"),
+        ({"methods": [{"use": "in-context", "shots": 3}]}, "shots=3 examples of each label, and letters has 2"),
         ({"rate_factors": [0]}, "rate_factors"),
         ({"rate_factors": [1, 1]}, "holds one twice"),
         ({"tasks": [{"use": "letters.yaml", "per_label": 10}]}, "leaves none for validation. Lower per_label"),

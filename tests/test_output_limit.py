@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, reference
-from prefixmemory.kernels.read import add
+from prefixmemory.kernels.limit import add
 
 LIMIT = 0.3
 

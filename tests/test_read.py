@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from prefixmemory import reference
 from prefixmemory.kernels import read as reading
-from prefixmemory.kernels.read import add, memory_output, read
+from prefixmemory.kernels.limit import add, add_product
+from prefixmemory.kernels.read import memory_output, read
 
 HEADS, QUERY, FEATURES, VALUE = 4, 6, 6, 5
 MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": F.elu, "gelu": F.gelu, "softmax": lambda q: q.softmax(dim=-1)}
@@ -86,6 +87,45 @@ def test_what_is_added_to_what_others_have_added_is_limited_by_the_heads_own_out
     assert not torch.allclose(both, add(add(own, first, 0.5), second, 0.5, 2.0))  # control: limited by the sum
 
 
+def test_gradients_of_what_is_added_to_what_others_have_added():
+    """They reach it, and the heads' own output through the limit alone."""
+    own, onto, hidden, B = (
+        torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3, 4, 5),) * 2 + ((2, 3, 4, 3), (2, 3, 5))
+    )
+    leaves = [x.requires_grad_() for x in (own, onto, hidden, B)]
+    each = B.repeat_interleave(2, dim=0)
+    exact = onto + 0.7 * reference.limited(torch.einsum("bthr,hrv->bthv", hidden, each), own, 0.5)
+    found = add_product(own, hidden, B, 0.5, 0.7, onto)
+    weights = torch.randn_like(own)
+    expected = torch.autograd.grad((exact * weights).sum(), leaves)
+    for gradient, right in zip(torch.autograd.grad((found * weights).sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(gradient, right)
+    assert not torch.allclose(expected[0], weights)  # control: as if it were added to the heads' own output
+
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(("outputs", "factors"), [*itertools.product(FLOATS, FLOATS)])
+@pytest.mark.parametrize("groups", [4, 1])
+@pytest.mark.parametrize("loud", [1.0, 300.0])
+def test_products_are_learned_in_every_dtype_as_in_the_widest(outputs, factors, groups, loud):
+    """Also where squares overflow float16; values and gradients are of the dtype that they were given in."""
+    made = {name: tensor.detach() for name, tensor in tensors(groups, "low rank", True, 7).items()}
+    made |= {"own": made["own"].mul(loud).to(outputs), "B": made["B"] * loud}
+    made = {name: x if name == "own" else x.to(factors) for name, x in made.items()}
+    narrow = {name: x.clone().requires_grad_(name != "mean") for name, x in made.items()}
+    wide = {name: x.double().requires_grad_(name != "mean") for name, x in made.items()}
+    found, exact = by_kernel(narrow, F.elu, 0.5, 0.7, keep=False), by_kernel(wide, F.elu, 0.5, 0.7, keep=False)
+    assert found.dtype == outputs
+    near = 8 * max(torch.finfo(dtype).eps for dtype in (outputs, factors))
+    assert (found.double() - exact).abs().max() < near * exact.abs().max()
+    expected = gradients(exact, wide)
+    for name, gradient in gradients(found, narrow).items():
+        assert gradient.dtype == narrow[name].dtype
+        assert (gradient.double() - expected[name]).abs().max() < near * expected[name].abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_features_without_spread_are_cancelled_by_their_mean(dtype):
     """The mean is subtracted within the product; nothing is lost where it is nearly all there is."""
@@ -106,22 +146,31 @@ def test_weights_of_one_dtype_and_outputs_of_another_keep_the_outputs_dtype():
     torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0.01)
 
 
-def kept(work: Callable[[], Tensor]) -> set[int]:
-    """Addresses of the storages that autograd keeps for the backward pass."""
-    found: set[int] = set()
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: found.add(x.untyped_storage().data_ptr()) or x, lambda x: x
-    ):
+def kept(work: Callable[[], Tensor]) -> dict[int, int]:
+    """Addresses of the storages that autograd keeps for the backward pass, and how many numbers each holds."""
+    found: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         work()
     return found
 
 
-@pytest.mark.parametrize("rank", ["full", "low rank"])
-def test_what_is_not_kept_is_all_but_the_arguments(rank):
+@pytest.mark.parametrize(("rank", "of_a_head"), [("full", 0), ("low rank", 3 + 3)])
+def test_what_is_not_kept_is_all_but_the_arguments_and_a_few_numbers_a_head(rank, of_a_head):
     made = tensors(HEADS, rank, mean=True, length=7)
     given = {tensor.untyped_storage().data_ptr() for tensor in made.values()}
-    assert kept(lambda: by_kernel(made, F.elu, 0.5, 1.0, keep=False)) <= given
-    assert len(kept(lambda: by_kernel(made, F.elu, 0.5, 1.0, keep=True)) - given) >= 5  # the control
+
+    def beside(keep: bool) -> int:
+        found = kept(lambda: by_kernel(made, F.elu, 0.5, 1.0, keep))
+        return sum(size for address, size in found.items() if address not in given)
+
+    heads, gram = 2 * 7 * HEADS, 0 if rank == "full" else HEADS * 3 * 3
+    assert beside(keep=False) == heads * of_a_head + gram
+    assert beside(keep=True) >= heads * (of_a_head + FEATURES)  # the control
 
 
 def test_what_is_computed_again_is_computed_in_autocasts_dtype():
@@ -182,7 +231,7 @@ def test_without_a_limit_there_are_gradients_of_gradients(keep):
 def test_where_nothing_learns_no_function_of_autograd_stands_in_the_way(monkeypatch):
     """Which transforms and tracers of PyTorch could not pass."""
     made = tensors(HEADS, "low rank", mean=True, length=7)
-    monkeypatch.setattr(reading._Read, "apply", lambda *args: pytest.fail("it stands there"))
+    monkeypatch.setattr(reading._Again, "apply", lambda *args: pytest.fail("it stands there"))
     with pytest.raises(pytest.fail.Exception):
         by_kernel(made, F.elu, None, 1.0, keep=False)
     by_kernel({name: tensor.detach() for name, tensor in made.items()}, F.elu, None, 1.0, keep=False)

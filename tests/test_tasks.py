@@ -16,7 +16,7 @@ import pytest
 import tiny
 from command_line import jsonl
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.rows import Row, check_objective, row_format
+from prefixmemory.rows.rows import Row, check_objective, check_row, row_format
 from prefixmemory.tasks import load_task, shipped_tasks
 from prefixmemory.tasks.metrics import last_number
 from prefixmemory.tasks.scoring import score
@@ -205,13 +205,51 @@ def test_rows_are_chosen_by_fields_labels_and_length(tmp_path):
         jsonl(tmp_path / f"{split}.jsonl", rows)
     file = tmp_path / "t.yaml"
     file.write_text(re.sub("rows/", "", OWN))
-    kept = load_task(str(file), {"where": {"part": "2"}, "labels": 2, "longest_text": 9}).rows(None, "train")
-    expected = [row for row in rows if row["part"] == "2" and row["label"] in "xy" and len(row["text"]) + 2 <= 9]
+    kept = load_task(str(file), {"where": {"part": "2"}, "labels": 2, "longest_text": 8}).rows(None, "train")
+    # a column that is neither read nor written is not counted
+    expected = [row for row in rows if row["part"] == "2" and row["label"] in "xy" and len(row["text"]) + 1 <= 8]
     assert kept == expected and len(expected) == 2
     last = load_task(str(file), {"first_label": 1}).rows(None, "train")
     assert last == [row for row in rows if row["label"] in "yz"]
     middle = load_task(str(file), {"first_label": 1, "labels": 1}).rows(None, "train")
     assert middle == [row for row in rows if row["label"] == "y"]
+
+
+def test_labels_are_those_of_the_training_split(own):
+    """Of apple, banana and cherry; the test split has no apple."""
+    jsonl(own.parent / "rows" / "test.jsonl", [row for row in FRUIT[21:] if row["label"] != "apple"])
+    task = load_task(str(own), {"labels": 2})
+    assert {row["label"] for row in task.rows(None, "train")} == {"apple", "banana"}
+    assert {row["label"] for row in task.rows(None, "test")} == {"banana"}
+
+
+def test_characters_of_every_message_are_counted():
+    def kept(longest: int) -> int:
+        task = Task("mine", 1, "", "CC0", "loss", folder="mine", longest_text=longest)
+        turns = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]
+        return len(task._kept(None, [check_row("a", {"messages": turns})], {}, "train"))
+
+    assert (kept(5), kept(4)) == (1, 0)
+
+
+def test_half_of_a_folder_is_refused(own, tmp_path):
+    """The other half would come from elsewhere."""
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    jsonl(tmp_path / "data" / "mine" / "train.jsonl", [{"text": "big", "label": "melon"}] * 3)
+    task = load_task(str(own), {"folder": "mine"})
+    for split in ("train", "test"):
+        with pytest.raises(PrefixMemoryError, match=r"has train\.jsonl alone\. Give both files"):
+            task.rows(tmp_path / "data", split)
+
+
+def test_a_row_that_the_file_holds_twice_is_not_validated_on_where_it_was_trained_on(own):
+    rows = [dict(row) for row in FRUIT[:6] for _ in range(2)]
+    jsonl(own.parent / "rows" / "train.jsonl", rows)
+    split = load_task(str(own), {"per_label": None, "limit": 7}).split(None, 5, 5, 0)
+    assert len(split.train) == 7 and split.validation and not [row for row in split.validation if row in split.train]
+    jsonl(own.parent / "rows" / "train.jsonl", [dict(FRUIT[0]) for _ in range(12)])
+    with pytest.raises(PrefixMemoryError, match="validation rows are all among its training rows"):
+        load_task(str(own), {"per_label": None, "limit": 7}).split(None, 5, 5, 0)
 
 
 TYPOS = {
@@ -261,6 +299,10 @@ def test_a_typo_is_one_line_with_file_line_field_and_the_nearest(own, name):
         ({"columns": {"prompt": "text", "completion": "label"}}, ["per_label needs rows with 'text' and 'label'"]),
         ({"columns": {"prompt": "text", "completion": "label"}, "per_label": None, "labels": 2}, ["labels needs rows"]),
         ({"test": "rows/tset.jsonl"}, []),
+        (
+            {"columns": {"prompt": "text", "completion": "{text}\n{label}"}, "per_label": None},
+            ["line 1 has an answer of several lines", "Use 'text' or 'loss'"],
+        ),
         ({"train": None, "test": None, "folder": "mine"}, ["Task fruit: ", "mine", "Give --data"]),
     ],
 )

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from prefixmemory.compare.suite import load_suite
 from prefixmemory.files.records import provenance
-from prefixmemory.kernels.read import add
+from prefixmemory.kernels.limit import add
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.rows.distractors import Distractors
 from prefixmemory.rows.encoding import IGNORED

@@ -14,7 +14,7 @@ from prefixmemory.errors import PrefixMemoryError, for_terminal
 from prefixmemory.rows.collator import padding_id
 from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.rows.rendering import chat_prompt, has_chat_template, render_prompt
-from prefixmemory.scoring.generation import GREEDY, Sampling, end_tokens, room_for_answer
+from prefixmemory.scoring.generation import AS_WRITTEN, GREEDY, Sampling, end_tokens, room_for_answer
 from prefixmemory.tuner.layers import set_scale
 
 HELP = "/base switches the adapter off and on, /scale X sets a memory's scale, /reset forgets, /quit ends."
@@ -78,7 +78,7 @@ class Chat:
                 streamer=streamer,
                 **self._choice,
             )
-        answer = str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        answer = str(tokenizer.decode(written[0, ids.shape[1] :], **AS_WRITTEN)).strip()
         if self.remembers:
             self.said += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         return answer
@@ -115,7 +115,7 @@ def chat(adapter: Adapter, max_new_tokens: int, sampling: Sampling = GREEDY) -> 
             if line.startswith("/"):
                 print(for_terminal(conversation.command(line)))
             else:
-                streamer = _Streamer(adapter.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                streamer = _Streamer(adapter.tokenizer, skip_prompt=True, **AS_WRITTEN)
                 conversation.answer(line, streamer)
         except PrefixMemoryError as error:
             print(for_terminal(f"error: {error}", 2000))

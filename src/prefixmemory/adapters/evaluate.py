@@ -20,7 +20,7 @@ from prefixmemory.progress import progress_bar
 from prefixmemory.rows.data import read_rows
 from prefixmemory.rows.rendering import Example, render
 from prefixmemory.rows.rows import FORMATS, OBJECTIVE_FORMATS, Row, Rows, row_format
-from prefixmemory.scoring.generation import Progress, accuracy, answers, longest_label, room_for_answer
+from prefixmemory.scoring.generation import Progress, accuracy, answers, longest_answer, room_for_answer
 from prefixmemory.scoring.likelihood import likelihoods, nats_a_token
 from prefixmemory.training.card import write_model_card
 from prefixmemory.tuner.activation import activation
@@ -130,7 +130,9 @@ def evaluate_rows(
     examples = render(rows, tokenizer)
     compared = row_format(rows) in COMPARED
     room_for_answer(model, 0, max_new_tokens)
-    length = max(max_new_tokens, longest_label(rows, tokenizer)) if compared else max_new_tokens
+    length = (
+        max(max_new_tokens, longest_answer((row["label"] for row in rows), tokenizer)) if compared else max_new_tokens
+    )
     passes = 2 * len(rows) * (2 if compared else 1)
     metrics: dict[str, list[float]] = {}
     found: list[list[str]] = []

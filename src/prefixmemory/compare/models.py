@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 import yaml
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,10 +28,9 @@ from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.json_text import read_object
 from prefixmemory.files.records import RECORD
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
-from prefixmemory.rows.rendering import render
 from prefixmemory.rows.rows import Row
 from prefixmemory.training.job import TrainingJob
-from prefixmemory.training.loop import train
+from prefixmemory.training.loop import completion_trainer, fit, training_arguments
 from prefixmemory.training.output import Output
 from prefixmemory.training.run import run_training
 from prefixmemory.training.settings import TrainingSettings
@@ -118,8 +117,10 @@ class Models:
         model: PreTrainedModel = copy.deepcopy(self.base).float().requires_grad_(True)
         torch.manual_seed(settings.seed)
         started = time.monotonic()
+        job = TrainingJob(full_name(self.suite.model), self.tokenizer, rows, PeftConfig(), settings)
         with tempfile.TemporaryDirectory() as scratch:
-            metrics = train(model, self.tokenizer, render(rows, self.tokenizer), settings, Path(scratch))
+            arguments = training_arguments(settings, Path(scratch), evaluates=False)
+            metrics = fit(completion_trainer(model, self.tokenizer, job.tokens_of, [], arguments), settings)
         size = sum(p.numel() for p in model.parameters())
         cast(Any, model).to(self.base.dtype)  # as the others are scored
         return model.eval(), Training(

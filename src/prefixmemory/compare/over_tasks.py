@@ -66,8 +66,11 @@ def _average(loaded: Loaded, method: str, own: list[Cell], finals: Finals) -> Av
 
 
 def _transferred(loaded: Loaded, own: list[Cell], method: str, finals: Finals) -> Transferred | None:
-    """Mean of the scores on other tasks, and of the own scores of the tasks that have others."""
+    """Mean of the scores on other tasks, and of the own scores of the tasks that have others; of those that are scored
+    from 0 to 100, unless none is."""
     pairs = [(cell.task, other) for cell in own for other in cell.transfer]
+    of_100 = [(task, other) for task, other in pairs if loaded.task(other).scoring != "loss"]
+    pairs = of_100 or pairs
     if not pairs:
         return None
     # pairs share the adapters of a task, and the rows of another

@@ -10,9 +10,8 @@ from typing import Any
 from prefixmemory.compare.method import Method, load_method
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.files.names import check_name
-from prefixmemory.files.yaml_files import Source, read_yaml, typed
+from prefixmemory.files.yaml_files import Source, blamed_path, read_yaml, typed
 from prefixmemory.models.loading import Dtype
-from prefixmemory.rows.distractors import Distractors
 from prefixmemory.tasks import Task, load_task, shipped_tasks
 from prefixmemory.training.settings import TrainingSettings
 
@@ -102,9 +101,8 @@ class Loaded:
     def settings(self, task: Task, method: Method, learning_rate: float, seed: int) -> TrainingSettings:
         """How a run of ``method`` on ``task`` is trained."""
         own = {"warmup": WARMUP, **self.suite.training, **task.training, **method.training}
-        if isinstance(front := own.get("distractors"), dict):
-            own["distractors"] = Distractors(**front)
-        return TrainingSettings(**{**own, "learning_rate": learning_rate, "seed": seed})
+        given = {**own, "learning_rate": learning_rate, "seed": seed}
+        return typed(TrainingSettings, given, Source(None, {}, {}), "training", "training")
 
 
 def load_suite(file: Path) -> Loaded:
@@ -157,8 +155,21 @@ def _check_training(loaded: Loaded, source: Source) -> None:
                 why = "the protocol sets it" if name in ("learning_rate", "seed") else "there is no such setting"
                 hint = did_you_mean(name, known)
                 raise source.error("training", f"training.{name}: {why}.{hint} There are: {', '.join(sorted(known))}.")
-        if "distractors" in section:
-            typed(TrainingSettings, {"distractors": section["distractors"]}, source, "training", "training")
     for task in loaded.tasks.values():
         for method in loaded.methods.values():
-            loaded.settings(task, method, method.learning_rate or 1.0, 0)
+            try:
+                settings = loaded.settings(task, method, method.learning_rate or 1.0, 0)
+            except PrefixMemoryError as error:
+                raise source.error(blamed_path("training", str(error)), str(error)) from None
+            if settings.keeps_best:
+                raise source.error(
+                    "training",
+                    "training: keep_best and patience go by a validation loss, and a comparison's validation rows "
+                    "choose the learning rate. Leave them out.",
+                )
+            if task.per_label is not None and (method.shots or 0) > task.per_label:
+                raise source.error(
+                    "methods",
+                    f"{method.name}: shots={method.shots} examples of each label, and {task.name} has {task.per_label} "
+                    "(per_label). Lower one or raise the other.",
+                )

@@ -20,13 +20,14 @@ from prefixmemory.compare.runs import writes_answers
 from prefixmemory.compare.store import Store
 from prefixmemory.files.records import provenance, write_json
 from prefixmemory.models.loading import full_name
+from prefixmemory.rows.encoding import behind
 from prefixmemory.rows.rendering import render
 from prefixmemory.rows.rows import Row, kind_of, with_one_answer
 from prefixmemory.rows.unrelated_text import unrelated_text
-from prefixmemory.scoring.generation import answers, longest_label
+from prefixmemory.scoring.generation import answers
 from prefixmemory.tasks import Task
 from prefixmemory.tasks.outputs import alpaca_eval, prompts
-from prefixmemory.tasks.scoring import score
+from prefixmemory.tasks.scoring import room_for_answers, score
 from prefixmemory.tasks.task import sample_rows
 from prefixmemory.training.interrupt import Interrupted
 from prefixmemory.training.settings import TrainingSettings
@@ -144,11 +145,11 @@ class Worker:
                 chosen.append(row)
         if task.scoring == "preference":
             chosen = with_one_answer(chosen)[::2]  # the better answer
-        eos = str(self.models.tokenizer.eos_token)
-        texts = (
-            example.prompt + example.completion.removesuffix(eos) for example in render(chosen, self.models.tokenizer)
-        )
-        return "".join(f"{text}\n\n" for text in texts)
+        tokenizer, found = self.models.tokenizer, ""
+        for example in render(chosen, tokenizer):
+            answer = example.completion.removesuffix(str(tokenizer.eos_token))
+            found = f"{behind(found, example.prompt, tokenizer)}{answer}\n\n"
+        return found
 
     def _score(
         self,
@@ -161,10 +162,8 @@ class Worker:
     ) -> Scores:
         """``shots`` are rendered examples, whose answers end without the end token, so that it is not asked for: a
         longer answer that begins with the right one is right. ``front`` is text before them."""
-        length = (
-            longest_label(rows, self.models.tokenizer) if "label" in rows[0] and task.scoring == "exact_match" else 32
-        )
-        context, end = front + shots, "" if shots else None
+        length = room_for_answers(task, rows, self.models.tokenizer)
+        context, end = behind(front, shots, self.models.tokenizer), "" if shots else None
         scored = score(model, self.models.tokenizer, task, rows, context, length, settings=settings, end=end)
         said = scored.answers if task.scoring == "exact_match" else []  # short enough to keep
         points = [round(point, 3) for point in scored.points]

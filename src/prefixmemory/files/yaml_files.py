@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -19,6 +20,7 @@ from yaml.reader import ReaderError
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 
 T = TypeVar("T")
+_adapter: Any = lru_cache(TypeAdapter)  # one takes as long to make as to check hundreds of values
 
 
 #: Limits that no honest file meets: bytes, values (those that aliases repeat counted each time), mappings and lists
@@ -241,10 +243,19 @@ def typed(kind: type[T], content: Mapping[str, Any], source: Source, what: str, 
         if name not in known:
             hint = did_you_mean(str(name), known) or f" There are: {', '.join(known)}."
             raise source.error(f"{path}{name}", f"{name} is no field of {what}.{hint}")
+        check_no_switch(kind, name, content[name], source, f"{path}{name}")
     try:
-        return TypeAdapter(kind).validate_python(dict(content))
+        return cast(T, _adapter(kind).validate_python(dict(content)))
     except ValidationError as error:
         raise explained(error, source, set(known), prefix) from None
+
+
+def check_no_switch(kind: type, name: str, value: Any, source: Source, path: str) -> None:
+    """Refuse YAML's yes and no where a dataclass wants a number, or several; pydantic would take them for 1 and 0."""
+    wanted = next((str(f.type) for f in fields(kind) if f.name == name), "")
+    within = value if isinstance(value, list) else [value]
+    if re.match(r"(list\[)?(int|float)", wanted) and any(isinstance(one, bool) for one in within):
+        raise source.error(path, f"{path}={value!r}: input should be a valid number.")
 
 
 def explained(

@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.encoding import Tokens
+from prefixmemory.rows.encoding import Tokens, behind
 from prefixmemory.rows.rendering import Example
 from prefixmemory.rows.unrelated_text import ESSAY, SEAM, read_context
 
@@ -105,5 +105,5 @@ class Distractors:
                 passage = str(tokenizer.decode(ids[begin : begin + length], clean_up_tokenization_spaces=False))
                 passage = passage.strip("\ufffd")  # a character of several tokens may have been cut
                 for i in group:
-                    found[i] = replace(found[i], prompt=f"{passage}\n\n{found[i].prompt}")
+                    found[i] = replace(found[i], prompt=behind(f"{passage}\n\n", found[i].prompt, tokenizer))
         return found

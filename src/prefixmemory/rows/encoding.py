@@ -50,6 +50,15 @@ def begins(ids: Sequence[int], invocation: Sequence[int]) -> int | None:
     return next((i for i in range(len(ids) - n, -1, -1) if list(ids[i : i + n]) == wanted), None)
 
 
+def behind(front: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """``text`` behind ``front``, without the beginning-of-sequence token that a chat template wrote before it where the
+    tokenizer puts one before the whole."""
+    begin = tokenizer.bos_token
+    if front and begin and text.startswith(begin) and _added_in_front(tokenizer):
+        text = text.removeprefix(begin)
+    return front + text
+
+
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a prompt, as training saw them: see :func:`encode_prompts`."""
     return encode_prompts([prompt], tokenizer)[0]

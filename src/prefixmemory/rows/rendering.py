@@ -32,10 +32,15 @@ def classification_prompt(text: str, labels: list[str] | None = None) -> str:
 
 def question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
     """Prompt and completion of a row of kind ``prompt`` or ``instruction``."""
-    if "instruction" in row and "prompt" not in row:
+    if kind_of(row) == "instruction":
         given = row.get("input")
         return f"{row['instruction']}\n\n{given}" if given else row["instruction"], row["output"]
     return row["prompt"], row["completion"]
+
+
+def right_answer(row: Mapping[str, Any]) -> str:
+    """What the model should write to a row that has one right answer, without blanks around it."""
+    return str(row["label"] if kind_of(row) == "text" else question_and_answer(row)[1]).strip()
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -72,7 +77,7 @@ def render(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         PrefixMemoryError: the chat template refuses a conversation or leaves out a part of it, or there is no end
             token.
     """
-    by_template = _ByTemplate(tokenizer)
+    by_template, ends = _ByTemplate(tokenizer), _end_tokens(tokenizer)
     examples = []
     for number, row in enumerate(rows, start=1):
         where, kind = place_of(row, f"Row {number}"), kind_of(row)
@@ -91,13 +96,13 @@ def render(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
             if has_chat_template(tokenizer):
                 messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
                 example = by_template(messages, {}, where)
-        examples.append(Example(example.prompt, _ended(example.completion, tokenizer, where), where))
+        examples.append(Example(example.prompt, _ended(example.completion, tokenizer, ends, where), where))
     return examples
 
 
-def _ended(completion: str, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def _ended(completion: str, tokenizer: PreTrainedTokenizerBase, ends: set[str], where: str) -> str:
     """``completion`` up to the token that ends it; where it has none, with the tokenizer's."""
-    if end_of(completion, tokenizer):
+    if _end_of(completion, ends):
         return completion.rstrip()  # nothing is written behind the end
     if tokenizer.eos_token is None:
         raise PrefixMemoryError(
@@ -107,13 +112,18 @@ def _ended(completion: str, tokenizer: PreTrainedTokenizerBase, where: str) -> s
     return f"{completion}{tokenizer.eos_token}"
 
 
-def end_of(completion: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The special token with which ``completion`` ends, blanks aside, or ``None``."""
+def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The special tokens with which an answer may end; some tokenizers take long to list theirs."""
     eos = tokenizer.eos_token
     no_ends = {tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token, tokenizer.mask_token} - {eos}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | {eos}
+    return {token for token in special - no_ends if token}
+
+
+def _end_of(completion: str, ends: set[str]) -> str | None:
+    """The one with which ``completion`` ends, blanks aside, or ``None``."""
     written = completion.rstrip()
-    return next((token for token in special - no_ends if token and written.endswith(token)), None)
+    return next((token for token in ends if written.endswith(token)), None)
 
 
 def template_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -122,9 +132,10 @@ def template_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
     question = {"role": "user", "content": "a"}
     try:
-        return end_of(_written([question, {"role": "assistant", "content": "b"}], tokenizer), tokenizer)
+        written = _written([question, {"role": "assistant", "content": "b"}], tokenizer)
     except TemplateError:
         return None
+    return _end_of(written, _end_tokens(tokenizer))
 
 
 def _written(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **given: Any) -> str:

@@ -37,8 +37,7 @@ EXPECTED = (
 )
 #: In characters; ten long books.
 LONGEST_TEXT = 10_000_000
-#: Fields that hold an answer, where a row may have several.
-ANSWERS = ("chosen", "rejected", "completion")
+_ANSWERS = ("chosen", "rejected", "completion")
 _JUDGEMENTS = {True: True, False: False, "true": True, "false": False, "True": True, "False": False}
 
 
@@ -103,6 +102,9 @@ def check_row(where: str, fields: Mapping[str, Any]) -> Row:
             row[name] = value = str(value)
         if not isinstance(value, str) or not value.strip() or not _encodes(value):
             raise PrefixMemoryError(f"{where}: {name!r} is {value!r}; it must be a text that is not empty.")
+    given = fields.get("input")  # of an instruction; Alpaca's rows have an empty one where there is none
+    if kind == "instruction" and given is not None and not (isinstance(given, str) and _encodes(given)):
+        raise PrefixMemoryError(f"{where}: 'input' is {given!r}; it must be a text, or be left out.")
     if kind == "text":
         row["label"] = row["label"].strip()  # answers are compared without blanks around them
         if len(row["label"].splitlines()) > 1:
@@ -159,15 +161,20 @@ def check_objective(objective: str, rows: Rows) -> None:
 
 def answers_a_row(rows: Rows) -> int:
     """How many answers each of ``rows``, which are of one kind, has."""
-    return sum(name in row for row in rows[:1] for name in ANSWERS) or 1
+    return len(_answers(rows)) if rows else 1
 
 
 def with_one_answer(rows: Rows) -> list[Row]:
-    """Each answer of each row as a row of its own, to see how long it is."""
+    """Each answer of each of ``rows``, which are of one kind with a prompt, as a row of its own; those to one prompt
+    side by side."""
     found = []
     for row in rows:
-        for name in ANSWERS:
-            if name in row:
-                found.append(Row(prompt=row["prompt"], completion=row[name]))
-                found[-1].where = getattr(row, "where", "")
+        for name in _answers(rows):
+            found.append(Row(prompt=row["prompt"], completion=row[name]))
+            found[-1].where = getattr(row, "where", "")
     return found
+
+
+def _answers(rows: Rows) -> list[str]:
+    """The fields that hold the answers of rows of this kind; others of these names are columns that mean nothing."""
+    return [name for name in _ANSWERS if name in FORMATS[row_format(rows)]]

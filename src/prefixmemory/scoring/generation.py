@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,12 +18,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixmemory.errors import PrefixMemoryError, check_number
 from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.rows.collator import padding_id
-from prefixmemory.rows.encoding import encode_prompts
-from prefixmemory.rows.rendering import template_end
-from prefixmemory.rows.rows import Rows
-from prefixmemory.tuner.activation import unfinished_text
+from prefixmemory.rows.encoding import Tokens, begins, behind, tokenize
+from prefixmemory.rows.invocation import invocation_of
+from prefixmemory.rows.rendering import Example, template_end
+from prefixmemory.tuner.activation import activation, unfinished_text
 
 Progress = Callable[[int], None]
+
+
+#: How ids are read as an answer: some tokenizers would take blanks out of it.
+AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+#: ``generate`` follows what a model's ``generation_config.json`` says, unless it is told otherwise.
+_LIKELIEST = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,8 @@ class Sampling:
     """How each token of an answer is chosen.
 
     Args:
-        temperature: 0: always the likeliest token; above: drawn, the likelier ones less clearly preferred the higher.
+        temperature: 0: always the likeliest token, whatever the model's own settings say of beams and penalties; above:
+            drawn, the likelier ones less clearly preferred the higher.
         top_p: draw among the likeliest tokens only that make up this share; ``None``: as the model's own settings say.
         seed: of the draw; ``None``: another one each time.
     """
@@ -52,7 +66,7 @@ class Sampling:
     def options(self) -> dict[str, Any]:
         """What ``generate`` is to be told; begins the draw anew where there is a seed."""
         if not self.temperature:
-            return {"do_sample": False}
+            return dict(_LIKELIEST)
         if self.seed is not None:
             torch.manual_seed(self.seed)
         share = {} if self.top_p is None else {"top_p": self.top_p}
@@ -76,13 +90,18 @@ def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     return sorted({int(i) for i in ids if i is not None})
 
 
+def most_tokens(model: PreTrainedModel | PeftModel) -> int:
+    """How many tokens a model reads at most; a large number where its config does not say."""
+    return getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
 def room_for_answer(model: PreTrainedModel | PeftModel, prompt: int, max_new_tokens: int) -> int:
     """How many tokens an answer may have behind ``prompt`` tokens: ``max_new_tokens``, or what the model has left.
 
     Raises:
         PrefixMemoryError: nothing is left, or more is asked for than the model reads at all.
     """
-    reads = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or 10**6
+    reads = most_tokens(model)
     if max_new_tokens > reads:
         raise PrefixMemoryError(
             f"max_new_tokens={max_new_tokens} is out of range: the base model reads {reads:,} tokens at most, prompt "
@@ -96,9 +115,18 @@ def room_for_answer(model: PreTrainedModel | PeftModel, prompt: int, max_new_tok
     return min(max_new_tokens, reads - prompt)
 
 
-def longest_label(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest label of ``rows``, and one for the end."""
-    return 1 + max(len(tokenizer(f" {row['label']}", add_special_tokens=False)["input_ids"]) for row in rows)
+def check_uncut(model: PreTrainedModel | PeftModel, rows: Sequence[Tokens], context: str) -> None:
+    """Refuse rows whose beginning was cut off to make them fit, where that is ``context``."""
+    if context and any(row.cut for row in rows):
+        raise PrefixMemoryError(
+            f"The model reads {most_tokens(model):,} tokens at most, and a row is longer with the text in front of it. "
+            "Put less in front."
+        )
+
+
+def longest_answer(answers: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest of these answers, and one for the end."""
+    return 1 + max(len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) for answer in answers)
 
 
 @torch.inference_mode()
@@ -118,7 +146,7 @@ def answers(
     Args:
         model: base model or model with adapter.
         tokenizer: its tokenizer.
-        prompts: full prompts.
+        prompts: full prompts; those that are too long for the model lose their beginning, as in training.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts per batch; they are sorted by length first.
         context: text that precedes every prompt; its keys and values are computed once.
@@ -128,11 +156,17 @@ def answers(
 
     Returns:
         One answer per prompt, in the order of ``prompts``.
+
+    Raises:
+        PrefixMemoryError: a prompt is longer than the model can read, with ``context`` and an answer.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    ids = encode_prompts([context + prompt for prompt in prompts], tokenizer)
+    asked = [Example(behind(context, prompt, tokenizer), "") for prompt in prompts]
+    rows = tokenize(asked, tokenizer, max(most_tokens(model) - max_new_tokens, 1), invocation=invocation_in(model))
+    check_uncut(model, rows, context)
+    ids = [row.prompt for row in rows]
     pad, end = padding_id(tokenizer), end_tokens(model, tokenizer)
     writer: Any = model
     # Padding must not stand between virtual tokens and text: what all prompts begin with is read with the virtual
@@ -141,7 +175,7 @@ def answers(
     shared_ids: list[int] = []
     shared = None
     if context or prepends:
-        shared_ids = common_beginning(ids)
+        shared_ids = common_beginning(ids, invocation_in(model))
     if shared_ids:
         if prepends:
             writer = cast(PeftModel, model).get_base_model()
@@ -171,7 +205,8 @@ def answers(
                 eos_token_id=end or None,
             )
         new = written[:, batch["input_ids"].shape[1] :]
-        for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+        texts = tokenizer.batch_decode(new, **AS_WRITTEN)
+        for i, text in zip(chosen, texts, strict=True):
             found[i] = first_line(text) if one_line else text.strip()
         if progress is not None:
             progress(len(chosen))
@@ -179,18 +214,41 @@ def answers(
     return found
 
 
-def common_beginning(prompts: list[list[int]]) -> list[int]:
-    """The ids with which all prompts begin, short of the last one of any."""
-    return list(os.path.commonprefix([row[:-1] for row in prompts]))  # noqa: RUF071  # of lists of ids, too
+def common_beginning(prompts: list[list[int]], invocation: Sequence[int] | None = None) -> list[int]:
+    """The ids with which all prompts begin, short of the last one of any, and of all from which on an adapter speaks:
+    the last occurrence of ``invocation`` in each."""
+    shared = list(os.path.commonprefix([row[:-1] for row in prompts]))  # noqa: RUF071  # of lists of ids, too
+    if invocation is None:
+        return shared
+    places = (begins(row, invocation) for row in prompts)
+    return shared[: min((place for place in places if place is not None), default=len(shared))]
+
+
+def invocation_in(model: PreTrainedModel | PeftModel) -> list[int] | None:
+    """The tokens from which on the model's adapter speaks; ``None``: from the start, or there is none."""
+    return invocation_of(model.active_peft_config) if isinstance(model, PeftModel) else None
 
 
 def read_beginning(model: PreTrainedModel | PeftModel, ids: list[int]) -> Any:
-    """The cache of what all prompts begin with, of one row; ``None`` where they have nothing in common."""
+    """The cache of what all prompts begin with, of one row; ``None`` where they have nothing in common.
+
+    An adapter that waits for its invocation is silent on all of it, whatever invocations there are: the last one
+    counts, which comes behind (see :func:`common_beginning`).
+    """
     if not ids:
         return None
     read = torch.tensor([ids], device=next(model.parameters()).device)
-    with unfinished_text():
+    with unfinished_text(), _silent(model, len(ids)):
         return model(input_ids=read, use_cache=True, **_last_logits(model)).past_key_values
+
+
+def _silent(model: PreTrainedModel | PeftModel, tokens: int) -> AbstractContextManager[Any]:
+    """Have an adapter that waits for its invocation wait for as many tokens."""
+    if invocation_in(model) is None:
+        return nullcontext()
+    adapted = cast(PeftModel, model)
+    is_memory = hasattr(adapted.active_peft_config, "invocation_tokens")  # else PEFT's activated LoRA
+    return activation([tokens]) if is_memory else adapted.disable_adapter()
 
 
 def repeated(cache: Any, rows: int) -> Any:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from peft import PeftModel
@@ -15,10 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.rows.collator import collator
-from prefixmemory.rows.encoding import IGNORED, Tokens, begins, tokenize
-from prefixmemory.rows.invocation import ALORA, invocation_of
+from prefixmemory.rows.encoding import IGNORED, Tokens, behind, tokenize
 from prefixmemory.rows.rendering import Example
-from prefixmemory.scoring.generation import Progress, common_beginning, read_beginning, repeated
+from prefixmemory.scoring.generation import (
+    Progress,
+    check_uncut,
+    common_beginning,
+    invocation_in,
+    most_tokens,
+    read_beginning,
+    repeated,
+)
 
 #: Logits of this many tokens are held at once, beside those of one long row.
 TOKENS_A_BATCH = 2048
@@ -71,22 +76,18 @@ def likelihoods(
         One an example, in the order of ``examples``.
 
     Raises:
-        PrefixMemoryError: a completion alone is longer than the model can read.
+        PrefixMemoryError: a completion alone is longer than the model can read, or a row with ``context``.
     """
     was_training = model.training
     model.eval()
-    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    whole = [replace(one, prompt=context + one.prompt) for one in examples]
-    rows = tokenize(whole, tokenizer, limit, invocation=invocation_of(config))
+    invocation = invocation_in(model)
+    whole = [replace(one, prompt=behind(context, one.prompt, tokenizer)) for one in examples]
+    rows = tokenize(whole, tokenizer, most_tokens(model), invocation=invocation)
+    check_uncut(model, rows, context)
     collate = collator(model, tokenizer)
     prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    shared = common_beginning([one.prompt for one in rows]) if context and not prepends else []
-    with nullcontext() if (invocation := _alora(model)) is None else cast(PeftModel, model).disable_adapter():
-        if invocation is not None:  # PEFT looks for it in each pass anew
-            shared = shared[: min(begins(one.prompt + one.completion, invocation) or 0 for one in rows)]
-        cache = read_beginning(model, shared)
-    length = len(shared)
+    shared = common_beginning([one.prompt for one in rows], invocation) if context and not prepends else []
+    cache, length = read_beginning(model, shared), len(shared)
     batch_size = max(1, min(batch_size, CACHED_TOKENS // max(length, 1)))
     rows = [replace(one, prompt=one.prompt[length:]) for one in rows]
     device = next(model.parameters()).device
@@ -110,11 +111,6 @@ def likelihoods(
             progress(len(chosen))
     model.train(was_training)
     return found
-
-
-def _alora(model: PreTrainedModel | PeftModel) -> list[int] | None:
-    """The invocation of PEFT's activated LoRA; ``None``: the adapter is none."""
-    return getattr(model.active_peft_config, ALORA, None) if isinstance(model, PeftModel) else None
 
 
 def _batches(rows: Sequence[Tokens], batch_size: int, crop_logits: bool) -> Iterator[list[int]]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from prefixmemory._shapes import Float
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.kernels.impl import KINDS, NORMS, serves
-from prefixmemory.kernels.read import TINY
-from prefixmemory.kernels.read import add as add_one
+from prefixmemory.kernels.limit import TINY
+from prefixmemory.kernels.limit import add as add_one
 from prefixmemory.memories.feature_maps import FEATURE_MAPS
 from prefixmemory.memories.matrix import EPS
 from prefixmemory.serving.served import Manner, ServedLayer, served_maps

@@ -6,22 +6,24 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from fractions import Fraction
 from importlib.util import find_spec
 from statistics import fmean
 from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError
 
-#: ``1,024``, ``-3.50``, ``$5``, ``.5``; between two numbers, as in ``10-4``, a minus sign is an operation.
+_DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+#: ``1,024``, ``-3.50``, ``$5``, ``.5``, ``2e-5``, ``3/4``; between two numbers, as in ``10-4``, a minus sign is an
+#: operation.
 _NUMBER = re.compile(
-    r"(?:(?<![\w.)])[-−])?\$?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+    rf"(?:(?<![\w.)])[-−])?\$?({_DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![\w.]))?)(?:/({_DIGITS})(?![\w/]))?"
 )
 _ANSWER_MARK = "####"  # GSM8K's sign for the result
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def last_number(text: str) -> Decimal | None:
+def last_number(text: str) -> Fraction | None:
     """The number that ``text`` gives as its result: the one after ``####``, else the last one; ``None``: there is none.
 
     What a model writes after the line with ``####`` does not count.
@@ -31,8 +33,15 @@ def last_number(text: str) -> Decimal | None:
     found = marked or next(reversed(list(_NUMBER.finditer(text))), None)
     if found is None:
         return None
-    value = Decimal(found[1].replace(",", ""))
+    value, below = (Fraction((part or "1").replace(",", "")) for part in found.groups())
+    value = value / below if below else value
     return -value if found[0][0] in "-−" else value
+
+
+def one_number(text: str) -> Fraction | None:
+    """The number that ``text`` is, blanks aside; ``None``: it is none, or holds more than one."""
+    found = _NUMBER.fullmatch(text.strip())
+    return None if found is None else last_number(text)
 
 
 # Reading: the definitions of SQuAD's evaluate-v1.1.py

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
+from fractions import Fraction
 from statistics import fmean
 from typing import Any
 
@@ -13,13 +13,25 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.rendering import Example, question_and_answer, render
+from prefixmemory.rows.rendering import Example, render, right_answer
 from prefixmemory.rows.rows import Row, row_format, with_one_answer
-from prefixmemory.scoring.generation import answers
+from prefixmemory.scoring.generation import answers, longest_answer
 from prefixmemory.scoring.likelihood import Likelihood, likelihoods, nats_a_token
-from prefixmemory.tasks.metrics import best, bleu, last_number, percent, rouge_l, squad_exact_match, squad_f1
+from prefixmemory.tasks.metrics import (
+    best,
+    bleu,
+    last_number,
+    one_number,
+    percent,
+    rouge_l,
+    squad_exact_match,
+    squad_f1,
+)
 from prefixmemory.tasks.task import Task
 from prefixmemory.training.settings import TrainingSettings
+
+#: Tokens of an answer, where nothing says how long the right ones are.
+ROOM = 32
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ def score(
     task: Task,
     rows: list[Row],
     context: str = "",
-    max_new_tokens: int = 32,
+    max_new_tokens: int = ROOM,
     batch_size: int = 50,
     settings: TrainingSettings | None = None,
     end: str | None = None,
@@ -96,9 +108,13 @@ def score(
     return SCORERS[task.scoring](asked)
 
 
-def _right_answer(row: Row) -> str:
-    """What the model should write, without blanks around it."""
-    return str(row["label"] if row_format([row]) == "text" else question_and_answer(row)[1]).strip()
+def room_for_answers(task: Task, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens answers to ``rows`` may have, where the task does not say: as many as the longest right one, and
+    :data:`ROOM` at least where a right answer is no label."""
+    if task.scoring != "exact_match":
+        return ROOM
+    longest = longest_answer(map(right_answer, rows), tokenizer)
+    return longest if row_format(rows) == "text" else max(longest, ROOM)
 
 
 def _references(row: Row, field_name: str) -> list[str]:
@@ -109,7 +125,7 @@ def _references(row: Row, field_name: str) -> list[str]:
     """
     several = row.get(field_name)
     if several is None:
-        return [_right_answer(row)]
+        return [right_answer(row)]
     if isinstance(several, Mapping):  # as in SQuAD's files
         several = several.get("text")
     if not isinstance(several, list) or not several or not all(isinstance(text, str) for text in several):
@@ -120,7 +136,7 @@ def _references(row: Row, field_name: str) -> list[str]:
 def _exact_match(asked: _Asked) -> Scored:
     """Percentage of answers whose first line is the right one, to the letter."""
     said = asked.answers()
-    points = [100.0 * (text == _right_answer(row)) for text, row in zip(said, asked.rows, strict=True)]
+    points = [100.0 * (text == right_answer(row)) for text, row in zip(said, asked.rows, strict=True)]
     return Scored(fmean(points), points, {}, said)
 
 
@@ -132,12 +148,13 @@ def _number(asked: _Asked) -> Scored:
     return Scored(fmean(points), points, {}, said)
 
 
-def _right_number(row: Row) -> Decimal:
+def _right_number(row: Row) -> Fraction:
     given: Any = row.get("answer")
-    text = _right_answer(row) if given is None else str(given)
-    found = last_number(text)
+    text = right_answer(row) if given is None else str(given)
+    found = last_number(text) if given is None else one_number(text)
     if found is None:
-        raise PrefixMemoryError(f"{row.where}: scoring='number', and the answer {text[-60:]!r} has no number.")
+        what = "has no number" if given is None else "is no number"
+        raise PrefixMemoryError(f"{row.where}: scoring='number', and the answer {text[-60:]!r} {what}.")
     return found
 
 

@@ -13,7 +13,8 @@ from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
 from prefixmemory.files.names import check_name
 from prefixmemory.files.yaml_files import Source, blamed_path, find_yaml, read_yaml, shipped, typed
 from prefixmemory.rows.data import Data, read_rows, sample
-from prefixmemory.rows.rows import OBJECTIVE_FORMATS, Row, row_format
+from prefixmemory.rows.rendering import right_answer
+from prefixmemory.rows.rows import FORMATS, OBJECTIVE_FORMATS, Row, labels_of, row_format
 from prefixmemory.tasks.metrics import check_text_metrics
 from prefixmemory.training.preferences import check_trl
 from prefixmemory.training.settings import TrainingSettings
@@ -56,7 +57,7 @@ class Task:
         hub_where: keep the rows whose columns have these values.
         columns: our field -> column of the files.
         where: keep the rows of the files whose fields have these values.
-        labels: keep this many labels, in alphabetical order.
+        labels: keep this many labels of the training split, in alphabetical order.
         first_label: from this one on, counted from 0.
         longest_text: keep rows of at most this many characters, prompt and answer.
         per_label: training rows of each label, drawn with the run's seed.
@@ -131,10 +132,13 @@ class Task:
         Raises:
             PrefixMemoryError: nothing can be read, no row is kept, or rows are of a kind that cannot be scored so.
         """
-        local = None if data is None or self.folder is None else data / self.folder / f"{split}.jsonl"
+        local = None if data is None or self.folder is None else data / self.folder
         file = self.train if split == "train" else self.test
-        if local is not None and local.is_file():
-            rows, where = read_rows(local, self.columns), self.where
+        there = [] if local is None else [name for name in ("train", "test") if (local / f"{name}.jsonl").is_file()]
+        if len(there) == 1:  # the other split would come from elsewhere
+            raise PrefixMemoryError(f"Task {self.name}: {local} has {there[0]}.jsonl alone. Give both files.")
+        if local is not None and there:
+            rows, where = read_rows(local / f"{split}.jsonl", self.columns), self.where
         elif file is not None:
             rows, where = read_rows(file, self.columns), self.where
         elif self.hub is not None:
@@ -145,7 +149,7 @@ class Task:
                 f"Task {self.name}: {local or self.folder} does not exist. Give --data, the folder."
             )
         self._check_kind(rows)
-        kept = self._kept(rows, where)
+        kept = self._kept(data, rows, where, split)
         if not kept:
             raise PrefixMemoryError(
                 f"Task {self.name}: no row of the {split} split is left by where, first_label and longest_text."
@@ -160,11 +164,17 @@ class Task:
             raise PrefixMemoryError(
                 f"Task {self.name}: scoring={self.scoring!r} needs rows of the kind {wanted}; {found}"
             )
+        several = (row for row in rows if len(right_answer(row).splitlines()) > 1)
+        if self.scoring == "exact_match" and (row := next(several, None)) is not None:
+            raise PrefixMemoryError(
+                f"Task {self.name}: {row.where} has an answer of several lines, and scoring='exact_match' compares the "
+                "first line that the model writes. Use 'text' or 'loss'."
+            )
         for name in ("labels", "first_label", "per_label"):
             if getattr(self, name) and kind != "text":
                 raise PrefixMemoryError(f"Task {self.name}: {name} needs rows with 'text' and 'label'; {found}")
 
-    def _kept(self, rows: list[Row], where: Mapping[str, str]) -> list[Row]:
+    def _kept(self, data: Path | None, rows: list[Row], where: Mapping[str, str], split: str) -> list[Row]:
         for name, value in where.items():
             values = {str(row[name]) for row in rows if name in row}
             if not values:
@@ -175,10 +185,12 @@ class Task:
                 raise PrefixMemoryError(f"Task {self.name}: where asks for {name}={value!r}, which no row has.{hint}")
         rows = [row for row in rows if all(str(row.get(name)) == value for name, value in where.items())]
         if self.labels is not None or self.first_label:
-            labels = sorted({row["label"] for row in rows})[self.first_label :][: self.labels]
+            whole = replace(self, labels=None, first_label=0, longest_text=None)
+            known = labels_of(rows if split == "train" else whole.rows(data, "train"))  # a test split may lack some
+            labels = known[self.first_label :][: self.labels]
             rows = [row for row in rows if row["label"] in labels]
         if self.longest_text is not None:
-            rows = [row for row in rows if _length(row) <= self.longest_text]
+            rows = [row for row in rows if _characters(row) <= self.longest_text]
         return rows
 
     def split(self, data: Path | None, validation: int, test: int, seed: int) -> Split:
@@ -201,7 +213,10 @@ class Task:
         held_out = self._validation(everything, validation)
         chosen = {id(row) for row in held_out}
         train = sample([row for row in everything if id(row) not in chosen], self.per_label, self.limit, seed)
-        return Split(train, held_out, sample_rows(tested, test, "test"))
+        unseen = [row for row in held_out if row not in train]  # a file may hold a row twice
+        if held_out and not unseen:
+            raise PrefixMemoryError(f"Task {self.name}: its validation rows are all among its training rows, too.")
+        return Split(train, unseen, sample_rows(tested, test, "test"))
 
     def _validation(self, rows: list[Row], wanted: int) -> list[Row]:
         spare = self._spare(rows)
@@ -249,8 +264,13 @@ def sample_rows(rows: list[Row], count: int, name: str) -> list[Row]:
     return [rows[index] for index in sorted(chosen)]
 
 
-def _length(row: Row) -> int:
-    return sum(len(value) for value in row.values() if isinstance(value, str))
+def _characters(row: Row) -> int:
+    """Of what the model reads and writes; a row may have other columns."""
+    kind = row_format([row])
+    if kind == "messages":
+        return sum(len(message.get("content") or "") for message in row["messages"])
+    read = [row[name] for name in FORMATS[kind] if isinstance(row[name], str)]
+    return sum(map(len, read)) + len((row.get("input") or "") if kind == "instruction" else "")
 
 
 def shipped_tasks() -> list[str]:

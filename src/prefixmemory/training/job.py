@@ -51,6 +51,8 @@ class TrainingJob:
     quantization: str | None = None
 
     def __post_init__(self) -> None:
+        if self.settings.keeps_best and not self.validation:
+            raise PrefixMemoryError("keep_best and patience go by the validation loss: give validation rows.")
         for rows in (self.rows, self.validation):
             if rows:
                 check_objective(self.settings.objective, rows)

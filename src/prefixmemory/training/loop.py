@@ -30,6 +30,7 @@ from prefixmemory.rows.collator import collator
 from prefixmemory.rows.encoding import Tokens, tokenize
 from prefixmemory.rows.rendering import Example
 from prefixmemory.training.checkpoints import last_complete_checkpoint
+from prefixmemory.training.divergence import StopDiverged, check_converged
 from prefixmemory.training.interrupt import Interrupted, StopOnSignal
 from prefixmemory.training.sampler import EpochRows, EpochSampler, RowsOfEpoch
 from prefixmemory.training.saving import SaveByTime
@@ -160,7 +161,7 @@ def fit(
 
     Raises:
         Interrupted: ctrl-C or SIGTERM; the last checkpoint holds everything up to the last finished step.
-        PrefixMemoryError: nothing to resume.
+        PrefixMemoryError: nothing to resume, or the run diverged.
     """
     last = last_checkpoint(Path(str(trainer.args.output_dir))) if resume else None
     args = trainer.args
@@ -176,9 +177,11 @@ def fit(
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
     with StopOnSignal() as stop, contiguous_logits_input(cast(Any, trainer.model)):
         trainer.add_callback(stop)
+        trainer.add_callback(StopDiverged)
         result = trainer.train(resume_from_checkpoint=last)
         if stop.asked and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(stop.asked)
+        check_converged(trainer)
         metrics = dict(result.metrics)
         if trainer.eval_dataset is not None:
             metrics |= trainer.evaluate()
@@ -222,9 +225,15 @@ def train(
 
     Raises:
         Interrupted: ctrl-C or SIGTERM; the last checkpoint holds everything up to the last finished step.
-        PrefixMemoryError: nothing to train, nothing to resume, or an example that does not fit.
+        PrefixMemoryError: nothing to train, nothing to resume, an example that does not fit, settings of a recipe that
+            mean nothing here, or the run diverged.
     """
     check_trainable(model)
+    if settings.objective != "sft" or settings.keeps_best or settings.distractors is not None:
+        raise PrefixMemoryError(
+            "train() learns the examples as they are: leave objective, keep_best, patience and distractors out of its "
+            "settings, or run a recipe."
+        )
     arguments = training_arguments(settings, checkpoints, evaluates=False)
     use_cache = getattr(model.config, "use_cache", None)
     try:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.encoding import Tokens
-from prefixmemory.rows.rows import Rows
+from prefixmemory.rows.rows import Rows, row_format
 from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.settings import TrainingSettings
 
@@ -127,8 +127,9 @@ def _simpo_rows(rows: Rows, tokens: list[Tokens], settings: TrainingSettings) ->
 
 def _kto_rows(rows: Rows, tokens: list[Tokens], settings: TrainingSettings) -> list[dict[str, Any]]:
     """Each with the completion of another row of its batch, by which KTO measures how far it is from the base model."""
-    labels = [row["label"] for row in rows if "chosen" not in row]
-    if not labels:  # pairs: all chosen answers, then all rejected ones, so that neighbours differ in their prompts
+    if row_format(rows) == "judged":
+        labels = [row["label"] for row in rows]
+    else:  # pairs: all chosen answers, then all rejected ones, so that neighbours differ in their prompts
         tokens, labels = tokens[::2] + tokens[1::2], [True] * len(rows) + [False] * len(rows)
     found = []
     for start in range(0, len(tokens), settings.batch_size):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from peft import PeftConfig
 from pydantic import TypeAdapter, ValidationError
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.files.yaml_files import Source, blamed_path, explained, put, read_yaml
+from prefixmemory.files.yaml_files import Source, blamed_path, check_no_switch, explained, put, read_yaml
 from prefixmemory.models.loading import Dtype
 from prefixmemory.models.quantization import Quantization
 from prefixmemory.rows.data import Data
@@ -56,7 +55,6 @@ class Recipe:
 
 
 SECTIONS: dict[str, type] = {"data": Data, "training": TrainingSettings}
-_NUMBERS = {f"{s}.{f.name}" for s, kind in SECTIONS.items() for f in fields(kind) if re.match("int|float", str(f.type))}
 _ADAPTER = TypeAdapter(Recipe)
 _MISSING = (
     "recipe: `prefixmemory recipes ls` lists those that ship with the package; `prefixmemory recipes cp NAME FILE` "
@@ -133,8 +131,8 @@ def _check_names(content: Mapping[str, Any], source: Source) -> None:
             if name not in known[section] and known[section]:
                 where = "a recipe" if section != "method" else method_name
                 raise source.error(path, f"{path} is no field of {where}.{_nearest(str(name), section, known)}")
-            if isinstance(inner[name], bool) and path in _NUMBERS:  # YAML's yes; pydantic would take it for 1
-                raise source.error(path, f"{path}={inner[name]!r}: input should be a valid number.")
+            if section in SECTIONS:
+                check_no_switch(SECTIONS[section], name, inner[name], source, path)
 
 
 def _nearest(name: str, section: str, known: Mapping[str, list[str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from typing import Any, TypedDict, cast
 
@@ -31,6 +32,7 @@ class Plan(TypedDict):
     dtype: str
     attention: str | None
     quantization: str | None
+    processes: int
 
 
 class RunRecord(Plan, Provenance, total=False):
@@ -40,7 +42,6 @@ class RunRecord(Plan, Provenance, total=False):
     train_loss: float
     validation_loss: float
     train_seconds: float
-    processes: int
     trainable_parameters: int
     memory_read: str
 
@@ -61,6 +62,7 @@ def plan_of_run(job: TrainingJob, model: PreTrainedModel) -> Plan:
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": getattr(model.config, "_attn_implementation", None),
         "quantization": job.quantization,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),  # each takes batch_size rows a step
     }
     as_read = json.dumps(plan, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     return cast(Plan, json.loads(as_read))

@@ -122,7 +122,6 @@ def _run(
             "train_loss": _train_loss(trainer, metrics, resume),
             **({"validation_loss": metrics["eval_loss"]} if "eval_loss" in metrics else {}),
             "train_seconds": round(time.monotonic() - started, 1),
-            "processes": trainer.args.world_size,
             "trainable_parameters": _size(adapted),
             **({"memory_read": read_by} if (read_by := reads_by(adapted)) else {}),
         }

@@ -72,6 +72,8 @@ class TrainingSettings:
         check_choice("objective", self.objective, get_args(Objective))
         check_choice("scheduler", self.scheduler, get_args(Scheduler))
         check_choice("mixed_precision", self.mixed_precision, get_args(Precision))
+        if self.beta is not None and self.objective == "sft":
+            raise PrefixMemoryError(f"beta={self.beta} needs objective='dpo', 'kto' or 'simpo'. Leave it out.")
         if self.simpo_gamma is not None and self.objective != "simpo":
             raise PrefixMemoryError(f"simpo_gamma={self.simpo_gamma} needs objective='simpo'. Leave it out.")
         above_zero = ["learning_rate", "epochs", "batch_size", "gradient_accumulation", "max_grad_norm", "max_length",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefixmemory.kernels.impl import Product, fused
-from prefixmemory.kernels.read import add, memory_output
+from prefixmemory.kernels.read import read
 from prefixmemory.tuner.activation import ModelPass
 from prefixmemory.tuner.calls import Groups, RowAdapters
 from prefixmemory.tuner.plan import Plan, Step
@@ -81,8 +81,9 @@ class Stack:
         if index is not None:
             query, own = query.index_select(0, index), outputs.index_select(0, index)
         stacked = _stacked([products[name] for name in groups.row if name in products])
-        answer = memory_output(query.to(stacked.factors[0].dtype), stacked.factors, stacked.phi, stacked.mean)
-        new = add(own, answer, self.first.limit, self.first.scale)
+        query = query.to(stacked.factors[0].dtype)
+        limit, scale = self.first.limit, self.first.scale
+        new = read(query, own, stacked.factors, stacked.phi, stacked.mean, limit, scale)
         return new if index is None else outputs.index_copy(0, index, new)
 
     def _fused(self, query: Tensor, outputs: Tensor, groups: Groups, products: Sequence[Product]) -> Tensor:

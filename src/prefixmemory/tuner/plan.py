@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prefixmemory.kernels.impl import Product, fused, said
-from prefixmemory.kernels.read import add, read
+from prefixmemory.kernels.limit import add
+from prefixmemory.kernels.read import read
 from prefixmemory.memories.mixing import Mixing
 from prefixmemory.memories.registry import is_inside
 from prefixmemory.tuner.active_tokens import ActiveTokens, Invocation
@@ -26,7 +27,7 @@ class Step:
         ask: queries ``[batch, tokens, heads, head_dim]`` to the memory output.
         queries: which queries it wants: ``content``, ``rotary``.
         scale: factor on what it adds.
-        limit: c of :func:`~prefixmemory.kernels.read.add`, or ``None``.
+        limit: c of :func:`~prefixmemory.kernels.limit.add`, or ``None``.
         mixing: how its output is mixed with the heads' own outputs; ``None``: it is added.
         invocation: the tokens from which on it speaks; ``None``: from the start.
         strict: whether a sequence without them is an error.
@@ -102,7 +103,7 @@ class Step:
             return triton_read.read(query, outputs, cast(Product, product), self.limit, self.scale, joined)
         if isinstance(product, Product):
             factors, phi = product.factors, product.phi
-            keep = product.form is None  # φ may be anything
+            keep = product.form in (None, ("identity", "none"))  # φ may be anything; or makes nothing to be kept
             query = query.to(factors[0].dtype)
             return read(query, outputs, factors, phi, product.mean, self.limit, self.scale, joined, keep)
         answer = self.ask(*[queries[kind] for kind in self.queries])

@@ -1,0 +1,168 @@
+"""Answers and likelihoods mean what they say, whatever model, tokenizer and adapter bring along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GenerationConfig
+
+import tiny
+from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.rows.encoding import behind, encode_prompts
+from prefixmemory.rows.invocation import invocation_tokens
+from prefixmemory.rows.rendering import Example, render
+from prefixmemory.rows.rows import Row, check_row
+from prefixmemory.scoring.generation import answers
+from prefixmemory.scoring.likelihood import likelihoods
+from prefixmemory.tasks import Task
+from prefixmemory.tasks.scoring import room_for_answers
+from tokenizers_of_all_kinds import Kind, build
+
+TOKENIZER = tiny.tokenizer()
+PROMPTS = [f"Text: {text}\nLabel:" for text in ("one", "two words", "3")]
+#: Examples in front of a prompt, whose answers are asked for as its own is.
+EXAMPLES = "Text: zero\nLabel: none\n\nText: a\nLabel: some\n\n"
+
+
+def talker() -> nn.Module:
+    """Writes different texts for different prompts."""
+    model = tiny.build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+        model.lm_head.weight[len(TOKENIZER) :] = 0
+    return model
+
+
+def said(model: nn.Module, **more: Any) -> list[str]:
+    return answers(model, TOKENIZER, PROMPTS, max_new_tokens=8, one_line=False, **more)
+
+
+def test_greedy_answers_are_the_likeliest_whatever_the_model_comes_with():
+    model, free = talker(), talker()
+    model.generation_config = GenerationConfig(
+        repetition_penalty=1.8, num_beams=3, no_repeat_ngram_size=2, do_sample=True, temperature=5.0
+    )
+    assert said(model) == said(free)
+    found = model.generate(input_ids=torch.tensor([TOKENIZER(PROMPTS[0])["input_ids"]]), max_new_tokens=8)
+    assert TOKENIZER.decode(found[0], skip_special_tokens=True) != PROMPTS[0] + said(free)[0]  # the control
+
+
+def test_answers_are_compared_as_they_were_written(monkeypatch):
+    """Some tokenizers clean their texts up: a blank in front of a full stop would be gone."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    ids = tokenizer("yes . no", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == "yes. no"  # the control
+    model = talker()
+    monkeypatch.setattr(
+        model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([ids] * len(input_ids))], dim=1)
+    )
+    assert answers(model, tokenizer, ["a", "b"]) == ["yes . no"] * 2
+
+
+def waiting(kind: str, name: str) -> nn.Module:
+    """An adapter that speaks from the last ``name`` on."""
+    tokens = invocation_tokens(name, TOKENIZER, "text")
+    if kind == "memory":
+        return tiny.with_memory(talker(), **tiny.DEFAULT, active_from=name, invocation_tokens=tokens)
+    model = get_peft_model(
+        talker(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], alora_invocation_tokens=tokens)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["memory", "activated LoRA"])
+@pytest.mark.parametrize("name", ["answer", "question"])
+def test_an_adapter_waits_for_the_last_invocation_behind_examples_that_hold_it(kind, name):
+    """What all prompts begin with is read once, and holds invocations, of which none is the last."""
+    model = waiting(kind, name)
+    expected, examples = [], [Example(prompt, " yes") for prompt in PROMPTS]
+    for prompt in PROMPTS:
+        (ids,) = encode_prompts([EXAMPLES + prompt], TOKENIZER)
+        whole = torch.tensor([ids])
+        written = model.generate(
+            input_ids=whole, attention_mask=torch.ones_like(whole), max_new_tokens=8, do_sample=False,
+            eos_token_id=TOKENIZER.eos_token_id, pad_token_id=TOKENIZER.pad_token_id,
+        )  # fmt: skip
+        expected.append(TOKENIZER.decode(written[0, len(ids) :], skip_special_tokens=True).strip())
+    assert said(model, context=EXAMPLES) == expected
+    behind_all = [Example(EXAMPLES + one.prompt, one.completion) for one in examples]
+    for found, right in zip(
+        likelihoods(model, TOKENIZER, examples, context=EXAMPLES),
+        likelihoods(model, TOKENIZER, behind_all),
+        strict=True,
+    ):
+        assert abs(found.nats - right.nats) < 1e-4
+    model.set_adapter("default")
+    with model.disable_adapter():
+        base = likelihoods(model, TOKENIZER, behind_all)
+    assert any(
+        abs(a.nats - b.nats) > 1e-2 for a, b in zip(base, likelihoods(model, TOKENIZER, behind_all), strict=True)
+    )
+
+
+def test_a_beginning_of_sequence_token_stands_first_and_nowhere_else():
+    tokenizer = build(Kind("byte-level BPE", True, False, True, "no end"))  # its template writes one too
+    rows = [check_row("a", {"prompt": "who won?", "completion": "they did"})]
+    (example,) = render(rows, tokenizer)
+    assert example.prompt.startswith("<s>")
+    (ids,) = encode_prompts([behind("A text.\n\n", example.prompt, tokenizer)], tokenizer)
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    (plain,) = encode_prompts(["A text.\n\n" + example.prompt], tokenizer)
+    assert plain.count(tokenizer.bos_token_id) == 2  # the control
+    assert behind("", example.prompt, tokenizer) == example.prompt
+    # one that no tokenizer adds is the template's own, such as ChatML's
+    own = build(Kind("byte-level BPE", False, False, True, "no end"))
+    assert behind("A text.\n\n", "<s>a", own) == "A text.\n\n<s>a"
+
+
+def short(positions: int) -> nn.Module:
+    model = talker()
+    model.config.max_position_embeddings = positions
+    return model
+
+
+def test_a_text_in_front_that_the_model_cannot_read_is_refused():
+    model, front = short(40), "x" * 30 + "\n\n"
+    for ask in (
+        lambda: answers(model, TOKENIZER, PROMPTS, 4, context=front),
+        lambda: likelihoods(model, TOKENIZER, [Example(prompt, " yes") for prompt in PROMPTS], context=front),
+    ):
+        with pytest.raises(
+            PrefixMemoryError, match="reads 40 tokens at most, and a row is longer with the text in front"
+        ):
+            ask()
+    assert len(answers(model, TOKENIZER, PROMPTS, 4, context="x\n\n")) == len(PROMPTS)  # the control
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning_as_in_training():
+    model, prompt = short(40), "y" * 60 + "\nLabel:"
+    assert answers(model, TOKENIZER, [prompt], 8) == answers(talker(), TOKENIZER, [prompt[-32:]], 8)
+
+
+def exact(scoring: str = "exact_match") -> Task:
+    return Task("mine", 1, "", "CC0", scoring, folder="mine")  # type: ignore[arg-type]
+
+
+def rows_of(*fields: dict[str, Any]) -> list[Row]:
+    return [check_row("a", one) for one in fields]
+
+
+def test_answers_have_room_for_the_longest_right_one():
+    long = "a" * 50
+    labels = rows_of({"text": "t", "label": "ab"}, {"text": "t", "label": "abcd"})
+    assert room_for_answers(exact(), labels, TOKENIZER) == len(" abcd") + 1
+    assert room_for_answers(exact(), rows_of({"prompt": "p", "completion": long}), TOKENIZER) == 52
+    # a column that is no answer says nothing
+    assert room_for_answers(exact(), rows_of({"prompt": "p", "completion": "c", "label": 3}), TOKENIZER) == 32
+    assert room_for_answers(exact("reading"), rows_of({"prompt": "p", "completion": long}), TOKENIZER) == 32
