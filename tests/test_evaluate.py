@@ -19,6 +19,7 @@ import tiny
 from close import close_figures
 from command_line import call, files_of, jsonl, save_talker, work_in_copy
 from prefixmemory import PrefixMemoryConfig
+from prefixmemory.rows.invocation import invocation_tokens
 from prefixmemory.training.card import is_ours
 from prefixmemory.tuner.layers import set_scale
 
@@ -249,6 +250,39 @@ def test_a_small_scale_is_not_nothing(place):
     assert losses["adapter"] == pytest.approx(loss_of(adapted, TEST), rel=1e-5)
 
 
+def waits_for(name: str, kind: str | None) -> None:
+    """The memory as ``waiting``, from the tokens on that such prompts have."""
+    shutil.copytree("memory", "waiting")
+    file = Path("waiting") / "adapter_config.json"
+    fields = {"active_from": name, "invocation_tokens": invocation_tokens(name, TOKENIZER, kind)}
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_an_adapter_that_would_be_silent_on_all_rows_is_refused(place):
+    """It waits for the question of rows with text and label; conversations have another."""
+    waits_for("question", "text")
+    before = files_of(place)
+    for data in ("questions.jsonl", "messages.jsonl"):
+        message = call("evaluate", "waiting", "--data", data, "--save", "--output", "figures.json").refusal
+        assert "No row has the tokens" in message and "its scores would be the base model's" in message
+    assert files_of(place) == before
+    figures = evaluate("waiting", "test.jsonl")  # the control
+    assert (
+        figures["metrics"]["loss (nats a token)"]["base model"] != figures["metrics"]["loss (nats a token)"]["adapter"]
+    )
+    assert not [name for name in figures if "invocation" in name]
+
+
+@pytest.mark.filterwarnings("ignore:The invocation tokens")
+def test_a_task_of_the_harness_on_which_it_is_silent_is_refused(place, task):
+    waits_for("answer", None)
+    words = ("evaluate", "waiting", "--tasks", "tickets", "--include-path", "my-tasks", "--output", "figures.json")
+    answer = call(*words)
+    assert answer.code == 1 and not Path("figures.json").exists()
+    said = answer.err.splitlines()[-1]
+    assert said.startswith("error: The prompts of tickets lack the tokens") and "active_from='start'" in said
+
+
 # What is written
 
 
@@ -291,6 +325,21 @@ def test_output_never_overwrites(place):
     words = ("evaluate", "--adapter", "memory", "--data", "test.jsonl", "--output", "figures.json")
     assert "figures.json exists already" in call(*words).refusal
     assert (place / "figures.json").read_text() == "mine"
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_anything_is_measured(place, monkeypatch):
+    monkeypatch.setattr("prefixmemory.adapters.loading.load_adapter", lambda *_: pytest.fail("it was loaded"))
+    for command in (("evaluate", "memory", "--data", "test.jsonl"), ("inspect", "memory")):
+        said = call(*command, "--output", "test.jsonl/deeper/figures").refusal
+        assert "test.jsonl is a file, so that test.jsonl/deeper/figures cannot be made" in said
+
+
+def test_the_weights_of_every_adapter_are_looked_at_before_the_first_is_measured(place, monkeypatch):
+    shutil.copytree("memory", "cut")
+    weights = Path("cut/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-10])
+    monkeypatch.setattr("prefixmemory.adapters.loading.load_adapter", lambda *_: pytest.fail("it was loaded"))
+    assert "truncated or damaged" in call("inspect", "memory", "cut", "--output", "looked-at").refusal
 
 
 # Refusals

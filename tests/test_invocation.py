@@ -163,8 +163,14 @@ def test_an_activated_lora_of_peft_finds_its_tokens_by_the_same_names():
         with model.disable_adapter():
             base = model(input_ids=ids).logits
     assert torch.equal(logits[:, :place], base[:, :place]) and (logits - base)[:, place:].abs().amin(dim=1).max() > 0
-    with pytest.raises(PrefixMemoryError, match=r"method\.alora_invocation_tokens='anser'"):
+    with pytest.raises(PrefixMemoryError, match=r"method\.alora_invocation_tokens='anser'.*'answer'\?"):
         method_config({**section, "alora_invocation_tokens": "anser"})
+
+
+def test_a_kind_of_rows_that_there_is_not_is_refused():
+    """It would be taken for a conversation."""
+    with pytest.raises(PrefixMemoryError, match=r"kind='txt' is not known.*'text'"):
+        invocation_tokens("answer", tiny.tokenizer(), "txt")
 
 
 def test_kinds_of_rows_with_other_tokens_are_refused_together():

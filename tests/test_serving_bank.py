@@ -238,7 +238,7 @@ def test_what_is_no_product_with_the_features_is_refused(config, reason, tmp_pat
 
 def test_a_rank_that_does_not_fit_names_the_option(tmp_path):
     with_memory(build(), rank=7).save_pretrained(tmp_path)
-    with pytest.raises(PrefixMemoryError, match=r"has rank 7, and the server has room for 4.*--max-lora-rank 8"):
+    with pytest.raises(PrefixMemoryError, match=r"has rank 7, and the server has room for 4.*--max-rank 8"):
         read_memory(tmp_path, SIZES, LAYERS, 4)
 
 
@@ -413,7 +413,7 @@ def test_blocks_need_slots_that_fit(tmp_path, monkeypatch):
     check_blocks({}, 7, tmp_path)
     with pytest.raises(PrefixMemoryError, match="have 7 numbers"):
         check_blocks(blocks, 7, tmp_path)
-    with pytest.raises(PrefixMemoryError, match="--max-lora-rank 8"):
+    with pytest.raises(PrefixMemoryError, match="--max-rank 8"):
         read_blocks(tmp_path, 2)
     monkeypatch.setenv(FEED_FORWARD, "yes")
     with pytest.raises(PrefixMemoryError, match=f"{FEED_FORWARD}='yes' is not known"):

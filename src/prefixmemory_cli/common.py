@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +63,31 @@ def ready() -> None:
     from prefixmemory.training.run import quiet_libraries
 
     quiet_libraries()
+    warnings.showwarning = _in_one_line
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    from prefixmemory.errors import for_terminal
+
+    print(f"warning: {for_terminal(str(message), 1000)}", file=sys.stderr)
+
+
+def check_room_for(output: Path) -> None:
+    """Refuse a place where nothing can be written, before hours of work are to go there.
+
+    Raises:
+        PrefixMemoryError: says why.
+    """
+    from prefixmemory.errors import PrefixMemoryError
+
+    nearest = next(folder for folder in output.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise PrefixMemoryError(f"{nearest} is a file, so that {output} cannot be made. Give another name.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PrefixMemoryError(f"Nothing can be written into {nearest}. Give another name for {output.name}.")
 
 
 @contextmanager

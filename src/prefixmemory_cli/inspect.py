@@ -8,7 +8,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from prefixmemory_cli.common import BaseOption, path, put, ready
+from prefixmemory_cli.common import BaseOption, check_room_for, path, put, ready
 
 
 def inspect(
@@ -63,13 +63,13 @@ def inspect(
 
     from rich.console import Console
 
-    from prefixmemory.adapters.evaluate import completion_loss, rows_to_score
+    from prefixmemory.adapters.evaluate import completion_loss, rows_to_score, uninvoked
     from prefixmemory.adapters.hub import adapter_folder
     from prefixmemory.adapters.loading import Adapter, load_adapter, read_record
     from prefixmemory.analysis import figures
     from prefixmemory.analysis import inspection as ins
     from prefixmemory.errors import PrefixMemoryError, check_choice
-    from prefixmemory.memories.checkpoint import check_config_file
+    from prefixmemory.memories.checkpoint import check_config_file, check_weights_file
     from prefixmemory.models.loading import Dtype
     from prefixmemory.progress import say
     from prefixmemory.rows.data import sample
@@ -93,6 +93,7 @@ def inspect(
 
     def loss_of(adapter: Adapter) -> Callable[[], float]:
         examples = render(rows_of[adapter.name], adapter.tokenizer)
+        uninvoked(adapter, examples)
         return lambda: completion_loss(adapter, examples, 16, lambda count: None)
 
     settings = ins.Settings(
@@ -108,8 +109,10 @@ def inspect(
         in_front=None if context_lengths is None else _numbers(context_lengths),
     )
     figures.check_matplotlib()
+    check_room_for(output)
     for name in adapters:  # before the first is measured
-        check_config_file(adapter_folder(name), any_method=True)
+        config = check_config_file(folder := adapter_folder(name), any_method=True)
+        check_weights_file(folder, config.get("weights_sha256"))
     found = {}
     for name, label in zip(adapters, ins.labels(adapters), strict=True):
         adapter = ins.renamed(load_adapter(name, model, cast(Dtype, dtype)), label)

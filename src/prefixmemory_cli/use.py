@@ -14,6 +14,7 @@ from prefixmemory_cli.common import (
     DrawSeedOption,
     TemperatureOption,
     TopPOption,
+    check_room_for,
     one_adapter,
     path,
     put,
@@ -125,6 +126,8 @@ def evaluate(
     check_tokens(max_new_tokens)
     if output is not None and output.exists():
         raise PrefixMemoryError(f"{output} exists already. Give another name; nothing is overwritten.")
+    if output is not None:
+        check_room_for(output)
     folder = adapter_folder(name)
     if save and not path(name).is_dir():
         raise PrefixMemoryError("--save writes into the adapter's folder; this one is on the Hub. Leave it out.")

@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused(made, monkeypatch):
         written = made / name / "adapter_config.json"
         written.write_text(json.dumps(json.loads(written.read_text()) | {"base_model_fingerprint": None}))
     with engine(made) as llm:
-        for name, problem in {"of rank 9": "has rank 9.*--max-lora-rank 16", "hidden_size": "have 128 numbers"}.items():
+        for name, problem in {"of rank 9": "has rank 9.*--max-rank 16", "hidden_size": "have 128 numbers"}.items():
             with pytest.raises(ValueError, match=problem):
                 ask(llm, made, [(name, prompt(20, seed=5))], COUNT)
         check(llm, made, [("blocks", prompt(20, seed=5)), (BASE, prompt(21, seed=5))], COUNT)

@@ -201,6 +201,46 @@ def test_a_broken_adapter_is_refused_with_its_reason_and_the_server_goes_on(name
     assert server.ask("rotary", text) == (200, tokens_of(server, "rotary", text))
 
 
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [(lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read"), (shutil.rmtree, "is gone")],
+    ids=["cut off", "gone"],
+)
+def test_an_adapter_that_breaks_after_it_was_served_is_refused_and_the_server_goes_on(server, spoil, problem):
+    """A run that replaces its folder leaves none for a moment."""
+    folder = server.folder / "breaking"
+    shutil.copytree(server.models / "default", folder, dirs_exist_ok=True)
+    text = prompt(30, seed=57)
+    assert server.ask("breaking", text) == (200, tokens_of(server, "default", text))
+    spoil(folder)
+    status, body = server.post("/v1/completions", model="breaking", prompt=text)
+    assert status == 400 and f"The adapter 'breaking' {problem}" in body, body
+    assert server.ask("rotary", text) == (200, tokens_of(server, "rotary", text))
+    shutil.copytree(server.models / "default", folder, dirs_exist_ok=True)
+    assert server.ask("breaking", text) == (200, tokens_of(server, "default", text))
+
+
+def test_a_lora_without_room_for_it_is_refused(server):
+    """vLLM would take it, and wrap it around nothing: the base model would answer under its name."""
+    folder = server.folder / "a-lora"
+    shutil.copytree(server.models / "default", folder, dirs_exist_ok=True)
+    config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    status, body = server.load("a-lora", folder)
+    assert status >= 400 and "Start it with --lora" in body
+    assert server.post("/v1/completions", model="a-lora", prompt=prompt(10, seed=58))[0] >= 400
+
+
+def test_an_option_that_there_is_not_is_refused(server):
+    text = prompt(30, seed=59)
+    for adapter, extra, problem in (
+        ("rotary", {"memory_scal": 0.5}, "memory_scal is no option of a memory"),
+        (BASE, {"memory_scale": 0.5}, "is for memories, and the base model is asked"),
+    ):
+        status, body = server.post("/v1/completions", model=adapter, prompt=text, vllm_xargs=extra)
+        assert status == 400 and problem in body, body
+
+
 def test_a_path_outside_of_the_folder_is_refused(server):
     for place in (server.models / "shared", server.folder / ".." / "shared"):
         status, body = server.load("elsewhere", place)

@@ -18,12 +18,22 @@ from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.files.records import RECORD, provenance, write_json
 from prefixmemory.progress import progress_bar
 from prefixmemory.rows.data import read_rows
+from prefixmemory.rows.encoding import begins, tokenize
 from prefixmemory.rows.rendering import Example, render
 from prefixmemory.rows.rows import FORMATS, OBJECTIVE_FORMATS, Row, Rows, row_format
-from prefixmemory.scoring.generation import Progress, accuracy, answers, longest_answer, room_for_answer
+from prefixmemory.scoring.generation import (
+    Progress,
+    accuracy,
+    answers,
+    invocation_in,
+    longest_answer,
+    most_tokens,
+    room_for_answer,
+)
 from prefixmemory.scoring.likelihood import likelihoods, nats_a_token
 from prefixmemory.training.card import write_model_card
 from prefixmemory.tuner.activation import activation
+from prefixmemory.tuner.layers import memory_layers
 
 #: Rows whose answer is a label: their answers are compared, word for word.
 COMPARED = ("text",)
@@ -128,6 +138,7 @@ def evaluate_rows(
     check_scorable(rows)
     model, tokenizer = adapter.model, adapter.tokenizer
     examples = render(rows, tokenizer)
+    silent = uninvoked(adapter, examples)
     compared = row_format(rows) in COMPARED
     room_for_answer(model, 0, max_new_tokens)
     length = (
@@ -160,7 +171,28 @@ def evaluate_rows(
     conditions: dict[str, Any] = {"data": source, "rows": len(rows)}
     if cut := sum(one.cut for one in likely):
         conditions["rows whose prompt lost its beginning"] = cut
+    if silent:
+        conditions["rows without the invocation, in which the base model answers"] = silent
     return Scores(conditions, {name: (base, ours) for name, (base, ours) in metrics.items()}, details)
+
+
+def uninvoked(adapter: Adapter, examples: Sequence[Example]) -> int:
+    """How many examples have no invocation, where the adapter waits for one: the base model answers there.
+
+    Raises:
+        PrefixMemoryError: all of them.
+    """
+    invocation = invocation_in(adapter.model)
+    if invocation is None:
+        return 0
+    read = tokenize(examples, adapter.tokenizer, most_tokens(adapter.model), invocation=invocation)
+    silent = sum(begins(one.prompt + one.completion, invocation) is None for one in read)
+    if silent == len(read):
+        raise PrefixMemoryError(
+            f"No row has the tokens {invocation}, from which on {adapter.name} speaks: its scores would be the base "
+            "model's. Give rows of the kind that it was trained on."
+        )
+    return silent
 
 
 def _switched(adapter: Adapter, on: bool) -> AbstractContextManager[Any]:
@@ -219,7 +251,15 @@ def evaluate_harness(
             if isinstance(value, int | float) and "stderr" not in name and name not in ("alias", "sample_len"):
                 metrics[f"{task}: {metric}"] = (float(results[0]["results"][task][name]), float(value))
     versions = {task: str(version) for task, version in results[1]["versions"].items()}
-    return Scores({"tasks": ",".join(tasks), "limit": limit or "none"}, metrics, [{"task versions": versions}])
+    conditions: dict[str, Any] = {"tasks": ",".join(tasks), "limit": limit or "none"}
+    if any(layer.listener is not None and layer.listener.missed for layer in memory_layers(adapter.model)):
+        if all(base == ours for base, ours in metrics.values()):
+            raise PrefixMemoryError(
+                f"The prompts of {','.join(tasks)} lack the tokens {invocation_in(adapter.model)}, from which on "
+                f"{adapter.name} speaks: its scores would be the base model's. Train one with active_from='start'."
+            )
+        conditions["prompts without the invocation, in which the base model answers"] = "some"
+    return Scores(conditions, metrics, [{"task versions": versions}])
 
 
 def save_metrics(adapter: Adapter, scores: Scores) -> None:

@@ -36,7 +36,7 @@ FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD, RECORD)
 
 
 def push_adapter(
-    folder: Path, repo_id: str, private: bool = False, token: str | None = None, revision: str | None = None
+    folder: str | Path, repo_id: str, private: bool = False, token: str | None = None, revision: str | None = None
 ) -> str:
     """Upload an adapter folder (of any PEFT method) to the Hub, in one commit; returns its address.
 
@@ -54,7 +54,10 @@ def push_adapter(
         PrefixMemoryError: the folder holds no whole adapter, ``private`` is asked for and the repository is public,
             or the Hub refuses or cannot be reached.
     """
+    folder = Path(folder)
     config = checkpoint.check_config_file(folder, any_method=True)
+    if (folder / RECORD).is_file():
+        read_object(folder / RECORD, "Copy it again, or delete it: it is the record of a run, which nothing needs.")
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
         raise PrefixMemoryError(f"{weights} is missing: there is nothing to push. Give the folder of a saved adapter.")

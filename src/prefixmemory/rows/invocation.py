@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from prefixmemory.errors import PrefixMemoryError, check_choice
 from prefixmemory.rows.encoding import Tokens, begins, encode_prompts
 from prefixmemory.rows.rendering import chat_prompt, classification_prompt, has_chat_template
-from prefixmemory.rows.rows import Rows, kind_of
+from prefixmemory.rows.rows import FORMATS, Rows, kind_of
 
 #: What the tokens are called that recipes find by themselves.
 NAMES = ("question", "answer")
@@ -36,6 +36,8 @@ def invocation_tokens(active_from: str, tokenizer: PreTrainedTokenizerBase, kind
         PrefixMemoryError: no tokens stand there, and nowhere behind, in all prompts of such rows.
     """
     check_choice("active_from", active_from, NAMES)
+    if kind is not None:
+        check_choice("kind", kind, tuple(FORMATS))
     prompts = _classification() if kind == "text" else _conversations(tokenizer)
     encoded = [encode_prompts(group, tokenizer) for group in prompts]
     if active_from == "answer":
@@ -130,7 +132,7 @@ def check_invoked(rows: Sequence[Tokens], invocation: Sequence[int], places: Seq
     if missing:
         others = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise PrefixMemoryError(
-            f"{missing[0]}{others}: the tokens {list(invocation)}, from which on the memory speaks, are not in it, so "
+            f"{missing[0]}{others}: the tokens {list(invocation)}, from which on the adapter speaks, are not in it, so "
             "nothing could be learned from it. A row that is longer than max_length loses the beginning of its prompt; "
-            "raise max_length, or give other invocation_tokens."
+            "raise max_length, or give other tokens of invocation."
         )

@@ -341,8 +341,8 @@ def _smaller(A: Tensor, B: Tensor, max_rank: int, where: str) -> tuple[Tensor, T
 
 def _too_large(rank: int, max_rank: int, where: str) -> PrefixMemoryError:
     return PrefixMemoryError(
-        f"{where}: the memory has rank {rank}, and the server has room for {max_rank}. Start it with --max-lora-rank "
-        f"{slot_size(rank)}."
+        f"{where}: the memory has rank {rank}, and the server has room for {max_rank}. Start it with "
+        f"--max-rank {slot_size(rank)} (of vllm serve: --max-lora-rank)."
     )
 
 

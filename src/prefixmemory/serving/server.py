@@ -21,12 +21,10 @@ from prefixmemory.files.names import check_name
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.serving.served import FEED_FORWARD, read_config, slot_size
-from prefixmemory.serving.store import FOLDERS
+from prefixmemory.serving.store import FOLDERS, NO_LORA
 
 #: Slots for adapters that are loaded later.
 SPARE = 8
-#: A name that is none of a module, and that vLLM wraps no LoRA around.
-NO_LORA = "attn"
 
 INSTALL = (
     "vLLM is not installed. On a GPU: pip install 'prefixmemory[vllm]'; on a CPU, docs/guides/serving.md says how. It "
@@ -94,6 +92,8 @@ def launch(
         base = base or config.get("base_model_name_or_path")
         is_memory = config.get("peft_type") == PREFIX_MEMORY.value
         lora = lora or not is_memory
+        if config.get("alora_invocation_tokens"):
+            raise PrefixMemoryError(f"{name}: vLLM serves no activated LoRA. Use it through transformers.")
         blocks = blocks or (is_memory and config.get("feed_forward") is not None)
         ranks.append(_rank_of(folders[name]) if is_memory else int(config.get("r", 8)))
     model = model or cast(str | None, base)

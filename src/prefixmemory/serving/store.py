@@ -28,6 +28,8 @@ from prefixmemory.serving.served import read_config
 FOLDERS = "PREFIXMEMORY_ADAPTER_FOLDERS"
 #: Names, to a server of several machines, a folder that all of them see.
 COPIES = "PREFIXMEMORY_COPIES"
+#: A name that is none of a module: vLLM wraps no LoRA around anything where it is told to wrap this.
+NO_LORA = "attn"
 #: Numbers are positive 32-bit integers, and those below are left to other adapters, which are counted from 1 on.
 _FIRST, _LAST = 1 << 20, (1 << 31) - 1
 

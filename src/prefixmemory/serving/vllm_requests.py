@@ -9,6 +9,7 @@ base model's. Workers leave the tokens before it silent.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,15 +19,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.utils import CONFIG_NAME
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
-from prefixmemory.errors import PrefixMemoryError, check_number
+from prefixmemory.errors import PrefixMemoryError, check_number, did_you_mean
+from prefixmemory.files.json_text import read_object
+from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.serving.served import HeadSizes, check_blocks, read_blocks, read_config, read_memory
-from prefixmemory.serving.store import COPIES, FOLDERS, Store, is_memory
+from prefixmemory.serving.store import COPIES, FOLDERS, NO_LORA, Store, is_memory
 from prefixmemory.tuner.active_tokens import NEVER, speaking
 
+#: Below vLLM's own, which prints it.
+logger = logging.getLogger(f"vllm.{__name__}")
 #: In a request's ``vllm_xargs`` (over HTTP) or ``extra_args`` (``SamplingParams``): another scale than the config's.
 SCALE = "memory_scale"
 #: Of that scale, in either direction: far beyond it, half precision overflows.
@@ -57,6 +63,7 @@ class Intake:
         self._config = config
         self._store = Store(self._check, None if copies is None else Path(copies), allowed)
         self.numbers: dict[int, int] = {}  # of the store's memories, by the caller's
+        self._missed: set[int] = set()  # those of which it was said that a prompt lacks their invocation
 
     def _check(self, folder: Path) -> None:
         """Refuse what a worker could not load, or would read wrongly."""
@@ -73,6 +80,23 @@ class Intake:
         read_memory(folder, sizes, text.num_hidden_layers, rank)
         check_blocks(read_blocks(folder, rank), getattr(text, "hidden_size", None), folder)
 
+    def _check_lora(self, folder: Path, asked: LoRARequest) -> None:
+        """Refuse what vLLM would fail at within a step, or take and leave out: the engine would end, or the base model
+        answer."""
+        if getattr(asked, "tensorizer_config_dict", None):
+            return  # it lies elsewhere
+        if not (folder / CONFIG_NAME).is_file():
+            raise PrefixMemoryError(f"The adapter {asked.lora_name!r} is gone: {folder} has no {CONFIG_NAME}.")
+        config = read_object(folder / CONFIG_NAME, f"The adapter {asked.lora_name!r} cannot be read.")
+        if config.get("peft_type") == PREFIX_MEMORY.value:
+            return
+        if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin", "pt")):
+            raise PrefixMemoryError(f"The adapter {asked.lora_name!r} has no weights in {folder}.")
+        if self._config.lora_config.target_modules == [NO_LORA]:
+            raise PrefixMemoryError(
+                f"{asked.lora_name!r} is a LoRA, and the server was started without room for any. Start it with --lora."
+            )
+
     def exchanged(self, asked: LoRARequest, scale: float | None = None) -> LoRARequest | None:
         """The request for what lies at the path that ``asked`` names; what is no memory stays as it is. ``None``: the
         base model, at a ``scale`` of 0.
@@ -85,6 +109,7 @@ class Intake:
         if not is_memory(folder):
             if scale is not None:
                 raise PrefixMemoryError(f"{SCALE}={scale!r} is for memories, and {asked.lora_name!r} is none.")
+            self._check_lora(folder, asked)
             return asked
         if scale is not None:
             span = f"a number between -{LARGEST_SCALE} and {LARGEST_SCALE}"
@@ -103,20 +128,30 @@ class Intake:
             PrefixMemoryError: as :meth:`exchanged`; or its prompt has no token ids or is to go on later, or lacks what
                 a strict memory needs.
         """
+        scale = scale_in(request.sampling_params)
         if request.lora_request is None:
+            if scale is not None:
+                raise PrefixMemoryError(f"{SCALE}={scale!r} is for memories, and the base model is asked.")
             return
-        request.lora_request = self.exchanged(request.lora_request, scale_in(request.sampling_params))
+        request.lora_request = self.exchanged(request.lora_request, scale)
         if request.lora_request is None or not (invocation := invocation_of(request.lora_request)):
             return
         if request.prompt_token_ids is None or request.resumable:
             raise PrefixMemoryError(
                 "A memory that speaks from an invocation on needs a prompt of tokens that is given as a whole."
             )
-        if place_in(request.prompt_token_ids, invocation) == NEVER and _is_strict(request.lora_request.lora_path):
+        if place_in(request.prompt_token_ids, invocation) != NEVER:
+            return
+        adapter, missing = request.lora_request, f"The invocation tokens {list(invocation)} are missing in the prompt"
+        if _is_strict(adapter.lora_path):
             raise PrefixMemoryError(
-                f"The invocation tokens {list(invocation)} are missing in the prompt, and the memory has "
-                "strict_invocation set. Write the prompt with the chat template that it was trained with."
+                f"{missing}, and the memory has strict_invocation set. Write the prompt with the chat template that it "
+                "was trained with."
             )
+        if adapter.lora_int_id not in self._missed:
+            self._missed.add(adapter.lora_int_id)
+            name = adapter.lora_name.rpartition(OF_CONTENT)[0]
+            logger.warning("%s: the base model answers, not the memory %r. This is said once.", missing, name)
 
 
 def keys_of_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,8 +180,15 @@ def keys_of_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def scale_in(sampling: Any) -> float | None:
-    """The scale that a request's sampling parameters ask for; ``None``: the memory's own."""
+    """The scale that a request's sampling parameters ask for; ``None``: the memory's own.
+
+    Raises:
+        PrefixMemoryError: they ask for something else of a memory.
+    """
     extra: dict[str, Any] = getattr(sampling, "extra_args", None) or {}
+    unknown = next((name for name in extra if str(name).startswith("memory_") and name != SCALE), None)
+    if unknown is not None:
+        raise PrefixMemoryError(f"{unknown} is no option of a memory.{did_you_mean(str(unknown), [SCALE])}")
     return extra.get(SCALE)
 
 

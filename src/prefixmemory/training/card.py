@@ -66,12 +66,13 @@ def model_card(record: Mapping[str, Any]) -> str:
     return _sealed("\n".join(part for part in parts if part))
 
 
-def write_model_card(folder: Path, record: Mapping[str, Any]) -> None:
+def write_model_card(folder: str | Path, record: Mapping[str, Any]) -> None:
     """Write the card of ``record`` into an adapter folder, unless a person wrote or edited the one that is there.
 
     What the record lacks and ``adapter_config.json`` knows (task, method, base model, name of a registered memory) is
     taken from there.
     """
+    folder = Path(folder)
     file = folder / CARD
     if file.is_file() and not is_ours(file.read_text(encoding="utf-8", errors="replace")):
         return

@@ -18,14 +18,14 @@ from prefixmemory.memories.checkpoint import weights_checksum
 logger = logging.getLogger(__name__)
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint in ``folder`` that holds all that resuming needs, or ``None``.
 
     transformers' ``get_last_checkpoint`` takes the highest number. A checkpoint whose writing was cut off then ends
     in an error about a missing file; one that lost its optimizer or random state is resumed from without a word, and
     training goes on differently. Checkpoints that are passed over are named in a warning.
     """
-    for step, checkpoint in sorted(_numbered(folder).items(), reverse=True):
+    for step, checkpoint in sorted(_numbered(Path(folder)).items(), reverse=True):
         fault = what_is_wrong(checkpoint, step)
         if fault is None:
             return checkpoint

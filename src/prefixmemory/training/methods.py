@@ -71,7 +71,9 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
     for field, value in values.items():
         if field not in known:
             raise PrefixMemoryError(f"method.{field} is no field of {name}.{did_you_mean(str(field), known)}")
-        if field != ALORA or value not in NAMES:  # the tokens are found in the rows
+        if field == ALORA and isinstance(value, str):
+            check_choice(f"method.{field}", value, NAMES)  # the tokens are found in the rows
+        else:
             _check_type(field, value, hints[field])
     try:
         config = kind(task_type="CAUSAL_LM", **values)

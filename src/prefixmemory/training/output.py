@@ -131,12 +131,12 @@ class Output:
         if not (self.partial / RECORD).stat().st_size:  # the machine died between making the file and writing it
             raise PrefixMemoryError(f"The run at {self.partial} was stopped before it began. Use --overwrite.")
         before = read_object(self.partial / RECORD, "Start afresh with --overwrite.")
-        for field, value in plan.items():
-            if before.get(field) != value:
-                raise PrefixMemoryError(
-                    f"The interrupted run at {self.partial} had {field}={before.get(field)!r}, now it is {value!r}. "
-                    "Resume with the same values, or start afresh with --overwrite."
-                )
+        if found := _difference(before, plan):
+            field, was, is_now = found
+            raise PrefixMemoryError(
+                f"The interrupted run at {self.partial} had {field}={was!r}, now it is {is_now!r}. Resume with the "
+                "same values, or start afresh with --overwrite."
+            )
 
     def finish(self) -> None:
         """Put the complete run in its place."""
@@ -156,6 +156,18 @@ class Output:
     def interrupted_message(self, command: str) -> str:
         """What to tell a user whose run was stopped, and who can give ``command`` again."""
         return f"Stopped. The checkpoint is kept in {self.partial}. To go on: {command} --resume"
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> tuple[str, Any, Any] | None:
+    """The first field in which two plans differ, by its dotted path, and both values."""
+    for name, value in now.items():
+        old = before.get(name)
+        if old == value:
+            continue
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            return _difference(old, value, f"{within}{name}.") or (f"{within}{name}", old, value)
+        return f"{within}{name}", old, value
+    return None
 
 
 def remove_run(folder: Path, within: str = "") -> None:

@@ -132,7 +132,7 @@ class Listener:
 
     def __init__(self, holders: Sequence[nn.Module]) -> None:
         self.layers: list[Any] = []
-        self._warned = False
+        self.missed = False  # whether a prompt without the invocation was read, which is said once
         self._parameters = [list(inspect.signature(module.forward).parameters) for module in holders]
         self._handles = []
         for depth, module in enumerate(holders):
@@ -257,8 +257,8 @@ class Listener:
             raise PrefixMemoryError(f"{text}, from which the memory could not learn. Every training row needs them.")
         if any(step.strict for step in steps):
             raise PrefixMemoryError(f"{text}, and strict_invocation is set.")
-        if not self._warned:
-            self._warned = True
+        if not self.missed:
+            self.missed = True
             warnings.warn(f"{text}: the base model answers there. This is said once.", stacklevel=2)
 
 
