@@ -363,6 +363,14 @@ def test_bad_input_is_one_line(place, words, phrase):
     assert phrase in call("evaluate", "--adapter", "memory", *words).refusal
 
 
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_an_adapter_that_writes_no_text_is_one_line(place, task):
+    file = Path("memory/adapter_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": task}))
+    for command in (("evaluate", "memory", "--data", "test.jsonl"), ("generate", "memory", "--prompt", "x")):
+        assert f"memory was trained for {task}, and writes no text" in call(*command).refusal
+
+
 def test_a_damaged_record_is_one_line(place):
     (place / "memory" / "run.json").write_text('{"data": {"tr')
     assert "run.json is truncated or damaged" in call("evaluate", "--adapter", "memory", "--data", "test.jsonl").refusal

@@ -29,6 +29,14 @@ from prefixmemory.models.quantization import Quantization
 prefixmemory.tuner.registration.register()
 
 
+#: Tasks of models that write no text -> how transformers loads these.
+_HEADS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A base model with one trained adapter, ready to answer.
@@ -82,6 +90,11 @@ def load_adapter(
     with _about(config_file, "is no config that PEFT knows"):
         config: Any = PeftConfig.from_pretrained(str(folder))
         check_patterns(config)
+    if (head := _HEADS.get(str(written.get("task_type")))) is not None:
+        raise PrefixMemoryError(
+            f"{name} was trained for {written['task_type']}, and writes no text. Load it by PeftModel.from_pretrained "
+            f"on an {head}."
+        )
     base_name = full_name(base_model or config.base_model_name_or_path or "")
     if not base_name:
         raise PrefixMemoryError(
