@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, activation
@@ -254,6 +254,50 @@ def test_texts_packed_into_a_row_have_a_place_each():
     lengths = torch.tensor([0, 14, 26, 34], dtype=torch.int32)
     mask, _ = speaking(packed, tuple(WORD), torch.bucketize(torch.arange(34), lengths[1:], right=True)[None])
     assert torch.equal(mask, torch.cat([naive(ids) for ids in (first, second, third)], dim=1))
+
+
+PADDED = {
+    "as generate counts": lambda mask: (mask.cumsum(1) - 1).masked_fill(mask == 0, 1),
+    "as TRL counts": lambda mask: mask.cumsum(1) - mask,
+    "clamped": lambda mask: (mask.cumsum(1) - 1).clamp(min=0),
+}
+
+
+@pytest.mark.parametrize("count", PADDED.values(), ids=list(PADDED))
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("trains", [False, True])
+def test_padding_that_has_positions_is_no_text_of_its_own(count, side, trains):
+    model, ids = invoked(), text(6)
+    pad, none = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)
+    row, mask = (
+        torch.cat([a, b][:: 1 if side == "left" else -1], 1) for a, b in ((pad, ids), (none, torch.ones_like(ids)))
+    )
+    model.train(trains)  # an invocation that were not found would be an error there, a warning here
+    cache = DynamicCache(config=model.config)
+    found = model(
+        input_ids=row, attention_mask=mask, position_ids=count(mask), past_key_values=cache, use_cache=True
+    ).logits
+    real = slice(3, None) if side == "left" else slice(14)
+    torch.testing.assert_close(found[:, real], logits(model.eval(), ids), atol=TOLERANCE, rtol=0)
+    if side == "right":  # it goes on speaking
+        more = tiny.tokens(1, 2, seed=8)
+        whole = torch.cat([mask, torch.ones_like(more)], 1)
+        here = {"attention_mask": whole, "position_ids": torch.tensor([[14, 15]])}
+        going_on = logits(model, more, past_key_values=cache, use_cache=True, **here)
+        expected = logits(model, torch.cat([ids, more], 1))[:, -2:]
+        torch.testing.assert_close(going_on, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_every_text_of_a_packed_row_needs_the_invocation(silent):
+    texts = [text(), text(3, seed=4)] if silent == 0 else [text(3, seed=4), text()]
+    packed, positions = torch.cat(texts, 1), torch.arange(14).repeat(2)[None]
+    with pytest.raises(PrefixMemoryError, match="missing in row 0"):
+        invoked().train()(input_ids=packed, position_ids=positions)
+    with pytest.raises(PrefixMemoryError, match="strict_invocation"):
+        logits(invoked(strict_invocation=True), packed, position_ids=positions)
+    both = torch.cat([text(3, seed=4), text(2)], 1)  # the control
+    invoked().train()(input_ids=both, position_ids=positions)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

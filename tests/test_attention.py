@@ -250,7 +250,8 @@ def test_the_chosen_attention_trains_and_nothing_else_changes(make, config, targ
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, start[name]) == (name not in memories), name
+        if not name.endswith(".mean"):  # of the first batch
+            assert torch.equal(parameter, start[name]) == (name not in memories), name
 
 
 def test_a_rotated_query_reaches_a_memory_that_hangs_one_module_up():

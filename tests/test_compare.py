@@ -554,9 +554,22 @@ def test_further_workers_get_the_gpus_in_turn(monkeypatch):
 
 def test_workers_are_all_waited_for_before_one_is_blamed(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/sh")  # -c runs the code, which no shell understands
-    wait = engines.local(tmp_path, tmp_path, None, False, 2)
-    with pytest.raises(PrefixMemoryError, match="A worker ended with"):
-        wait()
+    with (
+        pytest.raises(PrefixMemoryError, match="A worker ended with"),
+        engines.local(tmp_path, tmp_path, None, False, 2),
+    ):
+        pass
+
+
+def test_workers_end_with_the_first(tmp_path, monkeypatch):
+    """However it ends."""
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr("subprocess.Popen", lambda words, env: started.append(popen(["sleep", "60"])) or started[-1])
+    for error in (KeyboardInterrupt, PrefixMemoryError):
+        with pytest.raises(error), engines.local(tmp_path, tmp_path, None, False, 2):
+            raise error
+    assert [process.poll() for process in started] == [-signal.SIGTERM] * 4
 
 
 def test_ray_shares_the_runs(made, tmp_path):

@@ -58,6 +58,15 @@ def test_a_run_that_diverges_is_refused_and_saves_nothing(tmp_path, monkeypatch,
     assert torch.isfinite(model(input_ids=tiny.tokens()).logits).all()  # the base model is as it was
 
 
+def test_the_best_checkpoint_hides_no_divergence(tmp_path, monkeypatch):
+    """It is loaded in the end, and is sound."""
+    monkeypatch.setattr("prefixmemory.training.run.show_progress", lambda console: Break(25))
+    settings = TrainingSettings(epochs=2, batch_size=2, keep_best=True, save_steps=10)
+    job = TrainingJob("base", tiny.tokenizer(), ROWS, CONFIGS["memory"](), settings, validation=ROWS[:4])
+    with pytest.raises(PrefixMemoryError, match="diverged: after step 30 of 40"):
+        run_training(tiny.build(), job, Output(tmp_path / "out"), console=_silent())
+
+
 def _silent() -> Any:
     from rich.console import Console
 

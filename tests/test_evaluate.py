@@ -240,6 +240,15 @@ def test_an_adapter_that_changes_nothing_is_refused(place, name, words):
     assert files_of(place) == before
 
 
+def test_an_activated_lora_that_waits_is_not_nothing(place):
+    """The sentence that is read to see what an adapter changes begins with its invocation."""
+    words = ("--set", "method.target_modules=all-linear", "--set", "method.alora_invocation_tokens=question")
+    common = ("--data", "tickets.jsonl", "--output", "activated", "--learning-rate", 0.03, "--epochs", 2)
+    call("train", "--model", "base", "--dtype", "float32", "--method", "lora", *common, *words).success  # noqa: B018
+    losses = evaluate("activated", "test.jsonl")["metrics"]["loss (nats a token)"]
+    assert losses["base model"] != losses["adapter"]
+
+
 def test_a_small_scale_is_not_nothing(place):
     # The control of the refusals above.
     change_scale(place / "little", 0.1)

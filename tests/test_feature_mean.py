@@ -85,20 +85,38 @@ def test_the_first_batch_trained_on_sets_the_mean_and_nothing_else_does(config, 
     expected = [common(q, groups) for q in queries(model, FIRST)]
     with torch.no_grad():
         model.train()(input_ids=SECOND)  # training mode without gradients: an evaluation that forgot eval()
-    model.eval()(input_ids=SECOND)  # gradients without training mode
     assert not any(mean.any() for mean in means(model))
+    model.eval()(input_ids=SECOND)  # gradients without training mode: it may be the first batch, and was none
+    others = [common(q, groups) for q in queries(model, SECOND)]
+    for mean, of_batch in zip(means(model), others, strict=True):
+        torch.testing.assert_close(mean, of_batch, atol=1e-6, rtol=1e-5)
 
     step(model, FIRST)
     taken = means(model)
     for mean, of_batch in zip(taken, expected, strict=True):
         assert mean.shape == (groups, 8)
         torch.testing.assert_close(mean, of_batch, atol=1e-6, rtol=1e-5)
-    others = [common(q, groups) for q in queries(model, SECOND)]
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(taken, others, strict=True))  # another batch has another
 
     step(model, SECOND, FIRST)
     logits(model)
     assert equal(means(model), taken)
+
+
+def test_a_loop_in_evaluation_mode_takes_it_from_its_first_batch_too():
+    """A pretrained model comes in that mode, and ``get_peft_model`` leaves it so."""
+    model = tiny.with_memory(tiny.build().eval(), fill=False, **tiny.DEFAULT)
+    expected = [common(q, 4) for q in queries(model, FIRST)]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=30.0)
+    model(input_ids=SECOND)  # a look, before training
+    for ids in (FIRST, SECOND):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not model.training
+    for mean, of_batch in zip(means(model), expected, strict=True):
+        torch.testing.assert_close(mean, of_batch, atol=1e-6, rtol=1e-5)
+    assert any(parameter.any() for name, parameter in tiny.memory_parameters(model).items() if name.endswith(".B"))
 
 
 def test_without_it_there_is_none():

@@ -23,7 +23,7 @@ from transformers.utils import logging
 import tiny
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.rows.rendering import Example
-from prefixmemory.training.interrupt import Interrupted
+from prefixmemory.training.interrupt import Interrupted, StopOnSignal
 from prefixmemory.training.loop import train
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory_cli import main
@@ -267,6 +267,18 @@ def train_tiny(folder: Path, *callbacks: TrainerCallback) -> tuple[int, torch.nn
         model.steps_begun = len(steps)
         train_tiny.last = model
     return len(steps), model
+
+
+def test_a_reader_that_is_gone_stops_no_step(monkeypatch):
+    """``prefixmemory train ... 2>&1 | tee log``: the same ctrl-C ends tee, and the line has nowhere to go."""
+
+    def broken(*_: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("os.write", broken)
+    stop = StopOnSignal()
+    stop._on_signal(signal.SIGINT, None)
+    assert stop.asked == signal.SIGINT
 
 
 def test_one_ctrl_c_ends_after_the_step_and_two_end_within_it(tmp_path):

@@ -93,17 +93,19 @@ def check_room_for(output: Path) -> None:
 @contextmanager
 def resumable(output: Path) -> Iterator[None]:
     """Turn an interrupted run into the message that says how to go on, and exit code 130 (143 after SIGTERM)."""
-    from prefixmemory.training.interrupt import Interrupted
+    from prefixmemory.training.checkpoints import last_complete_checkpoint
+    from prefixmemory.training.interrupt import Interrupted, say_to_stderr
     from prefixmemory.training.output import Output
 
     try:
         yield
     except Interrupted as stopped:
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-        print(Output(output).interrupted_message(shlex.join(["prefixmemory", *words])), file=sys.stderr)
+        say_to_stderr(Output(output).interrupted_message(shlex.join(["prefixmemory", *words])))
         raise SystemExit(stopped.exit_status) from None
     except KeyboardInterrupt:  # typer would exit without a word
         kept = Output(output).partial
-        where = f" What was done until the last checkpoint is kept in {kept}." if kept.is_dir() else ""
-        print(f"Stopped.{where}", file=sys.stderr)
+        there = last_complete_checkpoint(kept / "checkpoints")
+        where = "" if there is None else f" What was done until the last checkpoint is kept in {kept}."
+        say_to_stderr(f"Stopped.{where}")
         raise SystemExit(130) from None

@@ -110,7 +110,8 @@ def refuse_untrained(adapter: Adapter) -> None:
     Raises:
         PrefixMemoryError: its logits equal the base model's.
     """
-    ids = torch.tensor([adapter.tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]])
+    text = adapter.tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]
+    ids = torch.tensor([(invocation_in(adapter.model) or []) + text])  # PEFT's activated LoRA waits for it
     ids = ids.to(adapter.model.device)
     with adapter.model.disable_adapter():
         base = adapter.model(input_ids=ids).logits

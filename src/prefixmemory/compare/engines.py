@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from prefixmemory.compare.suite import load_suite
 from prefixmemory.compare.work import checksums, work
 from prefixmemory.errors import PrefixMemoryError
 
-#: Starts further workers and gives what waits for them: (suite, output, data, retry_failed, number) -> wait.
-Engine = Callable[[Path, Path, Path | None, bool, int], Callable[[], None]]
+#: Starts further workers, (suite, output, data, retry_failed, number). The block that they work beside waits for them in
+#: the end, and ends them where it is broken off.
+Engine = Callable[[Path, Path, Path | None, bool, int], AbstractContextManager[None]]
 
 
 def one_worker(suite: Path, output: Path, data: Path | None, retry_failed: bool) -> None:
@@ -29,18 +31,24 @@ def one_worker(suite: Path, output: Path, data: Path | None, retry_failed: bool)
     work(Store(output, loaded, checksums(loaded, data)), data, Console(stderr=True), retry_failed)
 
 
-def local(suite: Path, output: Path, data: Path | None, retry_failed: bool, number: int) -> Callable[[], None]:
+@contextmanager
+def local(suite: Path, output: Path, data: Path | None, retry_failed: bool, number: int) -> Iterator[None]:
     """``number`` processes of this machine, the calling one beside them; its GPUs are dealt out in turn."""
     code = "from prefixmemory.compare.engines import main; main()"
     words = [sys.executable, "-c", code, str(suite), str(output), "" if data is None else str(data), str(retry_failed)]
     started = [subprocess.Popen(words, env=_with_gpu(place + 1)) for place in range(number)]
 
-    def wait() -> None:
-        failed = [code for process in started if (code := process.wait())]  # of all: none is left running
-        if failed:
-            raise PrefixMemoryError(f"A worker ended with {failed[0]}; what it said stands above.")
-
-    return wait
+    try:
+        yield
+    except BaseException:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait()
+        raise
+    failed = [status for process in started if (status := process.wait())]  # of all: none is left running
+    if failed:
+        raise PrefixMemoryError(f"A worker ended with {failed[0]}; what it said stands above.")
 
 
 def _with_gpu(place: int) -> dict[str, str]:
@@ -61,7 +69,8 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-def on_ray(suite: Path, output: Path, data: Path | None, retry_failed: bool, number: int) -> Callable[[], None]:
+@contextmanager
+def on_ray(suite: Path, output: Path, data: Path | None, retry_failed: bool, number: int) -> Iterator[None]:
     """``number`` tasks on the Ray cluster that RAY_ADDRESS names, or on a local one; each has a GPU, if it has any."""
     try:
         import ray
@@ -73,10 +82,8 @@ def on_ray(suite: Path, output: Path, data: Path | None, retry_failed: bool, num
     paths = suite.resolve(), output.resolve(), data and data.resolve()
     handles = [remote.remote(*paths, retry_failed) for _ in range(number)]
 
-    def wait() -> None:
-        ray.get(handles)
-
-    return wait
+    yield
+    ray.get(handles)
 
 
 ENGINES: dict[str, Engine] = {"local": local, "ray": on_ray}
@@ -87,8 +94,7 @@ def run_suite(
 ) -> None:
     """Run a suite with ``workers`` workers; with the local engine, this process is the first of them."""
     alone = engine is local
-    wait = engine(suite, store.folder, data, retry_failed, workers - alone) if workers > 1 or not alone else None
-    if alone:
-        work(store, data, console, retry_failed)
-    if wait is not None:
-        wait()
+    further = workers - alone
+    with engine(suite, store.folder, data, retry_failed, further) if further else nullcontext():
+        if alone:
+            work(store, data, console, retry_failed)

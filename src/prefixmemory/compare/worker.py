@@ -77,7 +77,7 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
         try:
             record = self._run(record, task, method)
-        except Interrupted:
+        except (Interrupted, BrokenPipeError):  # whoever reads the lines is gone: no fault of this run
             raise KeyboardInterrupt from None
         except Exception as error:  # whatever it is, the others go on, and the record tells
             text = " ".join(str(error).split())[:500]

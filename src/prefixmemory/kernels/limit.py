@@ -6,6 +6,7 @@ Where a is a product h·B and is to be learned, a itself is never made: :func:`a
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,12 @@ from prefixmemory.kernels.layout import by_head, by_memory
 
 #: Stands in for the mean square of an output that is zero, so that the root has a slope there.
 TINY = 1e-12
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off on the device of ``x``, if it has any."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def add(
@@ -85,7 +92,7 @@ class _AddProduct(torch.autograd.Function):
     ) -> Tensor:
         own, onto = len(B) if B.ndim == 4 else 1, outputs if joined is None else joined
         ctx.groups, ctx.own, ctx.scale = B.shape[-3], own, scale
-        with torch.autocast(outputs.device.type, enabled=False):
+        with without_autocast(outputs):
             last, rows = B.flatten(end_dim=-3).to(hidden.dtype), by_memory(hidden, B.shape[-3], own)
             wide = torch.float64 if torch.float64 in (outputs.dtype, hidden.dtype) else torch.float32
             h, gram = rows.to(wide), last.to(wide) @ last.to(wide).mT
@@ -108,7 +115,7 @@ class _AddProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         outputs, hidden, B, gram, factor, slope, of_outputs = ctx.saved_tensors
-        with torch.autocast(gradient.device.type, enabled=False):
+        with without_autocast(gradient):
             last, h = B.flatten(end_dim=-3).to(hidden.dtype), by_memory(hidden, ctx.groups, ctx.own).to(gram.dtype)
             given = by_memory(gradient.to(hidden.dtype), ctx.groups, ctx.own)
             back = torch.bmm(given, last.mT).to(gram.dtype) * ctx.scale

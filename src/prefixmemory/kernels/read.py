@@ -12,6 +12,7 @@ Nothing here knows modules, adapters or calls. Symbols are those of ``reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -86,7 +87,7 @@ def read(
     """
     given = (query, outputs, onto, *factors)
     learns = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in given])
-    if not learns or torch.compiler.is_compiling():
+    if not learns or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return add(outputs, memory_output(query, factors, feature_map, mean), limit, scale, onto)
     if limit is not None and len(factors) == 2:
         hidden = _again(keep, _output, feature_map, query, mean, factors[0])
@@ -115,7 +116,8 @@ class _Again(torch.autograd.Function):
     def forward(ctx: Any, work: Callable[..., Tensor], rest: Any, *given: Tensor | None) -> Tensor:
         ctx.work, ctx.rest = work, rest
         kind = next(x.device.type for x in given if x is not None)
-        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        has_any = torch.amp.is_autocast_available(kind)
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) if has_any else None
         ctx.save_for_backward(*given)
         return work(rest, *given)
 
@@ -126,8 +128,7 @@ class _Again(torch.autograd.Function):
             x if x is None else x.view_as(x) if again else x.detach().requires_grad_(n)
             for x, n in zip(ctx.saved_tensors, needed, strict=True)
         ]
-        kind, dtype, enabled = ctx.autocast
-        with torch.enable_grad(), torch.autocast(kind, dtype, enabled):
+        with torch.enable_grad(), nullcontext() if ctx.autocast is None else torch.autocast(*ctx.autocast):
             new = ctx.work(ctx.rest, *given)
         leaves = [x for x, n in zip(given, needed, strict=True) if n]  # o is not used without a limit
         found = iter(torch.autograd.grad(new, leaves, gradient, allow_unused=True, create_graph=again))

@@ -57,7 +57,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     parts = [
         _metadata(record, base, ours),
         f"# {'Memory' if ours else f'{method} adapter'}{f' for {base.title}' if base.title else ''}\n",
-        _what_it_is(base, ours, method, _registered(record)),
+        _what_it_is(record, base, ours, method, _registered(record)),
         f"## Load it\n\n{_loading(record, base, ours)}",
         _table("Training", ("", ""), _training(record)),
         _table("Results", ("metric", "value", "conditions"), _metrics(record.get("metrics") or {})),
@@ -187,7 +187,7 @@ def _registered(record: Mapping[str, Any]) -> str | None:
     return None if name is None or (name in MEMORIES and MEMORIES[name].says("is_builtin")) else str(name)
 
 
-def _what_it_is(base: _Base, ours: bool, method: str, own_memory: str | None) -> str:
+def _what_it_is(record: Mapping[str, Any], base: _Base, ours: bool, method: str, own_memory: str | None) -> str:
     if not ours:
         return (
             f"This is an adapter for {base.text}, trained with PEFT's method {method}. It holds the trained parameters "
@@ -202,9 +202,19 @@ def _what_it_is(base: _Base, ours: bool, method: str, own_memory: str | None) ->
         )
     return (
         f"This is a memory for {base.text}, trained with PrefixMemory-Tuning (Prefix-Tuning+, "
-        f"[arXiv {PAPER}](https://arxiv.org/abs/{PAPER})). The base model stays as it is: every attention head adds "
-        "what its query reads from a small trained matrix, outside the softmax.\n"
+        f"[arXiv {PAPER}](https://arxiv.org/abs/{PAPER})). The base model stays as it is: {_what_it_does(record)}.\n"
     )
+
+
+def _what_it_does(record: Mapping[str, Any]) -> str:
+    config = record.get("config") or {}
+    read = "trained prefix vectors" if config.get("prefix_length") else "a small trained matrix"
+    if config.get("placement") == "inside":
+        return "every attention head attends to trained prefix vectors too, inside the softmax"
+    if config.get("mixing", "none") != "none":
+        return f"every attention head mixes its output with what its query reads from {read}, outside the softmax"
+    blocks = ", and so do the projections of the feed-forward blocks" if config.get("feed_forward") else ""
+    return f"every attention head adds what its query reads from {read}, outside the softmax{blocks}"
 
 
 def _loading(record: Mapping[str, Any], base: _Base, ours: bool) -> str:

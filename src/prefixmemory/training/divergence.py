@@ -13,26 +13,33 @@ from prefixmemory.errors import PrefixMemoryError
 
 
 class StopDiverged(TrainerCallback):
-    """Ends a run whose trained numbers are no longer finite: all further steps would be lost."""
+    """Ends a run whose trained numbers are no longer finite: all further steps would be lost.
+
+    Attributes:
+        step: at which that was seen.
+    """
+
+    step: int | None = None
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look, as often as the loss is logged, which hides losses that are NaN."""
         if _diverged(kwargs["model"], args.device):
-            control.should_training_stop = True
+            control.should_training_stop, self.step = True, state.global_step
 
+    def check(self, trainer: Trainer) -> None:
+        """Refuse what a run has diverged to, also where an earlier checkpoint was the best, and is what is there now.
 
-def check_converged(trainer: Trainer) -> None:
-    """Refuse what a run has diverged to.
-
-    Raises:
-        PrefixMemoryError: a trained number is NaN or infinite.
-    """
-    if _diverged(trainer.model, trainer.args.device):
-        raise PrefixMemoryError(
-            f"Training diverged: after step {trainer.state.global_step} of {trainer.state.max_steps}, trained numbers "
-            f"are NaN or infinite, so no adapter was saved. Lower learning_rate={trainer.args.learning_rate:g}, and "
-            "start afresh."
-        )
+        Raises:
+            PrefixMemoryError: a trained number is, or was, NaN or infinite.
+        """
+        state = trainer.state
+        if self.step is None and _diverged(trainer.model, trainer.args.device):
+            self.step = state.global_step
+        if self.step is not None:
+            raise PrefixMemoryError(
+                f"Training diverged: after step {self.step} of {state.max_steps}, trained numbers are NaN or infinite, "
+                f"so no adapter was saved. Lower learning_rate={trainer.args.learning_rate:g}, and start afresh."
+            )
 
 
 def _diverged(model: nn.Module | None, device: torch.device) -> bool:

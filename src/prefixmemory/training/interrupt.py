@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -12,6 +13,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def say_to_stderr(text: str) -> None:
+    """A line from where nothing may be raised: who reads it may be gone, such as ``| tee log`` of the same ctrl-C."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="replace"))
 
 
 class Interrupted(Exception):
@@ -50,7 +57,7 @@ class StopOnSignal(TrainerCallback):
                 raise KeyboardInterrupt
             return
         self.asked = number
-        print("\nStopping after this step; ctrl-C again stops at once.", file=sys.stderr)
+        say_to_stderr("\nStopping after this step; ctrl-C again stops at once.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop once asked to, all processes at the same step: the checkpoint is written together."""

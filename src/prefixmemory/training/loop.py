@@ -30,7 +30,7 @@ from prefixmemory.rows.collator import collator
 from prefixmemory.rows.encoding import Tokens, tokenize
 from prefixmemory.rows.rendering import Example
 from prefixmemory.training.checkpoints import last_complete_checkpoint
-from prefixmemory.training.divergence import StopDiverged, check_converged
+from prefixmemory.training.divergence import StopDiverged
 from prefixmemory.training.interrupt import Interrupted, StopOnSignal
 from prefixmemory.training.sampler import EpochRows, EpochSampler, RowsOfEpoch
 from prefixmemory.training.saving import SaveByTime
@@ -177,11 +177,11 @@ def fit(
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
     with StopOnSignal() as stop, contiguous_logits_input(cast(Any, trainer.model)):
         trainer.add_callback(stop)
-        trainer.add_callback(StopDiverged)
+        trainer.add_callback(diverged := StopDiverged())
         result = trainer.train(resume_from_checkpoint=last)
         if stop.asked and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(stop.asked)
-        check_converged(trainer)
+        diverged.check(trainer)
         metrics = dict(result.metrics)
         if trainer.eval_dataset is not None:
             metrics |= trainer.evaluate()

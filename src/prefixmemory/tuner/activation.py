@@ -23,11 +23,13 @@ from prefixmemory.tuner.active_tokens import (
     Given,
     Invocation,
     Places,
+    attended,
     from_mask,
     going_on,
     last_tokens,
     of_prompt,
     places,
+    silent_rows,
     speaking,
     text_numbers,
 )
@@ -61,6 +63,7 @@ class ModelPass:
         self.places: dict[Invocation, Places] = {}
         self.of_all: ActiveTokens | None = None
         self.of: dict[Invocation, ActiveTokens | None] = {}
+        self.missing: dict[Invocation, Tensor] = {}  # of packed rows: those with a text that lacks it
         self._of_rows: dict[tuple[Invocation | None, str], ActiveTokens | None] = {}
 
     def active(self, invocation: Invocation | None) -> ActiveTokens | None:
@@ -188,8 +191,11 @@ class Listener:
             this.places = {invocation: from_mask(mask, _past(batch)) for invocation in steps}
         for invocation, those in steps.items() if given is None else ():
             this.of[invocation] = self._find(this, module, invocation, batch)
-            if this.places[invocation].latest == NEVER and not torch.compiler.is_compiling():
-                self._missing(module.training and torch.is_grad_enabled(), this.places[invocation].first, those, rows)
+            missing = this.missing.get(invocation)
+            if missing is None and this.places[invocation].latest == NEVER and not torch.compiler.is_compiling():
+                missing = this.places[invocation].first == NEVER
+            if missing is not None:
+                self._missing(module.training and torch.is_grad_enabled(), missing, those, rows)
         if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _carry_into_checkpoints(module)
 
@@ -234,17 +240,20 @@ class Listener:
         if prompt is not None and before is None:
             mask, this.places[invocation] = of_prompt(prompt, shape, past, invocation)
         elif ids is not None and isinstance(past, int) and past == 0:
-            mask, first = speaking(ids, invocation, text_numbers(ids, batch))
+            texts = text_numbers(ids, batch)
+            mask, first = speaking(ids, invocation, texts)
+            if texts is not None and not torch.compiler.is_compiling():
+                this.missing[invocation] = silent_rows(mask, texts, attended(ids, batch))
             this.places[invocation] = places(first, last_tokens(ids, invocation), ids.shape[1])
         else:
             mask, this.places[invocation] = going_on(ids, shape, device, past, invocation, before)
         return ActiveTokens.of(mask)
 
-    def _missing(self, trains: bool, first: Tensor, steps: list[Any], rows: RowAdapters | None) -> None:
+    def _missing(self, trains: bool, found: Tensor, steps: list[Any], rows: RowAdapters | None) -> None:
         """Say in which rows the tokens are missing: an error in training, where nothing could be learned from them."""
-        names, missing = {step.name for step in steps}, (first == NEVER).tolist()
+        names, missing = {step.name for step in steps}, found.tolist()
         if rows is not None:
-            of_row = rows.groups(len(missing), first.device).row
+            of_row = rows.groups(len(missing), found.device).row
             missing = [gone and name in names for gone, name in zip(missing, of_row, strict=True)]
         numbers = [str(number) for number, gone in enumerate(missing) if gone]
         if not numbers or (thread.unfinished and not trains):

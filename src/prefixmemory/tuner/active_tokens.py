@@ -217,13 +217,37 @@ def last_tokens(ids: Tensor, invocation: Invocation) -> Tensor:
 def text_numbers(ids: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
     """Which of the texts packed into a row each token belongs to; ``None`` where nothing says that there are several.
 
-    Position ids that do not grow from one token to the next begin another text; padding makes texts of its own.
+    Position ids that fall from one token to the next begin another text, but not on padding behind one.
     """
     positions, lengths = batch.get("position_ids"), batch.get("cu_seq_lens_q")
     if isinstance(lengths, Tensor) and len(ids) == 1:
         numbers = torch.arange(ids.shape[1], device=ids.device)
         return torch.bucketize(numbers, lengths.to(numbers)[1:], right=True)[None]
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == ids.shape[1] > 1:
-        begins = (positions.diff(dim=1) <= 0).cumsum(dim=1)
-        return torch.cat([torch.zeros_like(begins[:, :1]), begins], dim=1).expand(len(ids), -1).to(ids.device)
+        falls = (positions.diff(dim=1) < 0).expand(len(ids), -1).to(ids.device)
+        if (mask := attended(ids, batch)) is not None:
+            falls = falls & mask[:, 1:]
+        begins = falls.cumsum(dim=1)
+        return torch.cat([torch.zeros_like(begins[:, :1]), begins], dim=1)
     return None
+
+
+def attended(ids: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens are no padding, bool ``[rows, tokens]``; ``None`` where nothing says so."""
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        return mask.to(ids.device) != 0
+    return None
+
+
+def silent_rows(active: Tensor, texts: Tensor, counts: Tensor | None) -> Tensor:
+    """The rows that hold a text on no token of which a memory speaks, bool ``[rows]``.
+
+    Args:
+        active: the tokens on which it does, ``[rows, tokens]``.
+        texts: the number of the text that each token belongs to.
+        counts: the tokens that are no padding; ``None``: all.
+    """
+    spoken = torch.zeros_like(texts).scatter_reduce(1, texts, active.long(), "amax").gather(1, texts)
+    silent = spoken == 0
+    return (silent if counts is None else silent & counts).any(dim=1)

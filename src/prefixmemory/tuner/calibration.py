@@ -3,13 +3,14 @@
 What is the same in φ(q) for every token would make a memory say the same to every text; a memory with a ``mean``
 subtracts it (``docs/LOG.md``). It is taken once, before the first step, in a pass of its own over that batch, without
 gradients and in evaluation mode. Nothing has been learned by then, so that no output changes; a memory that has learned
-without a mean goes on without one.
+without a mean goes on without one. A loop may train in evaluation mode: every batch that gradients are asked for then
+gives the means anew, until something has been learned, for it may be the first one.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -35,16 +36,25 @@ class FirstBatch:
         layers = memory_layers(model)
         before = next((layer.first_batch for layer in layers if layer.first_batch is not None), None)
         self._waiting = {adapter} if before is None else before.leave() | {adapter}
+        self._not_yet: set[str] = set()  # of these, the adapters whose means are those of a batch that may be no first
         self._layers = layers
         for layer in layers:
             layer.first_batch = self
+        self._holders = list(holders(model))
+        self._outermost = len(self._holders)  # of those that were called in evaluation mode; the others are within
         self._handles = [
-            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True) for module in holders(model)
+            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True) for module in self._holders
         ]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not torch.is_grad_enabled() or (several and not module.training):  # one process may look at something alone
             return
+        if not module.training:
+            place = next(number for number, holder in enumerate(self._holders) if holder is module)
+            if place > self._outermost:
+                return
+            self._outermost = place
         if any(self._waiting.intersection(layer.answering()) for layer in self._layers if not layer.disable_adapters):
             self._take(module, args, kwargs)
 
@@ -52,7 +62,11 @@ class FirstBatch:
         reason="call prefixmemory.calibrate(model, **batch) before the first compiled step, which takes the means"
     )
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen(take_means(module, args, kwargs))
+        seen = take_means(module, args, kwargs, self._not_yet)
+        if module.training:
+            self.seen(seen)
+        else:
+            self._not_yet |= seen & self._waiting
 
     def seen(self, adapters: set[str]) -> None:
         """These adapters have what they waited for."""
@@ -112,8 +126,11 @@ class _Sums:
         self.counts[here] += sound.sum(dim=(0, 2)).to(self.counts.device)
 
 
-def take_means(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[str]:
-    """Give the active memories that wait for one the mean of their features over one call of ``module``.
+def take_means(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], anew: Collection[str] = ()
+) -> set[str]:
+    """Give the active memories that wait for one the mean of their features over one call of ``module``; those of the
+    adapters ``anew`` another one, unless they have learned something.
 
     Processes that train together, each on its part of the batch or with its part of the heads, take the mean of all.
 
@@ -127,7 +144,7 @@ def take_means(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         for name in layer.answering() if not layer.disable_adapters else []:
             seen.add(name)
             memory = layer.memory(name)
-            if lacks_mean(memory):
+            if lacks_mean(memory) or (name in anew and getattr(memory, "mean", None) is not None):
                 sums = _Sums(whole(cast(Tensor, memory.mean)))
                 waiting.append((name, memory, sums))
                 handles.append(memory.register_forward_hook(partial(_add, sums, layer)))

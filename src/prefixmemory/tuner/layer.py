@@ -240,6 +240,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
         if config.mixing != "none":
             assert isinstance(config.mix, float)
             self.prefix_memory_mixing[adapter_name] = Mixing(config.mixing, site.heads, config.mix)
+        self.train(self.site.module.training)  # a new module learns; in use, dropout would draw
         self._scale[adapter_name] = config.scale
         self.configs[adapter_name], self.sites[adapter_name] = config, site
         BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)

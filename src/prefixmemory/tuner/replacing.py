@@ -35,6 +35,8 @@ def check_same_config(present: PrefixMemoryConfig, new: PrefixMemoryConfig, adap
     Raises:
         PrefixMemoryError: names the first difference.
     """
+    if present.awaits_weights:  # PeftModel.from_pretrained, which was given this config, or has just read it
+        return
     instead = f"Load it under another name, or delete_adapter({adapter_name!r}) first."
     cannot = f"The new adapter cannot be loaded over the adapter {adapter_name!r}"
     for name in FIELDS:
@@ -43,10 +45,6 @@ def check_same_config(present: PrefixMemoryConfig, new: PrefixMemoryConfig, adap
             ours, theirs = sorted(set(ours or ())), sorted(set(theirs or ()))
         if ours != theirs:
             raise PrefixMemoryError(f"{cannot}: {name} is {theirs!r} there and {ours!r} here. {instead}")
-    if (
-        present.awaits_weights
-    ):  # PeftModel.from_pretrained, which checked the base model, perhaps against no fingerprint
-        return
     here, there = present.base_model_fingerprint, new.base_model_fingerprint
     if here is not None and there is not None and not same_base_model(there, here):
         raise PrefixMemoryError(

@@ -16,6 +16,9 @@ from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.tuner.layer import PrefixMemoryLayer
 
+#: PEFT lists all of these as modules to save, of which a model has one.
+HEADS = {"classifier", "score", "qa_outputs"}
+
 
 class NoAttentionMatchedError(PrefixMemoryError, NoMatchingPeftModuleError):
     """The config names no module of the model; also what PEFT raises where nothing matches."""
@@ -64,6 +67,7 @@ def check_targets(
             f"are called {sorted({name.rpartition('.')[2] for name in sites})}, from {next(iter(sites))!r} on; leave "
             "target_modules out for all of them."
         )
+    _check_all_meet(config, [*sites, *feed_forward, *matched], model)
     if config.feed_forward is not None:
         _check_blocks(config, feed_forward, in_blocks, narrowed, type(model).__name__)
     if (unused := config.unused_pattern(matched)) is not None:
@@ -71,6 +75,31 @@ def check_targets(
             f"{unused} fits no module that gets a memory; the first is called {matched[0]!r}. Give the end "
             "of such a name, or a regular expression for it."
         )
+
+
+def _check_all_meet(config: PrefixMemoryConfig, possible: list[str], model: nn.Module) -> None:
+    """Refuse names and numbers that meet nothing: a typo would leave a module out, or in. ``possible`` are the names of
+    modules that a memory may have."""
+    every = [name for name, module in model.named_modules() if not isinstance(module, PrefixMemoryLayer)]
+    saved = set(config.modules_to_save or ()) - HEADS
+    for field, names, among in (
+        ("target_modules", config.target_modules, every),
+        ("exclude_modules", config.exclude_modules, every),
+        ("modules_to_save", saved, every),
+    ):
+        for wanted in sorted(names) if isinstance(names, set | list | tuple) else ():
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in among):
+                hint = did_you_mean(wanted, {name.rpartition(".")[2] for name in every})
+                raise PrefixMemoryError(f"{field} names {wanted!r}, which meets nothing here.{hint} Leave it out.")
+    if config.layers_to_transform is not None:
+        asked = config.layers_to_transform
+        numbers = {int(part) for name in possible for part in name.split(".") if part.isdecimal()}
+        for number in [asked] if isinstance(asked, int) else asked:
+            if number not in numbers:
+                raise PrefixMemoryError(
+                    f"layers_to_transform names layer {number}, which has no target here; there are "
+                    f"{', '.join(map(str, sorted(numbers)))}."
+                )
 
 
 def _check_blocks(
