@@ -206,7 +206,7 @@ def test_ratio_of_a_memory_is_computed_from_its_parts(config: dict[str, object])
     handle.remove()
     outputs = call.output[0]
     answer = layer.memory("default")(kept[0][0].view(10, 4, 8))
-    change = answer if not config.get("mixing") else 0.3 * (answer - outputs)
+    change = answer if not config.get("mixing") else 0.3 * answer
     if "output_limit" in config:
         change = change / (1 + (change.norm(dim=-1) / (0.3 * outputs.norm(dim=-1)))[..., None] ** 2).sqrt()
     expected = (change.norm(dim=-1) / outputs.norm(dim=-1))[-4:].mean(dim=0)
@@ -221,6 +221,19 @@ def test_ratio_follows_the_scale() -> None:
     set_scale(model, 2.0)
     assert before.shape == (1, 1, 4)
     torch.testing.assert_close(torch.tensor(tradeoff(model, ids, [10]).values), 2 * before)
+
+
+@pytest.mark.parametrize("mixing", ["fixed", "layer", "head"])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_memory_that_is_mixed_in_adds_what_it_says_and_not_what_mixing_takes_away(mixing: str, scale: float) -> None:
+    model = tiny.with_memory(tiny.build(), mixing=mixing, mix=0.7, scale=scale)
+    ids = tiny.tokens(1, 10)
+    assert torch.tensor(tradeoff(model, ids, [10]).values).min() > 0.01  # control
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".M"):
+                parameter.zero_()
+    assert torch.tensor(tradeoff(model, ids, [10]).values).max() < 1e-5
 
 
 def test_the_tradeoff_of_another_method_is_refused() -> None:

@@ -207,6 +207,21 @@ def test_a_memory_that_writes_one_token_is_read_out_as_it(family: str) -> None:
     assert len(found.directions) == 1  # there is nothing in the others
 
 
+def test_the_final_norm_is_that_of_the_text() -> None:
+    """A vision tower that stands in front has norms of the same names."""
+
+    class Both(torch.nn.Module):
+        def __init__(self, text: torch.nn.Module) -> None:
+            super().__init__()
+            self.visual = torch.nn.Module()
+            self.visual.norm = torch.nn.LayerNorm(4)
+            self.language_model = text
+
+    both = Both(tiny.build())
+    name, norm = final_norm(both)
+    assert name == "language_model.model.norm" and norm is both.language_model.model.norm
+
+
 def test_directions_of_all_heads_leading_first() -> None:
     model = tiny.with_memory(tiny.build(), rank=2, share_heads=True, head_scale=0.5)
     set_scale(model, 6.0)

@@ -90,10 +90,16 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
+def _named(label: str) -> str:
+    """A label as matplotlib shows it: ``$`` would begin a formula, and ``_`` keep it out of the legend."""
+    shown = label.replace("$", r"\$")
+    return f"\u200a{shown}" if shown.startswith("_") else shown
+
+
 def _line(axis: Any, x: Sequence[int], values: Sequence[Sequence[float]], index: int, label: str, band: bool) -> None:
     """The mean of each of ``values`` over ``x``, and a band from their 10th to their 90th percentile."""
     table = [torch.tensor(value) for value in values]
-    axis.plot(x, [float(value.mean()) for value in table], label=label, **_style(index))
+    axis.plot(x, [float(value.mean()) for value in table], label=_named(label), **_style(index))
     if band:
         low, high = ([float(value.quantile(q)) for value in table] for q in (0.1, 0.9))
         axis.fill_between(x, low, high, color=COLOURS[index % len(COLOURS)], alpha=0.15, linewidth=0)
@@ -197,6 +203,8 @@ def spectrum_figure(found: Mapping[str, Spectrum]) -> Any:
             total = sum(values)
             if total > 0:
                 shares.append([value / total for value in values])
+        if not shares:  # the same bias for all tokens
+            continue
         n = range(1, len(shares[0]) + 1)
         by_index = list(zip(*shares, strict=True))
         # noise of rounding, 1e-9 of the whole and less, would stretch the axis
@@ -204,11 +212,11 @@ def spectrum_figure(found: Mapping[str, Spectrum]) -> Any:
         x, y = [n[i] for i in kept], [by_index[i] for i in kept]
         table = [torch.tensor(value) for value in y]
         style = {**_style(index), "marker": ""}
-        decay.plot(x, [float(value.mean()) for value in table], label=label, **style)
+        decay.plot(x, [float(value.mean()) for value in table], label=_named(label), **style)
         if len(found) <= BANDS:
             low, high = ([max(float(value.quantile(q)), 1e-12) for value in table] for q in (0.1, 0.9))
             decay.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        rank.plot(range(len(data.layers)), data.effective_rank, label=label, **_style(index))
+        rank.plot(range(len(data.layers)), data.effective_rank, label=_named(label), **_style(index))
     decay.set_xscale("log")
     decay.set_yscale("log")
     spread = _spread(found)
@@ -276,7 +284,7 @@ def long_input_figure(found: Mapping[str, LongInput]) -> Any:
     figure, (axis,) = _panels(1)
     for index, (label, data) in enumerate(found.items()):
         style = _style(index)
-        axis.plot(data.lengths, data.accuracy, label=label, **style)
+        axis.plot(data.lengths, data.accuracy, label=_named(label), **style)
         if len(found) <= BANDS:
             low, high = zip(*(interval(value, data.rows) for value in data.accuracy), strict=True)
             axis.fill_between(data.lengths, low, high, color=style["color"], alpha=0.15, linewidth=0)

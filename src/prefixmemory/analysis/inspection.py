@@ -177,20 +177,22 @@ def write(found: Mapping[str, Mapping[str, Measured]], conditions: Mapping[str, 
         the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files, records, images = [], {}, {}
-    for name in INSTRUMENTS:
-        ours = {label: results[name] for label, results in found.items() if name in results}
-        if not ours:
-            continue
+    records, images = {}, {}
+    measured = {
+        name: ours
+        for name in INSTRUMENTS
+        if (ours := {label: results[name] for label, results in found.items() if name in results})
+    }
+    for name, ours in measured.items():  # all numbers, before anything is drawn
         records[name] = {label: asdict(data) for label, data in ours.items()}
-        json_file, png_file = folder / f"{name}.json", folder / f"{name}.png"
-        write_json(json_file, {"conditions": dict(conditions), "adapters": records[name], **provenance()})
-        figures.save(FIGURES[name](ours), png_file)
-        images[name] = png_file.read_bytes()
-        files += [json_file, png_file]
+        content = {"conditions": dict(conditions), "adapters": records[name], **provenance()}
+        write_json(folder / f"{name}.json", content)
+    for name, ours in measured.items():
+        figures.save(FIGURES[name](ours), picture := folder / f"{name}.png")
+        images[name] = picture.read_bytes()
     html = folder / "index.html"
     write_text(html, page(records, images, conditions))
-    return [*files, html]
+    return [*(folder / f"{name}.{kind}" for name in measured for kind in ("json", "png")), html]
 
 
 def labels(adapters: list[str]) -> list[str]:

@@ -203,11 +203,17 @@ def project(site: AttentionSite, directions: Float[Tensor, "h n v"]) -> Float[Te
 
 def final_norm(base: nn.Module) -> tuple[str, nn.Module | None]:
     """The norm before the unembedding and its name; empty and ``None`` if there is none that is known."""
-    inner = tuple(name for name, module in base.named_modules() if isinstance(module, nn.ModuleList))
-    for name, module in base.named_modules():
-        if FINAL_NORM.search(name) and not name.startswith(tuple(f"{layers}." for layers in inner)):
-            return name, module
-    return "", None
+    inner = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, nn.ModuleList))
+    found = [
+        (name, module)
+        for name, module in base.named_modules()
+        if FINAL_NORM.search(name) and not name.startswith(inner)
+    ]
+    # beside the layers of the text; a vision tower has norms of its own
+    layers = {next((prefix for prefix in inner if name.startswith(prefix)), "") for name in text_sites(base)}
+    parents = {prefix.removesuffix(".").rpartition(".")[0] for prefix in layers}
+    beside = [(name, module) for name, module in found if name.rpartition(".")[0] in parents]
+    return next(iter([*beside, *found]), ("", None))
 
 
 def _logits(hidden: Tensor, norm: nn.Module | None, unembedding: nn.Module) -> Tensor:

@@ -6,7 +6,8 @@ left for it. A memory outside adds to what attention answers; the same question 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +88,7 @@ def tradeoff(model: nn.Module, ids: Tensor, lengths: Sequence[int], queries: int
     for length in lengths:
         rows = torch.arange(max(0, length - queries), length)
         found: dict[str, list[float]] = {}
-        with shares(model, inside, rows, found) if inside else added(outside, rows, found):
+        with shares(model, inside, rows, found) if inside else added(outside, rows, found, kept_shares(model)):
             run(model, ids[:, :length])
         values.append([found[name] for name in names])
     quantity: Literal["share", "ratio"] = "share" if inside else "ratio"
@@ -124,13 +125,32 @@ def _memories(model: nn.Module) -> dict[str, AttentionSite]:
     }
 
 
+@torch.no_grad()
+def kept_shares(model: nn.Module) -> dict[str, Tensor]:
+    """What memories that are mixed with the heads' own outputs leave of these, ``[heads, 1]``: λ, at a scale of 1; by
+    attention module."""
+    found: dict[str, Tensor] = {}
+    names = {id(site.module): name for name, site in text_sites(model).items()}
+    for layer in attention_layers(model):
+        for adapter in layer.answering():
+            if adapter in layer.prefix_memory_mixing:
+                one, mixing = torch.ones(layer.site.heads, 1), copy.deepcopy(layer.prefix_memory_mixing[adapter]).cpu()
+                name = names[id(layer.site.module)]
+                found[name] = found.get(name, one) + layer.scale[adapter] * mixing(torch.zeros_like(one), one)
+    return found
+
+
 @contextmanager
-def added(sites: dict[str, AttentionSite], rows: Tensor, found: dict[str, list[float]]) -> Iterator[None]:
-    """Write into ``found`` the mean of ‖added‖ / ‖attention output‖ of every head, of the pass in the block."""
+def added(
+    sites: dict[str, AttentionSite], rows: Tensor, found: dict[str, list[float]], kept: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Write into ``found`` the mean of ‖added‖ / ‖attention output‖ of every head, of the pass in the block; ``kept``:
+    what mixing leaves of that output, see :func:`kept_shares`."""
 
     def compare(name: str, site: AttentionSite, before: Tensor, after: Tensor) -> None:
         outputs = before[:, rows].float()
-        change = (after[:, rows].float() - outputs).norm(dim=-1)
+        left = outputs * kept[name].to(outputs) if name in kept else outputs
+        change = (after[:, rows].float() - left).norm(dim=-1)
         found[name] = (change / outputs.norm(dim=-1).clamp(min=1e-20)).mean(dim=(0, 1)).tolist()
 
     with ExitStack() as stack:

@@ -17,8 +17,8 @@ from prefixmemory.compare.suite import load_suite
 from prefixmemory.compare.work import checksums, work
 from prefixmemory.errors import PrefixMemoryError
 
-#: Starts further workers, (suite, output, data, retry_failed, number). The block that they work beside waits for them in
-#: the end, and ends them where it is broken off.
+#: Starts further workers, (suite, output, data, retry_failed, number). The block that they work beside waits for them
+#: in the end, and ends them where it is broken off.
 Engine = Callable[[Path, Path, Path | None, bool, int], AbstractContextManager[None]]
 
 
