@@ -272,10 +272,14 @@ def train_tiny(folder: Path, *callbacks: TrainerCallback) -> tuple[int, torch.nn
 def test_a_reader_that_is_gone_stops_no_step(monkeypatch):
     """``prefixmemory train ... 2>&1 | tee log``: the same ctrl-C ends tee, and the line has nowhere to go."""
 
-    def broken(*_: object) -> int:
-        raise BrokenPipeError
+    class Gone:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
 
-    monkeypatch.setattr("os.write", broken)
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Gone())
     stop = StopOnSignal()
     stop._on_signal(signal.SIGINT, None)
     assert stop.asked == signal.SIGINT

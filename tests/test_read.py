@@ -103,6 +103,21 @@ def test_gradients_of_what_is_added_to_what_others_have_added():
     assert not torch.allclose(expected[0], weights)  # control: as if it were added to the heads' own output
 
 
+@pytest.mark.parametrize("groups", [4, 1])
+@pytest.mark.parametrize("heads", [4, 1])
+def test_a_model_may_write_into_the_sum(heads, groups):
+    """As Falcon does into that of a feed-forward block."""
+    groups = min(groups, heads)
+    own, hidden = torch.randn(2, 3, heads, 5), torch.randn(2, 3, heads, 3, requires_grad=True)
+    B = torch.randn(groups, 3, 5, requires_grad=True)
+    plain = add_product(own, hidden, B, 0.5)
+    written = add_product(own, hidden, B, 0.5)
+    written += 1
+    torch.testing.assert_close(written, plain + 1)
+    expected = torch.autograd.grad(plain.sum(), (hidden, B))
+    torch.testing.assert_close(torch.autograd.grad(written.sum(), (hidden, B)), expected)
+
+
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -103,7 +103,10 @@ class _AddProduct(torch.autograd.Function):
             factor = (most / both).sqrt()
             spoken = (h * (factor * scale)).to(hidden.dtype)
             if len(last) == 1 and onto.dtype == hidden.dtype:
-                new = torch.baddbmm(by_memory(onto, 1), spoken, last).view(onto.shape)
+                new = torch.empty_like(
+                    onto, memory_format=torch.contiguous_format
+                )  # no view: a model may write into it
+                torch.baddbmm(by_memory(onto, 1), spoken, last, out=by_memory(new, 1))
             else:
                 new = (onto + by_head(torch.bmm(spoken, last), onto.shape[:-1], own)).to(onto.dtype)
         slope = factor / both

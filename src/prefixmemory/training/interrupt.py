@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import sys
 import threading
 from contextlib import suppress
 from types import FrameType
@@ -17,8 +17,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def say_to_stderr(text: str) -> None:
     """A line from where nothing may be raised: who reads it may be gone, such as ``| tee log`` of the same ctrl-C."""
-    with suppress(OSError):
-        os.write(2, f"{text}\n".encode(errors="replace"))
+    with suppress(OSError, RuntimeError):  # RuntimeError: a signal within another line
+        print(text, file=sys.stderr, flush=True)
 
 
 class Interrupted(Exception):
