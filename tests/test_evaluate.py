@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 import tiny
 from close import close_figures
 from command_line import call, files_of, jsonl, save_talker, work_in_copy
-from prefixmemory import PrefixMemoryConfig
+from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
+from prefixmemory.adapters.evaluate import Scores, save_metrics
+from prefixmemory.adapters.loading import load_adapter
 from prefixmemory.rows.invocation import invocation_tokens
 from prefixmemory.training.card import is_ours
 from prefixmemory.tuner.layers import set_scale
@@ -329,6 +331,21 @@ def test_a_card_that_was_edited_is_left_alone(place):
     assert "metrics" in json.loads((place / "memory" / "run.json").read_text())
 
 
+def test_figures_of_two_evaluations_stand_side_by_side_and_a_new_run_gets_none(place):
+    """Both were loaded before either saved."""
+    first, second = load_adapter("memory"), load_adapter("memory")
+    for adapter, data in ((first, "a.jsonl"), (second, "b.jsonl")):
+        save_metrics(adapter, Scores({"data": data}, {"loss": (2.0, 1.0)}, []))
+    saved = json.loads(Path("memory/run.json").read_text())["metrics"]
+    assert list(saved) == ["loss, data: a.jsonl", "loss, data: b.jsonl"]
+    record = json.loads(Path("memory/run.json").read_text()) | {"train_seconds": 1e6, "metrics": {}}
+    Path("memory/run.json").write_text(json.dumps(record))
+    before = files_of(place)
+    with pytest.raises(PrefixMemoryError, match="holds another run"):
+        save_metrics(first, Scores({"data": "a.jsonl"}, {"loss": (2.0, 1.0)}, []))
+    assert files_of(place) == before
+
+
 def test_output_never_overwrites(place):
     (place / "figures.json").write_text("mine")
     words = ("evaluate", "--adapter", "memory", "--data", "test.jsonl", "--output", "figures.json")
@@ -361,6 +378,7 @@ def test_the_weights_of_every_adapter_are_looked_at_before_the_first_is_measured
         (("--data", "test.jsonl", "--tasks", "tickets"), "Give either --data FILE, or --tasks"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
         (("--data", "pairs.jsonl"), "pairs.jsonl, line 1: has ['prompt', 'chosen', 'rejected'], which name no one"),
+        (("--data", "test.jsonl", "--include-path", "."), "--include-path is where --tasks are looked for"),
         (("--data", "test.jsonl", "--limit", 0), "limit=0"),
         (("--data", "test.jsonl", "--batch-size", 0), "batch_size=0"),
         (("--data", "test.jsonl", "--max-new-tokens", 0), "max_new_tokens=0"),

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import tiny
+from command_line import call
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
 from prefixmemory.training.card import model_card
 
@@ -47,6 +48,23 @@ def test_an_adapter_that_is_not_there_cannot_be_made_active():
         with pytest.raises(PrefixMemoryError, match=r"There is no adapter 'defautl'\. Did you mean 'default'\?"):
             model.base_model.set_adapter(names)
     model.base_model.set_adapter(["default"])
+
+
+@pytest.mark.parametrize("first", [("--learning-rate", 1e-3), ("--set", "training.learning_rate=1e-3")])
+def test_a_value_that_is_given_twice_is_refused(first):
+    words = (
+        "train",
+        "--model",
+        "m",
+        "--data",
+        "d.jsonl",
+        "--output",
+        "o",
+        *first,
+        "--set",
+        "training.learning_rate=5e-3",
+    )
+    assert "training.learning_rate is given twice" in call(*words).refusal
 
 
 @pytest.mark.parametrize("name", ["0", "layers", "self_attn", "mean", "A"])

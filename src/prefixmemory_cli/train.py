@@ -110,6 +110,8 @@ def train(
         path, separator, value = assignment.partition("=")
         if not separator or not path:
             raise PrefixMemoryError(f"--set {assignment}: write it as FIELD=VALUE, such as --set training.warmup=0.05.")
+        if path in overrides:
+            raise PrefixMemoryError(f"{path} is given twice: {shown[path]} and --set {assignment}. Leave one out.")
         overrides[path] = read_value(value)
         shown[path] = f"--set {path}"
     if recipe and config:

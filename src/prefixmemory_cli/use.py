@@ -119,6 +119,8 @@ def evaluate(
     name = one_adapter(adapter, adapter_)
     if (data is None) == (tasks is None):
         raise PrefixMemoryError("Give either --data FILE, or --tasks NAME,NAME of lm-evaluation-harness.")
+    if include_path is not None and tasks is None:
+        raise PrefixMemoryError("--include-path is where --tasks are looked for. Give --tasks too, or leave it out.")
     if limit is not None and limit < 1:
         raise PrefixMemoryError(f"limit={limit} is out of range: give a number above 0.")
     if batch_size < 1:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from prefixmemory.adapters.loading import Adapter
+from prefixmemory.adapters.loading import Adapter, read_record
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.files.locks import Lock
 from prefixmemory.files.records import RECORD, provenance, write_json
 from prefixmemory.progress import progress_bar
 from prefixmemory.rows.data import read_rows
@@ -264,13 +265,27 @@ def evaluate_harness(
 
 
 def save_metrics(adapter: Adapter, scores: Scores) -> None:
-    """Add the figures to the adapter's ``run.json`` and to its model card."""
+    """Add the figures to the adapter's ``run.json`` and to its model card, beside what others have added meanwhile.
+
+    Raises:
+        PrefixMemoryError: another run lies there now.
+    """
     # the card is public: the name of a data file, without the folders of this machine
     shown = {name: Path(value).name if name == "data" else value for name, value in scores.conditions.items()}
     conditions = ", ".join(f"{name}: {value}" for name, value in shown.items())
     found = {
         f"{name}, {conditions}": {"value": ours, "base model": base} for name, (base, ours) in scores.metrics.items()
     }
-    record = {**adapter.record, "metrics": {**adapter.record.get("metrics", {}), **found}}
-    write_json(adapter.folder / RECORD, json.loads(json.dumps(record)))
-    write_model_card(adapter.folder, record)
+    with Lock(adapter.folder / f".{RECORD}.lock").held(f"Another evaluation saves its figures in {adapter.folder}"):
+        present = read_record(adapter.folder)
+        if _of_run(present) != _of_run(adapter.record):
+            raise PrefixMemoryError(
+                f"{adapter.folder} holds another run than the one that was evaluated. Nothing was saved: evaluate it."
+            )
+        record = {**present, "metrics": {**present.get("metrics", {}), **found}}
+        write_json(adapter.folder / RECORD, json.loads(json.dumps(record)))
+        write_model_card(adapter.folder, record)
+
+
+def _of_run(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "metrics"}
