@@ -113,7 +113,7 @@ def examples_of(command: tuple[str, ...]) -> list[str]:
 
 
 @pytest.fixture
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_network(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is pushed, and the quickstart has a small model and few rows."""
     pushed = lambda folder, to, private: f"https://huggingface.co/{to}/{len(list(Path(folder).iterdir()))}"  # noqa: E731
     monkeypatch.setattr(prefixmemory.adapters.hub, "push_adapter", pushed)
@@ -121,7 +121,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "northline", lambda split: northline(split)[:14])
     monkeypatch.setattr(quickstart, "fast_dtype", lambda: "float32")
     monkeypatch.setattr(quickstart, "quickstart", partial(quickstart.quickstart, again=False))
-    config = Path(MODEL) / "config.json"  # examples of 14 labels stand in front of a row
+    config = place / MODEL / "config.json"  # examples of 14 labels stand in front of a row
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 4096}))
 
 
