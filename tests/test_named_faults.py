@@ -40,6 +40,7 @@ def test_what_meets_something_is_taken():
     adapted(target_modules=["self_attn"], exclude_modules=["layers.1.self_attn"], modules_to_save=["lm_head"])
     adapted(layers_to_transform=[0, 1], target_modules=["self_attn"])
     adapted(layers_to_transform=1)
+    adapted(modules_to_save=["head"])  # as in PEFT, the end of a name
 
 
 def test_an_adapter_that_is_not_there_cannot_be_made_active():

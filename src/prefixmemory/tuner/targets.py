@@ -80,15 +80,15 @@ def check_targets(
 def _check_all_meet(config: PrefixMemoryConfig, possible: list[str], model: nn.Module) -> None:
     """Refuse names and numbers that meet nothing: a typo would leave a module out, or in. ``possible`` are the names of
     modules that a memory may have."""
-    every = [name for name, module in model.named_modules() if not isinstance(module, PrefixMemoryLayer)]
+    every = dict.fromkeys(name for name, module in model.named_modules() if not isinstance(module, PrefixMemoryLayer))
     saved = set(config.modules_to_save or ()) - HEADS
-    for field, names, among in (
-        ("target_modules", config.target_modules, every),
-        ("exclude_modules", config.exclude_modules, every),
-        ("modules_to_save", saved, every),
+    for field, names, before in (  # PEFT takes "head" for lm_head among modules to save
+        ("target_modules", config.target_modules, "."),
+        ("exclude_modules", config.exclude_modules, "."),
+        ("modules_to_save", saved, ""),
     ):
         for wanted in sorted(names) if isinstance(names, set | list | tuple) else ():
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in among):
+            if wanted not in every and not any(name.endswith(f"{before}{wanted}") for name in every):
                 hint = did_you_mean(wanted, {name.rpartition(".")[2] for name in every})
                 raise PrefixMemoryError(f"{field} names {wanted!r}, which meets nothing here.{hint} Leave it out.")
     if config.layers_to_transform is not None:
