@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, activation
+from prefixmemory.tuner.activation import unfinished_text
 from prefixmemory.tuner.active_tokens import speaking
 from test_fidelity import TOLERANCE, difference, family_model, padded_batch, run_adapter, run_oracle
 from tiny import CONFIGS, DEFAULT, memory_parameters
@@ -254,6 +255,40 @@ def test_texts_packed_into_a_row_have_a_place_each():
     lengths = torch.tensor([0, 14, 26, 34], dtype=torch.int32)
     mask, _ = speaking(packed, tuple(WORD), torch.bucketize(torch.arange(34), lengths[1:], right=True)[None])
     assert torch.equal(mask, torch.cat([naive(ids) for ids in (first, second, third)], dim=1))
+
+
+def test_the_rows_of_a_cache_are_moved_with_the_places_where_they_begin():
+    """One row speaks, the other does not; they change places, one of them stands for both, and each is repeated."""
+    model = strong(invoked())
+    both = torch.cat([text(3), text(seed=4)])
+    more = tiny.tokens(1, 2, seed=8)
+
+    def going_on(cache: DynamicCache, rows: int) -> Tensor:
+        return logits(model, more.expand(rows, -1), past_key_values=cache, use_cache=True)
+
+    def read() -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        with unfinished_text():
+            logits(model, both, past_key_values=cache, use_cache=True)
+        return cache
+
+    with unfinished_text():
+        speaks, silent = (logits(model, torch.cat([row[None], more], 1))[:, -2:] for row in both)
+    assert (speaks - silent).abs().max() > 0.05
+    for name, by, expected in (
+        ("reorder_cache", torch.tensor([1, 0]), [silent, speaks]),
+        ("reorder_cache", torch.tensor([1, 1]), [silent, silent]),
+        ("batch_select_indices", torch.tensor([1]), [silent]),
+        ("batch_repeat_interleave", 2, [speaks, speaks, silent, silent]),
+    ):
+        cache = read()
+        getattr(cache, name)(by)
+        with unfinished_text():
+            found = going_on(cache, len(expected))
+        torch.testing.assert_close(found, torch.cat(expected), atol=TOLERANCE, rtol=0)
+    with unfinished_text():
+        copied = going_on(copy.deepcopy(read()), 2)
+    torch.testing.assert_close(copied, torch.cat([speaks, silent]), atol=TOLERANCE, rtol=0)
 
 
 PADDED = {

@@ -6,7 +6,7 @@ sequence that is read in several passes goes on speaking once it speaks; its :cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,10 @@ class Places:
                 "from where the memory speaks with active=."
             )
         return self.first.repeat_interleave(rows // len(self.first), dim=0) if rows > len(self.first) else self.first
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Places:
+        """Those of rows that were reordered, chosen or repeated, as ``move`` does with a tensor that has them."""
+        return places(move(self.first), None if self.tail is None else move(self.tail), self.read)
 
     def in_front(self, past: Any, rows: int) -> Tensor | None:
         """The last tokens before the ``past``-th, as far as they are known; a cache may have been cropped."""

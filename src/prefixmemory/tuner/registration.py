@@ -9,6 +9,7 @@ from peft.utils.peft_types import register_peft_method
 
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
+from prefixmemory.tuner.cache_rows import teach_caches
 from prefixmemory.tuner.model import PrefixMemoryModel
 from prefixmemory.tuner.peft_helpers import teach
 from prefixmemory.tuner.replacing import check_on_load, teach_hotswap
@@ -31,6 +32,7 @@ def register() -> None:
     check_on_load()
     teach_hotswap()
     teach()
+    teach_caches()
     register_peft_method(
         name=PREFIX_MEMORY.lower(),
         config_cls=PrefixMemoryConfig,
