@@ -116,6 +116,7 @@ def test_a_split_that_does_not_exist_is_refused():
 @pytest.fixture
 def _small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     base = tiny.save_tiny(tmp_path / "base")
+    tiny.reads(base, 4096)  # examples of 14 labels stand in front of a row
     monkeypatch.setattr(quickstart_module, "smollm2", lambda: str(base))
     monkeypatch.setattr(quickstart_module, "northline", lambda split: northline(split)[:14])
     monkeypatch.setattr(quickstart_module, "fast_dtype", lambda: "float32")

@@ -171,7 +171,7 @@ def test_a_continued_memory_resumes_with_its_reference(base, adapter, tmp_path, 
         torch.testing.assert_close(parameter, expected[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ref", "memory", "M", "default_bank"])
+@pytest.mark.parametrize("name", ["ref", "memory", "default_bank"])
 def test_an_adapter_may_be_called_by_a_part_of_our_key_names(base, tmp_path, name):
     """PEFT warns that weights may be lost on loading. They are not, so the warning is silenced."""
     with warnings.catch_warnings():

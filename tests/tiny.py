@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -110,6 +111,12 @@ def save_tiny(folder: Path, family: str = "llama_gqa", seed: int = 0) -> Path:
     build(family, seed=seed).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def reads(folder: Path, tokens: int) -> None:
+    """Let a saved model read as many tokens as that."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": tokens}))
 
 
 def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:

@@ -6,21 +6,19 @@ n // (h / g).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from prefixmemory._shapes import Float
 
-
-def by_memory(x: Float[Tensor, "*b h n"], groups: int, own: int = 1) -> Float[Tensor, "g_own rows n"]:
-    """The vectors that meet the same memory side by side; a view where each memory has one head."""
+def by_memory(x: Tensor, groups: int, own: int = 1) -> Tensor:
+    """``[own * g, rows, n]``: the vectors that meet the same memory side by side; a view where each has one head."""
     heads, size = x.shape[-2:]
     apart = x.reshape(own, -1, groups, heads // groups, size)
     return apart.transpose(1, 2).reshape(own * groups, -1, size)
 
 
-def by_head(rows: Float[Tensor, "g_own rows n"], shape: Sequence[int], own: int = 1) -> Float[Tensor, "*b h n"]:
+def by_head(rows: Tensor, shape: Any, own: int = 1) -> Tensor:
     """The way back, to the axes ``shape``, ``[*b, h]``."""
     groups, size = len(rows) // own, rows.shape[-1]
     apart = rows.reshape(own, groups, -1, shape[-1] // groups, size)

@@ -29,7 +29,7 @@ import triton.language as tl
 from prefixmemory.kernels import impl
 
 EPS = tl.constexpr(1e-6)  # of memories/matrix.py
-TINY = tl.constexpr(1e-12)  # of read.py
+TINY = tl.constexpr(1e-12)  # of limit.py
 INTERPRETED = tl.constexpr(impl.INTERPRETED)
 NO_SLOT = tl.constexpr(2**30)
 

@@ -51,6 +51,8 @@ class FirstBatch:
         if not torch.is_grad_enabled() or (several and not module.training):  # one process may look at something alone
             return
         if not module.training:
+            if torch.compiler.is_compiling():
+                return
             place = next(number for number, holder in enumerate(self._holders) if holder is module)
             if place > self._outermost:
                 return
@@ -62,11 +64,11 @@ class FirstBatch:
         reason="call prefixmemory.calibrate(model, **batch) before the first compiled step, which takes the means"
     )
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen = take_means(module, args, kwargs, self._not_yet)
-        if module.training:
-            self.seen(seen)
-        else:
-            self._not_yet |= seen & self._waiting
+        seen, given = take_means(module, args, kwargs, self._not_yet)
+        if not module.training:
+            self._not_yet |= given
+            seen -= given
+        self.seen(seen)
 
     def seen(self, adapters: set[str]) -> None:
         """These adapters have what they waited for."""
@@ -100,7 +102,7 @@ def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     layers = memory_layers(model)
     if not layers:
         raise PrefixMemoryError(f"{type(model).__name__} holds no memory. Make one with get_peft_model first.")
-    seen = take_means(model, args, kwargs)
+    seen, _ = take_means(model, args, kwargs)
     if layers[0].first_batch is not None:
         layers[0].first_batch.seen(seen)
 
@@ -128,16 +130,17 @@ class _Sums:
 
 def take_means(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], anew: Collection[str] = ()
-) -> set[str]:
+) -> tuple[set[str], set[str]]:
     """Give the active memories that wait for one the mean of their features over one call of ``module``; those of the
     adapters ``anew`` another one, unless they have learned something.
 
     Processes that train together, each on its part of the batch or with its part of the heads, take the mean of all.
 
     Returns:
-        The active adapters that need no further call: no memory of theirs was passed by.
+        The active adapters that need no further call, since no memory of theirs was passed by; and those that were
+        given means.
     """
-    seen: set[str] = set()
+    seen, given = set[str](), set[str]()
     waiting: list[tuple[str, nn.Module, _Sums]] = []
     handles = []
     for layer in memory_layers(module):
@@ -149,7 +152,7 @@ def take_means(
                 waiting.append((name, memory, sums))
                 handles.append(memory.register_forward_hook(partial(_add, sums, layer)))
     if not waiting:
-        return seen
+        return seen, given
     devices = {sums.sums.device for _, _, sums in waiting}
     cuda = [device for device in devices if device.type == "cuda"]  # not every one of the machine
     try:
@@ -166,8 +169,9 @@ def take_means(
         if not sums.counts.any():
             seen.discard(name)
         elif not sums.has_learned:
+            given.add(name)
             _set(cast(Tensor, memory.mean), sums.sums / sums.counts.clamp(min=1.0)[:, None])
-    return seen
+    return seen, given
 
 
 def _add(sums: _Sums, layer: PrefixMemoryLayer, memory: nn.Module, args: tuple[Tensor, ...], answer: Tensor) -> None:

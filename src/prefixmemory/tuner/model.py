@@ -32,7 +32,14 @@ from prefixmemory.tuner.in_feed_forward import InFeedForward
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer
 from prefixmemory.tuner.layers import attention_layers, check_intact, listen, memory_layers, named_modules, set_scale
 from prefixmemory.tuner.offloading import put_aside, put_back
-from prefixmemory.tuner.targets import check_targets, is_target, shortest_names
+from prefixmemory.tuner.targets import (
+    check_adapter_name,
+    check_targets,
+    forget_found,
+    is_target,
+    note_found,
+    shortest_names,
+)
 from prefixmemory.tuner.tensor_names import bare, embeddings_of, stored_name, tensors_of
 from prefixmemory.tuner.tensor_parallel import HeadShare, head_share, same_start
 
@@ -40,19 +47,6 @@ logger = logging.getLogger(__name__)
 
 #: Why a memory that does not speak from the start has no place there.
 ENCODER = "it belongs to the encoder, and from where a memory speaks is counted in the decoder"
-
-
-#: With what the parts of paths begin that PEFT's methods add, and those of our own tensors.
-_OF_ADAPTERS = ("prefix_memory", "lora_", "modules_to_save", "original_module", "trainable_tokens", "token_adapter")
-_PARTS = {"prefix_memory", "prefix_memory_bank", "prefix_memory_mixing", "A", "B", "M", "mean"}
-#: In a config that was given to a model: what was found out for it, which is not the user's word to the next one.
-_FOUND = "_found_for_a_model"
-
-
-def _forget_found(config: PrefixMemoryConfig) -> None:
-    for name, value in config.__dict__.pop(_FOUND, {}).items():
-        if getattr(config, name) == value:
-            setattr(config, name, None)
 
 
 class PrefixMemoryModel(BaseTuner):
@@ -69,7 +63,7 @@ class PrefixMemoryModel(BaseTuner):
     ) -> PrefixMemoryConfig:
         """Check the config against the live model before anything is added to it, and fill in what it left open."""
         replace(peft_config)  # values may have been set since it was made
-        _forget_found(peft_config)
+        forget_found(peft_config)
         present, targets = checkpoint.fingerprint(self.model), peft_config.target_modules
         saved = peft_config.base_model_fingerprint
         if saved is None:
@@ -102,9 +96,7 @@ class PrefixMemoryModel(BaseTuner):
             for name, reason in skipped_attention(self.model, in_attention, others).items():
                 logger.warning("No memory in %s: %s.", name, reason)
         check_targets(peft_config, attention, feed_forward, self.model)
-        given = {"base_model_fingerprint": saved, "target_modules": targets}
-        found = {name: getattr(peft_config, name) for name, value in given.items() if value is None}
-        peft_config.__dict__[_FOUND] = found
+        note_found(peft_config, base_model_fingerprint=saved, target_modules=targets)
         keep_trainable(self.model, inference=bool(peft_config.inference_mode))
         return peft_config
 
@@ -197,27 +189,13 @@ class PrefixMemoryModel(BaseTuner):
             # PEFT takes what stands before ".prefix_memory_" for the targeted module; ours is one level up.
             inner, outer = f".{CHILD}.{self.prefix}", f".{self.prefix}"
             state_dict = {key.replace(inner, outer): value for key, value in state_dict.items()}
-        self._check_name(adapter_name)
+        check_adapter_name(adapter_name, self.model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         listen(self.model)
         layers = self._layers_of(adapter_name)
         same_start(self.model, (layer.memory(adapter_name) for layer in layers))
         if any(getattr(layer.memory(adapter_name), "mean", None) is not None for layer in layers):
             FirstBatch(self.model, adapter_name)
-
-    def _check_name(self, adapter_name: str) -> None:
-        """Refuse a name that PEFT takes for a part of a path: it leaves tensors of other adapters out of their files.
-
-        Raises:
-            PrefixMemoryError: it is one.
-        """
-        paths = (name.split(".") for name, _ in self.model.named_modules())
-        own = {part for path in paths if not any(part.startswith(_OF_ADAPTERS) for part in path) for part in path}
-        if adapter_name in own | _PARTS:
-            raise PrefixMemoryError(
-                f"An adapter cannot be called {adapter_name!r}: modules of the model are, and PEFT would leave tensors "
-                "out of the files of other adapters. Give it another name."
-            )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in PEFT, whose own walks through all modules twice, those of adapters that rest among them.

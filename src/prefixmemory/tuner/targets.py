@@ -1,4 +1,4 @@
-"""Which attention modules a config names."""
+"""Which modules a config names, and what was found out for it; names that an adapter may have."""
 
 from __future__ import annotations
 
@@ -18,6 +18,40 @@ from prefixmemory.tuner.layer import PrefixMemoryLayer
 
 #: PEFT lists all of these as modules to save, of which a model has one.
 HEADS = {"classifier", "score", "qa_outputs"}
+
+
+#: With what the parts of paths begin that PEFT's methods add, and those of our own tensors.
+_OF_ADAPTERS = ("prefix_memory", "lora_", "modules_to_save", "original_module", "trainable_tokens", "token_adapter")
+_PARTS = {"prefix_memory", "prefix_memory_bank", "prefix_memory_mixing", "A", "B", "M", "mean"}
+#: In a config that was given to a model: what was found out for it, which is not the user's word to the next one.
+_FOUND = "_found_for_a_model"
+
+
+def note_found(config: PrefixMemoryConfig, **given: Any) -> None:
+    """Remember which of these fields the user left open (``None``), and with what they were filled in."""
+    config.__dict__[_FOUND] = {name: getattr(config, name) for name, value in given.items() if value is None}
+
+
+def forget_found(config: PrefixMemoryConfig) -> None:
+    """Leave open again what was filled in for an earlier model, unless it was changed since."""
+    for name, value in config.__dict__.pop(_FOUND, {}).items():
+        if getattr(config, name) == value:
+            setattr(config, name, None)
+
+
+def check_adapter_name(name: str, model: nn.Module) -> None:
+    """Refuse a name that PEFT takes for a part of a path: it leaves tensors of other adapters out of their files.
+
+    Raises:
+        PrefixMemoryError: it is one.
+    """
+    paths = (path.split(".") for path, _ in model.named_modules())
+    own = {part for path in paths if not any(part.startswith(_OF_ADAPTERS) for part in path) for part in path}
+    if name in own | _PARTS:
+        raise PrefixMemoryError(
+            f"An adapter cannot be called {name!r}: modules of the model are, and PEFT would leave tensors out of the "
+            "files of other adapters. Give it another name."
+        )
 
 
 class NoAttentionMatchedError(PrefixMemoryError, NoMatchingPeftModuleError):
