@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import PreTrainedModel
 
@@ -28,12 +27,7 @@ ROWS = [{"text": f"line {i} is dead", "label": "abcd"[i % 4]} for i in range(8)]
 
 def talker() -> PreTrainedModel:
     """A base model that says different things to different prompts, and soon comes to an end."""
-    model = tiny.build()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-        model.lm_head.weight[len(TOKENIZER) :] = 0
+    model = tiny.talker()
     model.generation_config.eos_token_id = [2, *range(6, len(TOKENIZER), 2)]
     return model
 

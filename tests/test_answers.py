@@ -28,23 +28,12 @@ PROMPTS = [f"Text: {text}\nLabel:" for text in ("one", "two words", "3")]
 EXAMPLES = "Text: zero\nLabel: none\n\nText: a\nLabel: some\n\n"
 
 
-def talker() -> nn.Module:
-    """Writes different texts for different prompts."""
-    model = tiny.build()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-        model.lm_head.weight[len(TOKENIZER) :] = 0
-    return model
-
-
 def said(model: nn.Module, **more: Any) -> list[str]:
     return answers(model, TOKENIZER, PROMPTS, max_new_tokens=8, one_line=False, **more)
 
 
 def test_greedy_answers_are_the_likeliest_whatever_the_model_comes_with():
-    model, free = talker(), talker()
+    model, free = tiny.talker(), tiny.talker()
     model.generation_config = GenerationConfig(
         repetition_penalty=1.8, num_beams=3, no_repeat_ngram_size=2, do_sample=True, temperature=5.0
     )
@@ -59,7 +48,7 @@ def test_answers_are_compared_as_they_were_written(monkeypatch):
     tokenizer.clean_up_tokenization_spaces = True
     ids = tokenizer("yes . no", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == "yes. no"  # the control
-    model = talker()
+    model = tiny.talker()
     monkeypatch.setattr(
         model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([ids] * len(input_ids))], dim=1)
     )
@@ -70,9 +59,10 @@ def waiting(kind: str, name: str) -> nn.Module:
     """An adapter that speaks from the last ``name`` on."""
     tokens = invocation_tokens(name, TOKENIZER, "text")
     if kind == "memory":
-        return tiny.with_memory(talker(), **tiny.DEFAULT, active_from=name, invocation_tokens=tokens)
+        return tiny.with_memory(tiny.talker(), **tiny.DEFAULT, active_from=name, invocation_tokens=tokens)
     model = get_peft_model(
-        talker(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], alora_invocation_tokens=tokens)
+        tiny.talker(),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], alora_invocation_tokens=tokens),
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -127,7 +117,7 @@ def test_a_beginning_of_sequence_token_stands_first_and_nowhere_else():
 
 
 def short(positions: int) -> nn.Module:
-    model = talker()
+    model = tiny.talker()
     model.config.max_position_embeddings = positions
     return model
 
@@ -147,7 +137,7 @@ def test_a_text_in_front_that_the_model_cannot_read_is_refused():
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_as_in_training():
     model, prompt = short(40), "y" * 60 + "\nLabel:"
-    assert answers(model, TOKENIZER, [prompt], 8) == answers(talker(), TOKENIZER, [prompt[-32:]], 8)
+    assert answers(model, TOKENIZER, [prompt], 8) == answers(tiny.talker(), TOKENIZER, [prompt[-32:]], 8)
 
 
 def exact(scoring: str = "exact_match") -> Task:

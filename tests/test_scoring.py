@@ -53,27 +53,16 @@ def task(scoring: str, **fields: Any) -> Task:
     return Task("mine", 1, "", "CC0", scoring, folder="mine", **fields)  # type: ignore[arg-type]
 
 
-def talker(seed: int = 0) -> nn.Module:
-    """Writes different texts for different prompts."""
-    model = tiny.build(seed=seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-        model.lm_head.weight[len(TOKENIZER) :] = 0
-    return model
-
-
 METHODS: dict[str, Callable[[], nn.Module]] = {
-    "base": talker,
-    "memory": lambda: tiny.with_memory(talker()),
+    "base": tiny.talker,
+    "memory": lambda: tiny.with_memory(tiny.talker()),
     "lora": lambda: _noisy(LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2)),
     "prompt_tuning": lambda: _noisy(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
 }
 
 
 def _noisy(config: LoraConfig | PromptTuningConfig) -> PeftModel:
-    model = get_peft_model(talker(), config)
+    model = get_peft_model(tiny.talker(), config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -186,7 +175,7 @@ def test_generated_answers_are_those_of_a_computation_token_by_token(name, conte
 
 def test_the_task_says_how_long_an_answer_may_be():
     rows = rows_of({"prompt": "0", "completion": "x"})
-    model = talker()
+    model = tiny.talker()
     found = score(model, TOKENIZER, task("number", max_new_tokens=3), [Row(rows[0], answer="1")], max_new_tokens=9)
     assert found.answers == [greedy(model, asked("0"), 3).strip()]
     found = score(model, TOKENIZER, task("number", max_new_tokens=None), [Row(rows[0], answer="1")], max_new_tokens=9)
@@ -382,7 +371,7 @@ def test_the_loss_is_that_of_an_independent_computation(name, fields, context):
 
 
 def test_a_right_answer_may_end_otherwise_than_with_the_end_token():
-    model, context = talker(), "Text: yes\nLabel: a\n\n"
+    model, context = tiny.talker(), "Text: yes\nLabel: a\n\n"
     whole = [rendered(row) for row in TICKETS]
     by_row = [
         log_likelihood(model, context + prompt, answer.removesuffix("<eos>") + "\n\n") for prompt, answer in whole
@@ -396,7 +385,7 @@ LABEL = TOKENIZER("Label:", add_special_tokens=False)["input_ids"]
 
 
 def test_a_memory_that_waits_for_its_invocation_is_scored_behind_a_text_that_is_read_once():
-    model = tiny.with_memory(talker(), active_from="invocation", invocation_tokens=LABEL)
+    model = tiny.with_memory(tiny.talker(), active_from="invocation", invocation_tokens=LABEL)
     context = "once upon a time\n\n"
     found = scored("loss", rows_of(*TICKETS), model, context=context, batch_size=3)
 
@@ -407,7 +396,7 @@ def test_a_memory_that_waits_for_its_invocation_is_scored_behind_a_text_that_is_
     assert found.points == pytest.approx(by_row(model), rel=1e-5)
     with model.disable_adapter():
         assert found.points != pytest.approx(by_row(model), rel=1e-2)  # it does speak
-    speaks_always = tiny.with_memory(talker())
+    speaks_always = tiny.with_memory(tiny.talker())
     assert found.points != pytest.approx(by_row(speaks_always), rel=1e-2)
 
 
@@ -516,7 +505,7 @@ def share(margins: list[float]) -> float:
 @pytest.mark.parametrize("name", ["memory", "lora", "prompt_tuning"])
 def test_preferences_are_those_of_an_independent_computation(name, objective):
     model = METHODS[name]()
-    ours, base = pair_likelihoods(model), pair_likelihoods(talker())
+    ours, base = pair_likelihoods(model), pair_likelihoods(tiny.talker())
     by_token = [chosen[0] / chosen[1] - rejected[0] / rejected[1] for chosen, rejected in ours]
     rewards = [
         0.5 * ((one[0][0] - before[0][0]) - (one[1][0] - before[1][0])) for one, before in zip(ours, base, strict=True)
@@ -549,7 +538,7 @@ def test_preferences_are_those_of_an_independent_computation(name, objective):
 
 @pytest.mark.parametrize("objective", ["dpo", "simpo"])
 def test_a_model_without_adapter_is_scored_by_likelihood_alone(objective):
-    model = talker()
+    model = tiny.talker()
     by_token = [chosen[0] / chosen[1] - rejected[0] / rejected[1] for chosen, rejected in pair_likelihoods(model)]
     found = score(model, TOKENIZER, task("preference", training={"objective": objective}), rows_of(*PAIRS))
     assert found.score == pytest.approx(share(by_token)) and set(found.metrics) == {
@@ -558,7 +547,7 @@ def test_a_model_without_adapter_is_scored_by_likelihood_alone(objective):
 
 
 def test_an_adapter_that_changes_nothing_prefers_each_answer_in_half():
-    model = tiny.with_memory(talker(), fill=False)
+    model = tiny.with_memory(tiny.talker(), fill=False)
     found = score(model, TOKENIZER, task("preference"), rows_of(*PAIRS))
     assert found.points == [50.0] * 9 and found.metrics["implicit reward margin (nats)"] == 0.0
 
@@ -574,7 +563,7 @@ def test_the_trainers_of_trl_count_the_same(tmp_path: Path, objective: str):
     settings = TrainingSettings(objective=objective, learning_rate=0.02, epochs=2, batch_size=9)  # type: ignore[arg-type]
     config = PrefixMemoryConfig(task_type="CAUSAL_LM")
     job = TrainingJob("base", TOKENIZER, PAIRS[:6], config, settings, PAIRS)
-    trainer = preference_trainer(talker(), job, training_arguments(settings, tmp_path, evaluates=True))
+    trainer = preference_trainer(tiny.talker(), job, training_arguments(settings, tmp_path, evaluates=True))
     trainer.train()
     theirs = trainer.evaluate()
     found = score(trainer.model, TOKENIZER, task("preference"), rows_of(*PAIRS), settings=settings)

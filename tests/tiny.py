@@ -113,6 +113,17 @@ def save_tiny(folder: Path, family: str = "llama_gqa", seed: int = 0) -> Path:
     return folder
 
 
+def talker(seed: int = 0) -> PreTrainedModel:
+    """A base model that writes different texts for different prompts."""
+    model = build(seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+        model.lm_head.weight[len(tokenizer()) :] = 0
+    return model
+
+
 def reads(folder: Path, tokens: int) -> None:
     """Let a saved model read as many tokens as that."""
     file = folder / "config.json"

@@ -25,16 +25,13 @@ from prefixmemory.memories.patterns import check_patterns
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.models.loading import Dtype, fast_dtype, full_name, load_model, load_tokenizer
 from prefixmemory.models.quantization import Quantization
+from prefixmemory.training.card import TASKS
 
 prefixmemory.tuner.registration.register()
 
 
-#: Tasks of models that write no text -> how transformers loads these.
-_HEADS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
+#: Tasks of models that write no text.
+_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,10 @@ def load_adapter(
     with _about(config_file, "is no config that PEFT knows"):
         config: Any = PeftConfig.from_pretrained(str(folder))
         check_patterns(config)
-    if (head := _HEADS.get(str(written.get("task_type")))) is not None:
+    if (task := written.get("task_type")) in _HEADS:
         raise PrefixMemoryError(
-            f"{name} was trained for {written['task_type']}, and writes no text. Load it by PeftModel.from_pretrained "
-            f"on an {head}."
+            f"{name} was trained for {task}, and writes no text. Load it by PeftModel.from_pretrained on an "
+            f"AutoModel{TASKS[task][0]}."
         )
     base_name = full_name(base_model or config.base_model_name_or_path or "")
     if not base_name:

@@ -90,7 +90,7 @@ def notes(loaded: Loaded, cells: list[Cell], records: Mapping[Run, Record]) -> l
         if own:
             said = "; ".join(f"{name}: {_training(training)}" for name, training in own.items())
             found.append(f"Training settings that a {kind} has of its own: {said}.")
-    if 1 < len(loaded.suite.seeds) < 6:  # where only seeds differ, 95 % intervals hold 77 % with three, 87 % with five
+    if 1 < len(loaded.suite.seeds) < 6:
         found.append(f"{len(loaded.suite.seeds)} seeds say little about the spread of seeds: where seeds differ more "
                      "than rows do, intervals are too narrow. Read the worst seed with them.")  # fmt: skip
     if any(cell.low is not None and cell.low == cell.high for cell in cells):

@@ -63,7 +63,7 @@ def add_product(
     scale: float = 1.0,
     onto: Float[Tensor, "*b h v"] | None = None,
 ) -> Float[Tensor, "*b h v"]:
-    """:func:`add` of a = h·B, for training: the backward pass keeps o and h, and takes two fifths of the time.
+    """:func:`add` of a = h·B, for training: the backward pass keeps o and h, and a is made in neither.
 
     Args:
         outputs, limit, scale, onto: as there.
@@ -103,9 +103,8 @@ class _AddProduct(torch.autograd.Function):
             factor = (most / both).sqrt()
             spoken = (h * (factor * scale)).to(hidden.dtype)
             if len(last) == 1 and onto.dtype == hidden.dtype:
-                new = torch.empty_like(
-                    onto, memory_format=torch.contiguous_format
-                )  # no view: a model may write into it
+                # no view, since a model may write into it
+                new = torch.empty_like(onto, memory_format=torch.contiguous_format)
                 torch.baddbmm(by_memory(onto, 1), spoken, last, out=by_memory(new, 1))
             else:
                 new = (onto + by_head(torch.bmm(spoken, last), onto.shape[:-1], own)).to(onto.dtype)

@@ -27,7 +27,8 @@ PAPER = "2506.13674"
 THIS_FOLDER = "path/to/this/folder"
 
 #: PEFT task type -> end of the names of the auto classes, pipeline of the Hub.
-_TASKS = {
+#: Task of a config -> the end of transformers' auto class, and the Hub's name of it.
+TASKS = {
     "CAUSAL_LM": ("ForCausalLM", "text-generation"),
     "SEQ_2_SEQ_LM": ("ForSeq2SeqLM", None),  # the Hub has one pipeline for each use of these
     "SEQ_CLS": ("ForSequenceClassification", "text-classification"),
@@ -175,7 +176,7 @@ def _metadata(record: Mapping[str, Any], base: _Base, ours: bool) -> str:
         datasets=[name for _, source in _sources(record) if (name := hub_id(source))] or None,
         library_name="peft",
         license=record.get("license"),
-        pipeline_tag=_TASKS.get(str(record.get("task_type")), (None, None))[1],
+        pipeline_tag=TASKS.get(str(record.get("task_type")), (None, None))[1],
         tags=tags,
     )
     return f"---\n{data.to_yaml()}\n---\n"
@@ -219,7 +220,7 @@ def _what_it_does(record: Mapping[str, Any]) -> str:
 
 def _loading(record: Mapping[str, Any], base: _Base, ours: bool) -> str:
     """Lines that load the adapter. A base model that is no Hub id is loaded first, from where the reader has it."""
-    task = _TASKS.get(str(record.get("task_type")), _TASKS["CAUSAL_LM"])[0]
+    task = TASKS.get(str(record.get("task_type")), TASKS["CAUSAL_LM"])[0]
     lines = ["import prefixmemory  # registers the method with PEFT"] if ours else []
     if base.hub_id and not base.file:
         lines += [
