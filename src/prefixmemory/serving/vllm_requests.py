@@ -26,7 +26,6 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from prefixmemory.errors import PrefixMemoryError, check_number, did_you_mean
 from prefixmemory.files.json_text import read_object
-from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.serving.served import HeadSizes, check_blocks, read_blocks, read_config, read_memory
 from prefixmemory.serving.store import COPIES, FOLDERS, NO_LORA, Store, is_memory
 from prefixmemory.tuner.active_tokens import NEVER, speaking
@@ -87,9 +86,7 @@ class Intake:
             return  # it lies elsewhere
         if not (folder / CONFIG_NAME).is_file():
             raise PrefixMemoryError(f"The adapter {asked.lora_name!r} is gone: {folder} has no {CONFIG_NAME}.")
-        config = read_object(folder / CONFIG_NAME, f"The adapter {asked.lora_name!r} cannot be read.")
-        if config.get("peft_type") == PREFIX_MEMORY.value:
-            return
+        read_object(folder / CONFIG_NAME, f"The adapter {asked.lora_name!r} cannot be read.")
         if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin", "pt")):
             raise PrefixMemoryError(f"The adapter {asked.lora_name!r} has no weights in {folder}.")
         if self._config.lora_config.target_modules == [NO_LORA]:

@@ -27,7 +27,6 @@ PAPER = "2506.13674"
 THIS_FOLDER = "path/to/this/folder"
 
 #: PEFT task type -> end of the names of the auto classes, pipeline of the Hub.
-#: Task of a config -> the end of transformers' auto class, and the Hub's name of it.
 TASKS = {
     "CAUSAL_LM": ("ForCausalLM", "text-generation"),
     "SEQ_2_SEQ_LM": ("ForSeq2SeqLM", None),  # the Hub has one pipeline for each use of these
