@@ -167,9 +167,9 @@ def test_names_of_adapters() -> None:
         (("memory", "--length", "8"), "length=8 is out of range"),
         (("memory", "--length", "600"), "600 tokens where the model reads at most 512"),
         (("memory", "--dtype", "float16"), "dtype='float16' is not known"),
-        (("memory", "--heads", "0"), "heads=0 is out of range"),
-        (("memory", "--data", "rows.jsonl", "--limit", "0"), "limit=0 is out of range"),
-        (("memory", "--data", "rows.jsonl"), "The data file rows.jsonl does not exist"),
+        (("memory", "--heads", "0", "--what", "all"), "heads=0 is out of range"),
+        (("memory", "--data", "rows.jsonl", "--limit", "0", "--what", "all"), "limit=0 is out of range"),
+        (("memory", "--data", "rows.jsonl", "--what", "all"), "The data file rows.jsonl does not exist"),
         (("memory", "memory"), "given twice"),
         (("memory", "no-such-adapter"), "no-such-adapter"),
         (("memory", "--text", "no.txt"), "The text no.txt cannot be read"),
@@ -179,6 +179,28 @@ def test_what_cannot_be_known_is_refused_in_one_line(inspect: Inspect, words: tu
     pytest.importorskip("matplotlib")
     what = () if "--what" in words else ("--what", "tradeoff")
     assert message in inspect.refused(*words, *what)
+
+
+#: By option: a value, and the instruments that read it.
+OPTIONS = {
+    "--text": ("no.txt", {"tradeoff", "spectrum", "shift", "readout"}),
+    "--length": ("20", {"tradeoff"}),
+    "--tokens": ("20", {"spectrum", "shift", "readout"}),
+    "--heads": ("1", {"readout"}),
+    "--data": ("no.jsonl", {"readout", "long-input"}),
+    "--limit": ("1", {"readout", "long-input"}),
+    "--context": ("no.txt", {"long-input"}),
+    "--context-lengths": ("0", {"long-input"}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_of_other_instruments_is_refused_not_dropped(inspect: Inspect, option: str) -> None:
+    value, readers = OPTIONS[option]
+    for what in ("tradeoff", "spectrum", "shift", "readout", "long-input", "all"):
+        error = inspect.refused("no-such-adapter", "--what", what, option, value)  # which is looked for afterwards
+        says = f"{what} does not read {option[2:]}, which is for" in error
+        assert says == (what not in readers | {"all"}), error
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_more_tokens_than_the_model_reads_are_refused_and_fewer_are_what_is_left
 
 @pytest.mark.parametrize("option", ["--tokens", "--length"])
 def test_an_instrument_without_measure_is_refused(made, tmp_path, option):
-    words = ("inspect", made / "memory", "--output", tmp_path / "x", "--what", "spectrum", option, 99999999)
+    words = ("inspect", made / "memory", "--output", tmp_path / "x", option, 99999999)
     assert "=99999999 is out of range: give 16 to 1,000,000 tokens" in call(*words).refusal
 
 

@@ -233,6 +233,24 @@ def test_a_second_ctrl_c_on_the_command_line_stops_at_once(monkeypatch, cli, pla
     same_weights(place / "memory", place / "uninterrupted")
 
 
+@pytest.mark.parametrize("before", [5000.0, None])
+def test_the_record_counts_the_seconds_of_all_parts(monkeypatch, cli, place, before):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert cli(*command(place, "memory", "--epochs", "1"))[0] == 130
+    (file,) = place.glob("memory.partial/checkpoints/checkpoint-3/trainer_state.json")
+    state = json.loads(file.read_text())
+    assert 0 < state["stateful_callbacks"]["Stopwatch"]["attributes"]["before"] < 1000
+    if before is None:
+        del state["stateful_callbacks"]["Stopwatch"]  # of an earlier version
+    else:
+        state["stateful_callbacks"]["Stopwatch"]["attributes"]["before"] = before
+    file.write_text(json.dumps(state))
+    assert cli(*command(place, "memory", "--epochs", "1", "--resume")) == (0, "")
+    seconds = json.loads((place / "memory" / "run.json").read_text())["train_seconds"]
+    assert (before or 0) <= seconds < (before or 0) + 1000
+
+
 def test_a_second_ctrl_c_says_that_the_run_was_stopped(monkeypatch, cli, place):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3, times=2)

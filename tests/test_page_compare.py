@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from browser import View, chromium, opened
-from compared import failed, final, finals, made_suite, scored, tries
+from compared import failed, final, finals, made_suite, nats, scored, tries
 from prefixmemory.compare.records import Record, Run
 from prefixmemory.compare.report import write_report
 from prefixmemory.compare.runs import rates
@@ -432,6 +432,14 @@ def test_a_comparison_with_rates_alone(chromium: Browser, tmp_path: Path) -> Non
             ["north", "lora-attention", "3", "not run yet"],
             ["south", "lora-attention", "6", "not run yet"],
         ]
+
+
+def test_nats_have_three_digits_behind_the_point(chromium: Browser, tmp_path: Path) -> None:
+    loaded = made_suite(tmp_path, scoring="loss", methods=["lora-attention", "prefixmemory"], long_input=[300])
+    with opened(chromium, write_report(tmp_path, summarise(loaded, nats(loaded)))[-1]) as view:
+        assert view.faults() == []
+        for table, figure in (("scores", "−0.124"), ("lengths", "−0.129"), ("lengths", "−0.006")):
+            assert figure in view.page.locator(f"#{table}-table").inner_text()
 
 
 def test_a_comparison_without_a_trained_method(chromium: Browser, tmp_path: Path) -> None:

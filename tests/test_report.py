@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 
 from command_line import call
-from compared import failed, final, finals, made_suite, scored, tries, write_suite
+from compared import failed, final, finals, made_suite, nats, scored, tries, write_suite
 from prefixmemory.compare.markdown import markdown
 from prefixmemory.compare.records import Record, Run
-from prefixmemory.compare.report import write_report
+from prefixmemory.compare.report import outcome, write_report
 from prefixmemory.compare.runs import planned, rates
 from prefixmemory.compare.store import Store
 from prefixmemory.compare.suite import Loaded, load_suite
 from prefixmemory.compare.summarise import summarise
+from prefixmemory.compare.summary import digits_of
 from prefixmemory.compare.work import checksums
+from prefixmemory.compare.work import line as line_about
 
 HIT, MISS = 100.0, 0.0
 Records = dict[Run, Record]
@@ -175,3 +177,30 @@ def test_names_and_messages_cannot_break_a_table(tmp_path: Path) -> None:
     records = {run: failed(run, "first | second\nthird") for run in only_rates(loaded)}
     line = next(line for line in markdown(summarise(loaded, records)).splitlines() if "OutOfMemory" in line)
     assert line.endswith("OutOfMemoryError: first \\| second third |")
+
+
+def test_nats_have_three_digits_behind_the_point(tmp_path: Path) -> None:
+    loaded = made_suite(tmp_path, scoring="loss", methods=["lora-attention", "prefixmemory"], long_input=[300])
+    summary = summarise(loaded, nats(loaded))
+    text = markdown(summary)
+    for line in (
+        "| lora-attention | -0.132 [-0.133, -0.131] (-0.133), 3 seeds at",
+        "| prefixmemory | -0.124 [-0.125, -0.123] | -0.125 |",
+        "| prefixmemory − lora-attention | +0.008 [+0.008, +0.008] | 2 |",
+        "| north | prefixmemory | -0.520 / -0.511 / -0.530 | – | -0.123 / -0.124 / -0.125* | – |",
+        "| prefixmemory | -0.123 | -0.129 (-0.006",
+    ):
+        assert line in text, text
+    assert outcome(summary)[0] == "lora-attention: -0.132 [-0.133, -0.131]"
+    run, record = next(iter(nats(loaded).items()))
+    assert ", 9 s" in (said := line_about(run, record, 9.0, digits_of("loss"))) and "-0.520" in said
+
+
+def test_an_average_of_percent_has_one_digit_beside_a_task_in_nats(tmp_path: Path) -> None:
+    file = write_suite(tmp_path, methods=["base"], tasks=["north", "essay"])
+    (tmp_path / "essay.yaml").write_text((tmp_path / "essay.yaml").read_text().replace("exact_match", "loss"))
+    loaded = load_suite(file)
+    north, essay = (Run(task, "base", "final", None, 0) for task in ("north", "essay"))
+    records = {north: final(north, [HIT, MISS]), essay: final(essay, [], test=scored([-3.0], score=-3.514))}
+    text = markdown(summarise(loaded, records))
+    assert "| base | 50.0 [" in text and "(50.0), 1 seed | -3.514 (-3.514), 1 seed |" in text

@@ -8,7 +8,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from prefixmemory_cli.common import BaseOption, check_room_for, path, put, ready
+from prefixmemory_cli.common import BaseOption, check_room_for, given, path, put, ready
 
 
 def inspect(
@@ -27,14 +27,16 @@ def inspect(
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of the text for the other instruments; default: up to 1,024.")
     ] = None,
-    heads: Annotated[int, typer.Option(help="Ablate this many heads, those with the largest memories.")] = 16,
+    heads: Annotated[
+        int | None, typer.Option(help="Ablate this many heads, those with the largest memories; default: 16.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
             help="Rows that long-input answers (default: Northline) and ablations measure (default: the text)."
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(help="Use this many of these rows.")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Use this many of these rows; default: 64.")] = None,
     context: Annotated[
         Path | None,
         typer.Option(parser=path, help="UTF-8 text that long-input prepends; default: an essay on lighthouses."),
@@ -77,6 +79,9 @@ def inspect(
 
     ready()
     check_choice("dtype", dtype, get_args(Dtype))
+    asked = given(length=length, tokens=tokens, heads=heads, limit=limit, context=context)
+    ins.check_read(what, [*asked, *given(text=text, data=data, context_lengths=context_lengths)])
+    limit = ins.Settings.limit if limit is None else limit
     console = Console(stderr=True)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PrefixMemoryError(f"{output} exists already. Give another name; nothing is overwritten.")
@@ -99,14 +104,10 @@ def inspect(
     settings = ins.Settings(
         what=what,
         text=None if text is None else _read(text),
-        length=length,
-        tokens=tokens,
-        heads=heads,
         loss=None if data is None else loss_of,
         rows=None if data is None else lambda adapter: rows_of[adapter.name],
-        limit=limit,
-        context=context,
         in_front=None if context_lengths is None else _numbers(context_lengths),
+        **asked,
     )
     figures.check_matplotlib()
     check_room_for(output)

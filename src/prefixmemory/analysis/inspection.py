@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,17 @@ from prefixmemory.rows.rows import Rows
 from prefixmemory.rows.unrelated_text import read_context
 
 INSTRUMENTS = ("tradeoff", "spectrum", "shift", "readout", "long-input")
+#: By which of them an option is read.
+READ_BY = {
+    "text": ("tradeoff", "spectrum", "shift", "readout"),
+    "length": ("tradeoff",),
+    "tokens": ("spectrum", "shift", "readout"),
+    "heads": ("readout",),
+    "data": ("readout", "long-input"),
+    "limit": ("readout", "long-input"),
+    "context": ("long-input",),
+    "context_lengths": ("long-input",),
+}
 #: Longest input of the trade-off, and tokens for the other instruments, where nothing else is asked for.
 LENGTH, TOKENS = 4096, 1024
 SHORTEST, LONGEST = 16, 1_000_000
@@ -82,6 +93,20 @@ class Settings:
                 raise PrefixMemoryError(f"context-lengths has {tokens}: give lengths of 0 tokens or more.")
         if self.context is not None:
             read_context(self.context)
+
+
+def check_read(what: str, options: Iterable[str]) -> None:
+    """Refuse options of other instruments than ``what``.
+
+    Raises:
+        PrefixMemoryError: names the option, and the instruments that read it.
+    """
+    check_choice("what", what, (*INSTRUMENTS, "all"))
+    for option in options if what != "all" else ():
+        if what not in (readers := READ_BY[option]):
+            raise PrefixMemoryError(
+                f"{what} does not read {option.replace('_', '-')}, which is for {', '.join(readers)}. Leave it out."
+            )
 
 
 Say = Callable[[str], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefixmemory.compare.over_tasks import total
-from prefixmemory.compare.summary import Behind, Cell, Estimate, OnTask, Summary
+from prefixmemory.compare.summary import Behind, Cell, Estimate, OnTask, Summary, TaskInfo
 from prefixmemory.files.markup import in_markdown
 
 
@@ -54,10 +54,10 @@ def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
     return "–" if value is None else f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"  # no -0.0
 
 
-def with_interval(entry: Estimate, sign: bool = False) -> str:
+def with_interval(entry: Estimate, digits: int = 1, sign: bool = False) -> str:
     """``72.3 [68.0, 76.5]``; without brackets where there is no interval."""
-    low, high = number(entry.low, sign=sign), number(entry.high, sign=sign)
-    return number(entry.mean, sign=sign) + ("" if entry.low is None else f" [{low}, {high}]")
+    low, high = number(entry.low, digits, sign), number(entry.high, digits, sign)
+    return number(entry.mean, digits, sign) + ("" if entry.low is None else f" [{low}, {high}]")
 
 
 def _conditions(summary: Summary) -> str:
@@ -98,27 +98,27 @@ def _by_task(summary: Summary) -> str:
     for method in _methods(summary):
         found = [cells.get((task.name, method)) for task in tasks]
         if any(found):
-            rows.append([in_markdown(method), *(_score(cell) for cell in found)])
+            rows.append([in_markdown(method), *(_score(*one) for one in zip(found, tasks, strict=True))])
     return table(
         ["method", *(f"{in_markdown(task.name)} ({task.unit})" for task in tasks)], rows, "No run has been scored."
     )
 
 
-def _score(cell: Cell | None) -> str:
+def _score(cell: Cell | None, task: TaskInfo) -> str:
     if cell is None:
         return "–"
     made, planned = len(cell.seeds), cell.planned_seeds
     seeds = f"{made} seed{'s' * (made != 1)}" if made == planned else f"**{made} of {planned} seeds**"
     rate = "" if cell.learning_rate is None else f" at {cell.learning_rate:g}"
-    return f"{with_interval(cell)} ({cell.worst:.1f}), {seeds}{rate}"
+    return f"{with_interval(cell, task.digits)} ({number(cell.worst, task.digits)}), {seeds}{rate}"
 
 
 def _averages(summary: Summary) -> str:
     rows = [
         [
             in_markdown(one.method),
-            with_interval(one),
-            number(one.worst),
+            with_interval(one, summary.digits),
+            number(one.worst, summary.digits),
             _of(one.collapsed, one.runs),
             f"{one.trainable_parameters:,}",
         ]
@@ -136,49 +136,51 @@ def _of(count: int | None, runs: int) -> str:
 
 def _differences(summary: Summary) -> str:
     order = {name: place for place, name in enumerate(_methods(summary))}
-    tasks = [task.name for task in summary.tasks]
+    tasks = summary.tasks
     rows = [
         [
             f"{in_markdown(d.a)} − {in_markdown(d.b)}",
-            with_interval(d, sign=True),
+            with_interval(d, summary.digits, sign=True),
             f"{len(d.tasks)}",
-            *(_by_seed(d.by_task.get(task)) for task in tasks),
+            *(_by_seed(d.by_task.get(task.name), task) for task in tasks),
         ]
         for d in summary.differences
         if order[d.a] > order[d.b]
     ]
     return table(
-        ["methods", "on average", "over tasks", *map(in_markdown, tasks)], rows, "No two methods have a task in common."
+        ["methods", "on average", "over tasks", *(in_markdown(task.name) for task in tasks)],
+        rows,
+        "No two methods have a task in common.",
     )
 
 
-def _by_seed(one: OnTask | None) -> str:
+def _by_seed(one: OnTask | None, task: TaskInfo) -> str:
     if one is None:
         return "–"
-    return f"{with_interval(one, sign=True)}, {len(one.seeds)} seed{'s' * (len(one.seeds) != 1)}"
+    return f"{with_interval(one, task.digits, sign=True)}, {len(one.seeds)} seed{'s' * (len(one.seeds) != 1)}"
 
 
 def _rates(summary: Summary) -> str:
     factors = sorted({one.factor for one in summary.rates})
     rows = []
-    for task in (task.name for task in summary.tasks):
+    for task in summary.tasks:
         for method in _methods(summary):
-            own = [one for one in summary.rates if (one.task, one.method) == (task, method)]
+            own = [one for one in summary.rates if (one.task, one.method) == (task.name, method)]
             if not any(one.tests or one.failed or one.validation is not None for one in own):
                 continue
             found = []
             for factor in factors:
                 one = next((one for one in own if one.factor == factor), None)
-                tests = " / ".join(map(number, one.tests)) if one else ""
+                tests = " / ".join(number(test, task.digits) for test in one.tests) if one else ""
                 failed = f"{one.failed} failed" if one and one.failed else ""
                 star = "*" if tests and one and one.chosen else ""
                 found.append(" ".join(part for part in (tests + star, failed) if part) or "–")
-            valid = " / ".join(number(one.validation) for one in own)
+            valid = " / ".join(number(one.validation, task.digits) for one in own)
             below = [one.below_base for one in own if one.tests]
             runs = sum(len(one.tests) for one in own)
             rows.append(
                 [
-                    in_markdown(task),
+                    in_markdown(task.name),
                     in_markdown(method),
                     valid,
                     *found,
@@ -194,12 +196,13 @@ def _rates(summary: Summary) -> str:
 
 
 def _robustness(summary: Summary) -> str:
+    digits, of = summary.digits, {task.name: task.digits for task in summary.tasks}
     rows = [
         [
             in_markdown(one.method),
-            " / ".join(f"{mean:.1f} at {factor:g} ×" for factor, mean in zip(one.factors, one.means, strict=True)),
-            number(one.worst_against_best, sign=True),
-            "; ".join(f"{in_markdown(task)} {number(change, sign=True)}" for task, change in one.by_task.items()),
+            " / ".join(f"{number(mean, digits)} at {x:g} ×" for x, mean in zip(one.factors, one.means, strict=True)),
+            number(one.worst_against_best, digits, sign=True),
+            "; ".join(f"{in_markdown(task)} {number(x, of[task], sign=True)}" for task, x in one.by_task.items()),
             _of(one.below_base, one.runs),
         ]
         for one in summary.robustness
@@ -216,16 +219,17 @@ def _long_input(summary: Summary) -> str:
         return "Not measured, or no method is complete."
     lengths = list(with_lengths[0].long_input)
     rows = [
-        [in_markdown(one.method), *(_behind(one.long_input.get(length)) for length in lengths)] for one in with_lengths
+        [in_markdown(one.method), *(_behind(one.long_input.get(length), summary.digits) for length in lengths)]
+        for one in with_lengths
     ]
     return table(["method", *(f"{int(length):,} tokens" for length in lengths)], rows)
 
 
-def _behind(one: Behind | None) -> str:
+def _behind(one: Behind | None, digits: int) -> str:
     if one is None:
         return "–"
     moved = one.change.mean or one.change.low or one.change.high
-    return number(one.mean) + (f" ({with_interval(one.change, sign=True)})" if moved else "")
+    return number(one.mean, digits) + (f" ({with_interval(one.change, digits, sign=True)})" if moved else "")
 
 
 def _transfer(summary: Summary) -> str:
@@ -234,8 +238,8 @@ def _transfer(summary: Summary) -> str:
     rows = [
         [
             in_markdown(one.method),
-            "–" if one.transfer is None else with_interval(one.transfer.own),
-            "–" if one.transfer is None else with_interval(one.transfer),
+            "–" if one.transfer is None else with_interval(one.transfer.own, summary.digits),
+            "–" if one.transfer is None else with_interval(one.transfer, summary.digits),
             number(one.neutral_text, 3),
             number(None if essay is None or one.neutral_text is None else one.neutral_text - essay, 3, sign=True),
         ]

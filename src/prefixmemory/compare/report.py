@@ -21,7 +21,7 @@ def write_report(folder: Path, summary: Summary) -> list[Path]:
 
 def outcome(summary: Summary) -> list[str]:
     """What a report comes to, for the terminal: the mean of each method, and how many runs failed."""
-    lines = [f"{one.method}: {with_interval(one)}" for one in summary.averages]
+    lines = [f"{one.method}: {with_interval(one, summary.digits)}" for one in summary.averages]
     if summary.failed:
         lines.append(f"{len(summary.failed)} runs failed: the report says why, --retry-failed tries them again.")
     return lines

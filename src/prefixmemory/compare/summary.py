@@ -23,6 +23,11 @@ class Estimate:
         return {"mean": self.mean, "low": self.low, "high": self.high}
 
 
+def digits_of(scoring: str) -> int:
+    """How many of a score are shown behind the point: nats differ by hundredths."""
+    return 3 if scoring == "loss" else 1
+
+
 @dataclass(frozen=True)
 class TaskInfo:
     """A task of the suite; ``rows``: of its test; ``averaged``: averages over tasks hold it."""
@@ -35,6 +40,11 @@ class TaskInfo:
     unit: str
     rows: int | None
     averaged: bool
+
+    @property
+    def digits(self) -> int:
+        """Those of a score."""
+        return digits_of(self.scoring)
 
 
 @dataclass(frozen=True)
@@ -248,6 +258,11 @@ class Summary:
     costs: list[Cost]
     failed: list[FailedRun]
     missing: list[MissingRuns]
+
+    @property
+    def digits(self) -> int:
+        """Those of averages over tasks."""
+        return min((task.digits for task in self.tasks if task.averaged), default=1)
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it, with ``None`` for what is no number."""

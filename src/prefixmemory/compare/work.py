@@ -13,6 +13,7 @@ from prefixmemory.compare.records import Record, Run
 from prefixmemory.compare.runs import planned, total
 from prefixmemory.compare.store import Store
 from prefixmemory.compare.suite import Loaded
+from prefixmemory.compare.summary import digits_of
 from prefixmemory.compare.worker import Worker
 from prefixmemory.progress import progress_bar, say
 from prefixmemory.training.output import remove_run
@@ -88,16 +89,18 @@ def _run_one(store: Store, worker: Worker, todo: Mapping[Run, int], console: Con
             started = time.monotonic()
             record = replace(worker.run(run), attempt=made + 1)
             store.write(record)
-            say(console, line(run, record, time.monotonic() - started))
+            digits = digits_of(store.loaded.tasks[run.task].scoring)
+            say(console, line(run, record, time.monotonic() - started, digits))
             return True
     return False
 
 
-def line(run: Run, record: Record, seconds: float) -> str:
+def line(run: Run, record: Record, seconds: float, digits: int) -> str:
     """One line about a run that has ended."""
     rate = "" if run.learning_rate is None else f" at {run.learning_rate:g}"
     failure, scores = record.failure, record.scores
-    outcome = f"failed: {failure.type}: {failure.message[:100]}" if failure else f"{scores.score:.1f}" if scores else ""
+    outcome = f"{scores.score:.{digits}f}" if scores else ""
+    outcome = f"failed: {failure.type}: {failure.message[:100]}" if failure else outcome
     return f"{run.task}, {run.method}{rate}, seed {run.seed} ({run.stage}): {outcome}, {seconds:.0f} s"
 
 

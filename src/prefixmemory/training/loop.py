@@ -36,6 +36,7 @@ from prefixmemory.training.sampler import EpochRows, EpochSampler, RowsOfEpoch
 from prefixmemory.training.saving import SaveByTime
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory.training.silent_front import SilentFront
+from prefixmemory.training.stopwatch import Stopwatch
 
 #: transformers 5.23 renamed the argument.
 CHECKPOINTING = (
@@ -168,6 +169,7 @@ def fit(
     rows_a_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     if args.num_train_epochs * math.ceil(len(cast(Any, trainer.train_dataset)) / rows_a_step) <= 1:
         args.warmup_steps = 0  # the learning rate begins at 0: the only step would change nothing
+    trainer.add_callback(Stopwatch())
     trainer.remove_callback(PrinterCallback)  # progress is shown by the caller's callbacks, or not at all
     for callback in callbacks:
         trainer.add_callback(callback)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -43,6 +42,7 @@ from prefixmemory.training.output import Output, remove_run
 from prefixmemory.training.preferences import check_trl, preference_trainer
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.record import RunRecord, plan_of_run
+from prefixmemory.training.stopwatch import seconds_of
 from prefixmemory.tuner.layers import reads_by
 
 
@@ -113,7 +113,6 @@ def _run(
         adapted.peft_config["default"].base_model_name_or_path = job.base_model
         if writes:
             output.begin(plan, resume, overwrite)
-        started = time.monotonic()
         with tensorboard_in(output.partial / "runs", trainer):
             progress = [show_progress(console)] if console is not None and writes else []
             metrics = fit(trainer, settings, resume, progress)
@@ -121,7 +120,7 @@ def _run(
             "data": dict(job.data),
             "train_loss": _train_loss(trainer, metrics, resume),
             **({"validation_loss": metrics["eval_loss"]} if "eval_loss" in metrics else {}),
-            "train_seconds": round(time.monotonic() - started, 1),
+            "train_seconds": round(seconds_of(trainer), 1),
             "trainable_parameters": _size(adapted),
             **({"memory_read": read_by} if (read_by := reads_by(adapted)) else {}),
         }
