@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from asked import COUNT, EVERYBODY, questions
 from engines import TOLERANCE, answer, ask, check, difference, engine
 from served_models import BASE, INVOCATION, expected, prompt
 from vllm import LLM
+from vllm.lora.resolver import LoRAResolverRegistry
+
+from prefixmemory.serving.store import FOLDERS
+from prefixmemory.serving.vllm_resolver import register_resolver
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,21 @@ def test_adapters_are_listed_pinned_and_removed_by_the_callers_numbers(llm, made
     assert core.remove_lora(wanted.lora_int_id)
     assert wanted.lora_int_id not in core.list_loras()
     check(llm, made, [("shared", prompt(20, seed=6))], COUNT)
+
+
+def test_a_lora_and_a_memory_are_found_by_their_names(llm, made, monkeypatch):
+    monkeypatch.setenv(FOLDERS, str(made))
+    monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {})
+    register_resolver()
+    resolver = LoRAResolverRegistry.get_resolver("prefixmemory")
+    text = prompt(30, seed=7)
+    for number, name in enumerate(("lora", "default"), start=1001):  # vLLM's server numbers what it finds
+        found = asyncio.run(resolver.resolve_lora(BASE, name))
+        monkeypatch.setattr("engines.request", lambda *asked, found=found: found)
+        found.lora_int_id = number
+        (output,) = ask(llm, made, [(name, text)], COUNT)
+        assert difference(answer(output), expected(made, name, text, COUNT)) < TOLERANCE
+    assert asyncio.run(resolver.resolve_lora(BASE, "nobody")) is None
 
 
 def test_what_the_invocation_is_and_where_it_stands():
