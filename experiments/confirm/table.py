@@ -71,6 +71,22 @@ def against_lora(runs: dict[str, ByTask]) -> None:
         print(f"| {method} | {size} | {len(made)} | {' | '.join(cells)} | {essay:.2f} | {worst:.1f} |")
 
 
+def against_others(runs: dict[str, ByTask]) -> None:
+    """Memory minus each further method, on the tasks and seeds that both have."""
+    trained = [m for m, by_task in runs.items() if any(one.training for one in next(iter(by_task.values())).values())]
+    others = [method for method in trained if method not in (MEMORY, LORA)]
+    if not others:
+        return
+    print(f"\n| memory - method | tasks x seeds | {' | '.join(MEASURES)} |\n|{'---|' * (len(MEASURES) + 2)}")
+    for method in others:
+        shared = sum(len(by_seed.keys() & runs[MEMORY].get(task, {}).keys()) for task, by_seed in runs[method].items())
+        cells = [
+            with_interval(paired(runs[MEMORY], runs[method], measure), 3 if measure.startswith("nats") else 1)
+            for measure in MEASURES
+        ]
+        print(f"| {method} | {shared} | {' | '.join(cells)} |")
+
+
 def by_task(runs: dict[str, ByTask]) -> None:
     """The difference for each task alone."""
     print("\n| task | memory - LoRA, alone | behind 300 | behind 1,200 | behind 3,000 |\n|---|---|---|---|---|")
@@ -135,8 +151,13 @@ def main(file: Path) -> None:
         "Issue 13's confirmation at the chosen rates. Means over tasks; below them the difference to LoRA on all linear"
     )
     print("layers, paired by task, seed and row, with its 95 % interval.\n")
+    tasks = {record.run.task for record in finals}
+    for method in [method for method, by_task in runs.items() if by_task.keys() != tasks]:
+        print(f"Left out, not yet run on all tasks: {method}.\n")
+        del runs[method]
     against_lora(runs)
     if MEMORY in runs and LORA in runs:
+        against_others(runs)
         by_task(runs)
         without_collapses(runs)
     rates(finals, runs.get(SHOTS, {}))
