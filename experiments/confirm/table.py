@@ -35,6 +35,15 @@ MEASURES: dict[str, Callable[[Record], np.ndarray]] = {
 }
 
 
+def chosen(made: list[Record]) -> dict[tuple[str, str], float | None]:
+    """The best rate of each method and task by its validation rows, of all suites in the folder."""
+    tried: dict[tuple[str, str], list[Record]] = {}
+    for one in made:
+        if one.validation is not None:
+            tried.setdefault((one.run.method, one.run.task), []).append(one)
+    return {key: max(found, key=lambda one: one.validation.score).run.learning_rate for key, found in tried.items()}
+
+
 def points(by_seed: dict[int, Record], measure: str) -> Points:
     """seed -> value of each row."""
     return {seed: MEASURES[measure](record) for seed, record in sorted(by_seed.items())}
@@ -143,9 +152,10 @@ def rates(all_runs: list[Record], shots: ByTask) -> None:
 def main(file: Path) -> None:
     """Print the tables."""
     runs: dict[str, ByTask] = {}
-    finals = [one for one in read_records(file) if one.failure is None and one.run.stage == "final"]
+    made = [one for one in read_records(file) if one.failure is None]
+    finals, best = [one for one in made if one.run.stage == "final"], chosen(made)
     for record in finals:
-        if record.run.chosen:
+        if record.run.chosen and record.run.learning_rate == best.get((record.run.method, record.run.task)):
             runs.setdefault(record.run.method, {}).setdefault(record.run.task, {})[record.run.seed] = record
     print(
         "Issue 13's confirmation at the chosen rates. Means over tasks; below them the difference to LoRA on all linear"
