@@ -109,12 +109,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def save_talker(folder: Path) -> Path:
     """A tiny base model on disk that writes different texts for different prompts, and can be taught a little."""
-    model = tiny.build()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-        model.lm_head.weight[len(tiny.tokenizer()) :] = 0  # no ids beyond the tokenizer's
-    model.save_pretrained(folder)
+    tiny.talker().save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder

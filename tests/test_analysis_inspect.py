@@ -204,6 +204,20 @@ def test_an_option_of_other_instruments_is_refused_not_dropped(inspect: Inspect,
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--limit", "1"), "readout reads limit with data only"),
+        (("--limit", "1", "--data", "no.jsonl"), "no-such-adapter"),  # the controls: looked for afterwards
+        (("--data", "no.jsonl", "--text", "no.txt"), "readout reads text without data only"),
+        (("--data", "no.jsonl", "--tokens", "20"), "readout reads tokens without data only"),
+        (("--tokens", "20"), "no-such-adapter"),
+    ],
+)
+def test_ablations_are_measured_on_rows_or_on_the_text(inspect: Inspect, words: tuple[str, ...], message: str) -> None:
+    assert message in inspect.refused("no-such-adapter", "--what", "readout", *words)
+
+
+@pytest.mark.parametrize(
     ("text", "options", "message"),
     [
         ("", (), "The text is empty"),

@@ -86,14 +86,20 @@ def against_others(runs: dict[str, ByTask]) -> None:
     others = [method for method in trained if method not in (MEMORY, LORA)]
     if not others:
         return
-    print(f"\n| memory - method | tasks x seeds | {' | '.join(MEASURES)} |\n|{'---|' * (len(MEASURES) + 2)}")
+    first = next(iter(MEASURES))
+    print(f"\n| memory - method | tasks x seeds | memory on these, {first} | {' | '.join(MEASURES)} |")
+    print(f"|{'---|' * (len(MEASURES) + 3)}")
     for method in others:
-        shared = sum(len(by_seed.keys() & runs[MEMORY].get(task, {}).keys()) for task, by_seed in runs[method].items())
+        ours = {
+            task: {seed: by_seed[seed] for seed in by_seed.keys() & runs[method][task].keys()}
+            for task, by_seed in runs[MEMORY].items()
+        }
+        shared, level = sum(map(len, ours.values())), mean([points(by_seed, first) for by_seed in ours.values()])
         cells = [
             with_interval(paired(runs[MEMORY], runs[method], measure), 3 if measure.startswith("nats") else 1)
             for measure in MEASURES
         ]
-        print(f"| {method} | {shared} | {' | '.join(cells)} |")
+        print(f"| {method} | {shared} | {level:.1f} | {' | '.join(cells)} |")
 
 
 def by_task(runs: dict[str, ByTask]) -> None:
@@ -149,6 +155,20 @@ def rates(all_runs: list[Record], shots: ByTask) -> None:
             print(f"| {method} | {rate:g} | {len(found)} | {average:.1f} | {worst:.1f} | {said} |")
 
 
+def tries(made: list[Record]) -> None:
+    """What the validation rows say of every rate: they alone choose it."""
+    print("\n| method | rate | tasks | match, validation rows of seed 0 | chosen on |\n|---|---|---|---|---|")
+    best = chosen(made)
+    reached: dict[tuple[str, float], list[Record]] = {}
+    for one in made:
+        if one.validation is not None:
+            reached.setdefault((one.run.method, one.run.learning_rate), []).append(one)
+    for (method, rate), found in sorted(reached.items()):
+        match = np.mean([greedy(one.validation).mean() for one in found])
+        taken = sum(best[method, one.run.task] == rate for one in found)
+        print(f"| {method} | {rate:g} | {len(found)} | {match:.1f} | {taken} |")
+
+
 def main(file: Path) -> None:
     """Print the tables."""
     runs: dict[str, ByTask] = {}
@@ -171,6 +191,7 @@ def main(file: Path) -> None:
         by_task(runs)
         without_collapses(runs)
     rates(finals, runs.get(SHOTS, {}))
+    tries(made)
 
 
 if __name__ == "__main__":

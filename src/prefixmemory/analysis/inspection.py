@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -95,8 +95,8 @@ class Settings:
             read_context(self.context)
 
 
-def check_read(what: str, options: Iterable[str]) -> None:
-    """Refuse options of other instruments than ``what``.
+def check_read(what: str, options: Collection[str]) -> None:
+    """Refuse options that ``what`` does not read.
 
     Raises:
         PrefixMemoryError: names the option, and the instruments that read it.
@@ -107,6 +107,13 @@ def check_read(what: str, options: Iterable[str]) -> None:
             raise PrefixMemoryError(
                 f"{what} does not read {option.replace('_', '-')}, which is for {', '.join(readers)}. Leave it out."
             )
+    if what == "readout":  # ablations are measured on rows, or else on the text
+        have = "data" in options
+        for option in ("text", "tokens") if have else ("limit",):
+            if option in options:
+                raise PrefixMemoryError(
+                    f"readout reads {option} {'without' if have else 'with'} data only. Leave it out."
+                )
 
 
 Say = Callable[[str], None]
