@@ -171,7 +171,8 @@ def test_ctrl_c_is_one_line_where_python_runs_the_package(tmp_path, module):
 
 def test_ctrl_c_is_anothers_where_a_program_imports_the_package(tmp_path):
     # it says when it waits: in the midst of imports, a bare except of somebody's may swallow the signal
-    program = "import prefixmemory, sys, time\nprint('waiting', file=sys.stderr, flush=True)\ntime.sleep(60)"
+    in_front = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background
+    program = f"{in_front}import prefixmemory, sys, time\nprint('waiting', file=sys.stderr, flush=True)\ntime.sleep(60)"
     (tmp_path / "theirs.py").write_text(program)
     _, said = interrupted_after("waiting", ["-m", "theirs"], tmp_path)
     assert "Stopped." not in said and "KeyboardInterrupt" in said
