@@ -54,6 +54,20 @@ def test_the_recipe_finds_the_tokens_and_marks_them(tmp_path, monkeypatch):
     call("train", "tickets.yaml", "--learning-rate", "1e-3", "--dry-run").success  # noqa: B018
 
 
+def test_texts_that_bring_the_tokens_are_told_of_in_run_and_dry_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.save_tiny(tmp_path / "base")
+    rows = [{"text": "Where is it?", "label": "a"}, {"text": "Title: Oak\nText: A tree.", "label": "b"}]
+    jsonl(tmp_path / "rows.jsonl", rows)
+    words = ["train", "--model", "base", "--data", "rows.jsonl", "--epochs", 1, "--output"]
+    asked = ["--set", "method.active_from=question"]
+    assert "question, the last one in 1 rows whose texts bring its" in call(*words, "new", *asked, "--dry-run").success
+    assert call(*words, "new", *asked).remarks.startswith("The texts of 1 rows bring 'Text: ' of their own: ")
+    start = ["--set", "method.active_from=start"]
+    assert "whose texts" not in call(*words, "other", *start, "--dry-run").success
+    assert call(*words, "other", *start).remarks == ""
+
+
 @pytest.fixture
 def waiting() -> dict[str, Any]:
     """A model whose memory speaks from the answer on, as the guide's first block makes its config."""

@@ -230,6 +230,22 @@ def test_several_rows_are_counted():
         check_invoked(tokens, [1, 1, 1, 1], ["Row 1", "Row 2"])
 
 
+@pytest.mark.parametrize(("active_from", "count"), [("question", 2), ("answer", 0), ("start", 0)])
+def test_texts_that_bring_the_invocation_are_counted_and_told_of(active_from, count):
+    own = [{"text": f"Title: Oak\nText: {text}", "label": "plant"} for text in ("A tree.", "It has acorns.")]
+    job = TrainingJob("base", tiny.tokenizer(), [*TEXTS, *own], PrefixMemoryConfig(active_from=active_from))
+    assert job.rows_invoked_twice == count
+    assert bool(job.invoked_twice_message) == bool(count)
+    if count:
+        assert "2 rows bring 'Text: ' of their own" in job.invoked_twice_message
+        ids = job.tokens[2].prompt
+        assert speaking(torch.tensor([ids]), tuple(job.invocation))[1].item() > 0  # what the message says
+    assert (
+        TrainingJob("base", tiny.tokenizer(), TALKS, PrefixMemoryConfig(active_from=active_from)).invoked_twice_message
+        == ""
+    )
+
+
 def test_what_looks_at_an_adapter_asks_it_everywhere_and_contexts_are_read_in_silence():
     """Texts that are no prompts have no invocation; a warning would be an error here."""
     tokenizer = tiny.tokenizer()

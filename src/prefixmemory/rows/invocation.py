@@ -119,6 +119,14 @@ def _in_rows(name: str, field: str, tokenizer: PreTrainedTokenizerBase, rows: Ro
     return next(iter(found.values()))
 
 
+def invoked_twice(prompt: Sequence[int], invocation: Sequence[int]) -> bool:
+    """Whether the invocation of a question stands in ``prompt`` once more: the question brings its tokens, too."""
+    last = begins(prompt, invocation)
+    if last is None or last + len(invocation) == len(prompt):  # at the prompt's end it is that of the answer
+        return False
+    return begins(prompt[: last + len(invocation) - 1], invocation) is not None
+
+
 def check_invoked(rows: Sequence[Tokens], invocation: Sequence[int], places: Sequence[str]) -> None:
     """Refuse rows without the invocation, from which a memory could not learn.
 

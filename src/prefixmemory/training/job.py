@@ -12,9 +12,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.encoding import Tokens, tokenize
-from prefixmemory.rows.invocation import check_invoked, invocation_of, settle
+from prefixmemory.rows.invocation import check_invoked, invocation_of, invoked_twice, settle
 from prefixmemory.rows.rendering import Example, render
-from prefixmemory.rows.rows import Row, Rows, answers_a_row, check_objective, with_one_answer
+from prefixmemory.rows.rows import Row, Rows, answers_a_row, check_objective, kind_of, with_one_answer
 from prefixmemory.rows.unrelated_text import SEAM
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.settings import TrainingSettings
@@ -124,6 +124,26 @@ class TrainingJob:
         return (
             f"{self.rows_cut:,} rows are longer than max_length={self.settings.max_length} and lose the beginning of "
             "their prompt, system message included."
+        )
+
+    @cached_property
+    def rows_invoked_twice(self) -> int:
+        """How many training rows with text and label bring the tokens of the invocation in their text, too."""
+        invocation = self.invocation
+        if invocation is None:
+            return 0
+        pairs = zip(self.rows, self.tokens, strict=False)  # conversations have one for each question
+        return sum(kind_of(row) == "text" and invoked_twice(tokens.prompt, invocation) for row, tokens in pairs)
+
+    @property
+    def invoked_twice_message(self) -> str:
+        """The line that says so; empty where there are none."""
+        count, invocation = self.rows_invoked_twice, self.invocation
+        if invocation is None or not count:
+            return ""
+        return (
+            f"The texts of {count:,} rows bring {self.tokenizer.decode(invocation)!r} of their own: the adapter speaks "
+            "from the last one on, and the base model alone reads what is in front. active_from=start reads the whole."
         )
 
     @cached_property

@@ -50,6 +50,7 @@ class Plan:
     activations: float
     active_from: str = "start"
     row: str = ""
+    invoked_twice: int = 0
 
     def shown(self) -> str:
         """The plan as a table for a terminal."""
@@ -71,7 +72,9 @@ class Plan:
             f"{self.optimizer / GIB:.2f}, activations about {self.activations / GIB:.2f}",
         }
         if self.row:
-            lines["active from"] = f"{self.active_from}; the first row, what the memory speaks on in ⟦⟧: {self.row}"
+            twice = f", the last one in {self.invoked_twice:,} rows whose texts bring its tokens, too"
+            told = f"{self.active_from}{twice if self.invoked_twice else ''}"
+            lines["active from"] = f"{told}; the first row, what the memory speaks on in ⟦⟧: {self.row}"
         return "\n".join(f"{name:12}{line}" for name, line in lines.items())
 
 
@@ -123,6 +126,7 @@ def plan_of(recipe: Recipe) -> Plan:
         activations=_activations(config, settings, longest, dtype.itemsize),
         active_from=getattr(job.config, "active_from", "invocation" if job.invocation else "start"),
         row=_marked(job),
+        invoked_twice=job.rows_invoked_twice,
     )
 
 

@@ -96,8 +96,9 @@ def _run(
     plan = plan_of_run(job, model)
     if resume:
         last_checkpoint(output.partial / "checkpoints")
-    if console is not None and writes and job.cut_message:
-        say(console, job.cut_message)
+    for message in (job.cut_message, job.invoked_twice_message):
+        if console is not None and writes and message:
+            say(console, message)
     use_cache = getattr(model.config, "use_cache", None)
     arguments = training_arguments(settings, output.partial / "checkpoints", bool(job.validation), job.report_to)
     torch.manual_seed(settings.seed)
