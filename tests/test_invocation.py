@@ -240,10 +240,15 @@ def test_texts_that_bring_the_invocation_are_counted_and_told_of(active_from, co
         assert "2 rows bring 'Text: ' of their own" in job.invoked_twice_message
         ids = job.tokens[2].prompt
         assert speaking(torch.tensor([ids]), tuple(job.invocation))[1].item() > 0  # what the message says
-    assert (
-        TrainingJob("base", tiny.tokenizer(), TALKS, PrefixMemoryConfig(active_from=active_from)).invoked_twice_message
-        == ""
-    )
+
+
+def test_a_question_in_one_prompt_is_counted_and_the_questions_of_a_conversation_are_not():
+    tokenizer = tiny.tokenizer()
+    header = tokenizer.decode(invocation_tokens("question", tokenizer))
+    twice = [{"prompt": f"What does {header} mean?", "completion": "It begins a question."}]
+    jobs = [TrainingJob("base", tokenizer, rows, PrefixMemoryConfig(active_from="question")) for rows in (twice, TALKS)]
+    assert [begins(job.tokens[-1].prompt, job.invocation) > 0 for job in jobs] == [True, True]
+    assert [job.rows_invoked_twice for job in jobs] == [1, 0]
 
 
 def test_what_looks_at_an_adapter_asks_it_everywhere_and_contexts_are_read_in_silence():

@@ -19,6 +19,9 @@ from prefixmemory.rows.unrelated_text import SEAM
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.settings import TrainingSettings
 
+#: Kinds of rows whose prompt is one question; a conversation may have many.
+ONE_QUESTION = ("text", "prompt", "instruction")
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingJob:
@@ -128,12 +131,12 @@ class TrainingJob:
 
     @cached_property
     def rows_invoked_twice(self) -> int:
-        """How many training rows with text and label bring the tokens of the invocation in their text, too."""
+        """How many training rows with one question bring the tokens of the invocation in it, too."""
         invocation = self.invocation
         if invocation is None:
             return 0
-        pairs = zip(self.rows, self.tokens, strict=False)  # conversations have one for each question
-        return sum(kind_of(row) == "text" and invoked_twice(tokens.prompt, invocation) for row, tokens in pairs)
+        pairs = zip(self.rows, self.tokens, strict=False)  # those of preferences have several answers
+        return sum(kind_of(row) in ONE_QUESTION and invoked_twice(tokens.prompt, invocation) for row, tokens in pairs)
 
     @property
     def invoked_twice_message(self) -> str:
