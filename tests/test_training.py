@@ -25,6 +25,7 @@ from prefixmemory.rows.rows import labels_of
 from prefixmemory.scoring.generation import accuracy, answers, first_line
 from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.loop import train
+from prefixmemory.training.methods import attach, method_config
 from prefixmemory.training.output import Output
 from prefixmemory.training.run import run_training
 from prefixmemory.training.settings import TrainingSettings
@@ -413,6 +414,27 @@ def test_a_run_leaves_adapter_and_record_and_gives_the_base_model_back(tmp_path)
     assert saved["base_model_name_or_path"] == "some/model"
     assert model.config.use_cache
     assert [name for name, _ in model.named_modules()] == modules
+
+
+HALFWAY = {"name": "lora", "r": 4, "target_modules": ["q_proj", "input_layernorm"]}  # PEFT refuses the second
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_method_that_is_refused_halfway_leaves_nothing_in_the_base_model(tmp_path, objective):
+    """PEFT would take the next adapter for a second one, beside which it freezes nothing."""
+    if objective == "dpo":
+        pytest.importorskip("trl")
+    row = {"text": "ab", "label": "x"} if objective == "sft" else {"prompt": "a", "chosen": "b", "rejected": "c"}
+    model, settings = tiny.build(), TrainingSettings(objective=objective)
+    modules = [name for name, _ in model.named_modules()]
+    job = TrainingJob("some/model", TOKENIZER, [row], method_config(HALFWAY), settings)
+    with pytest.raises(PrefixMemoryError, match=r"not supported"):
+        run_training(model, job, Output(tmp_path / "lora"))
+    assert [name for name, _ in model.named_modules()] == modules and not hasattr(model, "peft_config")
+    adapted = attach(model, method_config({"feed_forward": 2}))
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained and all(".prefix_memory." in name for name in trained)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_run_gives_the_base_model_back(tmp_path):
