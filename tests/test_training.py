@@ -437,6 +437,36 @@ def test_a_method_that_is_refused_halfway_leaves_nothing_in_the_base_model(tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("ending", ["whole", "broken"])
+def test_a_run_gives_the_base_model_back_as_it_was(tmp_path, monkeypatch, ending):
+    """Its weights, its mode, its dropout, and without gradient checkpointing."""
+    model = tiny.build("gpt2").eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    modules, weights = list(model.modules()), {name: p.clone() for name, p in model.named_parameters()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
+    method = {"name": "lora", "r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["ln_f"]}
+    settings = TrainingSettings(gradient_checkpointing=True, learning_rate=0.1)
+    job = TrainingJob("some/model", TOKENIZER, [{"text": "ab", "label": "x"}] * 4, method_config(method), settings)
+    if ending == "broken":
+        monkeypatch.setattr("prefixmemory.training.run._save", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_training(model, job, Output(tmp_path / "lora"))
+    else:
+        run_training(model, job, Output(tmp_path / "lora"))
+    assert list(model.modules()) == modules and not any(module.training for module in model.modules())
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert {module.p for module in modules if isinstance(module, nn.Dropout)} == {0.1}
+    assert not model.is_gradient_checkpointing
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules] == hooks
+
+
+def test_biases_of_the_base_model_are_not_trained():
+    with pytest.raises(PrefixMemoryError, match=r"method\.bias='all' trains the base model's own biases"):
+        method_config({"name": "lora", "bias": "all"})
+
+
 def test_a_failed_run_gives_the_base_model_back(tmp_path):
     model = tiny.build()
     modules = [name for name, _ in model.named_modules()]

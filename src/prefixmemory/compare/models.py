@@ -29,6 +29,7 @@ from prefixmemory.files.json_text import read_object
 from prefixmemory.files.records import RECORD
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.rows.rows import Row
+from prefixmemory.training.given_back import given_back
 from prefixmemory.training.job import TrainingJob
 from prefixmemory.training.loop import completion_trainer, fit, training_arguments
 from prefixmemory.training.output import Output
@@ -76,12 +77,13 @@ class Models:
         else:
             if not (folder / RECORD).is_file():
                 self._train(folder, method, rows, settings)
-            model = PeftModel.from_pretrained(self.base, str(folder)).eval()
-            try:
-                yield model, _as_trained(folder, settings)
-            finally:
-                if isinstance(model.base_model, BaseTuner):
-                    model.unload()
+            with given_back(self.base):
+                model = PeftModel.from_pretrained(self.base, str(folder)).eval()
+                try:
+                    yield model, _as_trained(folder, settings)
+                finally:
+                    if isinstance(model.base_model, BaseTuner):
+                        model.unload()
 
     def _train(self, folder: Path, method: Method, rows: list[Row], settings: TrainingSettings) -> None:
         """Leave a trained adapter in ``folder``; one that was interrupted is begun again."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from torch import nn
 from transformers import PreTrainedModel
 
 import prefixmemory.tuner.registration
@@ -36,11 +34,6 @@ _NOT_HERE = {
     "trainable_tokens": "tokens that were added to the vocabulary",
     "xlora": "LoRAs that were trained before",
 }
-#: What a module holds of others: its children and its hooks.
-_HELD = (
-    *("_modules", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
 #: Start values of LoRA that take a part out of the base weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -89,6 +82,11 @@ def method_config(section: Mapping[str, Any]) -> PeftConfig:
     except (TypeError, ValueError) as error:
         raise PrefixMemoryError(f"method: {name} refuses these values: {error}") from error
     check_patterns(config)
+    if getattr(config, "bias", None) not in (None, False, "none"):
+        raise PrefixMemoryError(
+            f"method.bias={values.get('bias')!r} trains the base model's own biases, which stay changed when it is "
+            "switched off or taken off, so that nothing could be compared with the base model. Leave it out."
+        )
     if str(getattr(config, "init_lora_weights", "")).startswith(_CHANGES_BASE):
         raise PrefixMemoryError(
             f"method.init_lora_weights={values['init_lora_weights']!r} changes the base model's weights, so that the "
@@ -116,37 +114,15 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """``get_peft_model``, with one line for a config that does not suit the model.
 
     Raises:
-        PrefixMemoryError: the method refuses the model, or its config names modules that the model does not have. The
-            model is as it was.
+        PrefixMemoryError: the method refuses the model, or its config names modules that the model does not have.
     """
     try:
-        with whole_or_not_at_all(model):
-            return get_peft_model(model, config)
+        return get_peft_model(model, config)
     except PrefixMemoryError:
         raise
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         name = method_name(config)
         raise PrefixMemoryError(f"method: {name} cannot be attached to {type(model).__name__}: {error}") from error
-
-
-@contextmanager
-def whole_or_not_at_all(model: nn.Module) -> Iterator[None]:
-    """Take out of ``model`` again what was put into it within, if that ends with an error.
-
-    PEFT raises in the midst of its modules. With what it leaves behind, the next adapter would be taken for a second
-    one, beside which PEFT freezes nothing: it would train the base model.
-    """
-    before = [(vars(module)[name], dict(vars(module)[name])) for module in model.modules() for name in _HELD]
-    own = set(vars(model))
-    try:
-        yield
-    except BaseException:
-        for held, was in before:
-            held.clear()
-            held.update(was)
-        for name in set(vars(model)) - own:  # peft_config
-            delattr(model, name)
-        raise
 
 
 def method_name(config: PeftConfig) -> str:

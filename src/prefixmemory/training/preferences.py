@@ -14,7 +14,6 @@ from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.encoding import Tokens
 from prefixmemory.rows.rows import Rows, row_format
 from prefixmemory.training.job import TrainingJob
-from prefixmemory.training.methods import whole_or_not_at_all
 from prefixmemory.training.settings import TrainingSettings
 
 
@@ -39,15 +38,14 @@ def preference_trainer(model: PreTrainedModel, job: TrainingJob, arguments: dict
     parts = ((job.rows, job.tokens_of(0)), (job.validation, job.validation_tokens))
     train, validation = (Dataset.from_list(columns(*part, settings)) if part[0] else None for part in parts)
     try:
-        with whole_or_not_at_all(model):
-            trainer: Trainer = make(
-                model=model,
-                args=kind(**arguments, beta=settings.reward_scale, **more),
-                train_dataset=train,
-                eval_dataset=validation,
-                processing_class=job.tokenizer,
-                peft_config=job.config,
-            )
+        trainer: Trainer = make(
+            model=model,
+            args=kind(**arguments, beta=settings.reward_scale, **more),
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=job.tokenizer,
+            peft_config=job.config,
+        )
     except PrefixMemoryError:
         raise
     except ValueError as error:

@@ -27,6 +27,7 @@ from prefixmemory.models.quantization import check_quantization
 from prefixmemory.progress import say, say_loading, show_progress
 from prefixmemory.training.card import write_model_card
 from prefixmemory.training.checkpoints import drop_incomplete
+from prefixmemory.training.given_back import given_back
 from prefixmemory.training.job import TrainingJob, job_of, rows_of
 from prefixmemory.training.loop import (
     check_trackers,
@@ -83,7 +84,7 @@ def run_training(
         Interrupted: ctrl-C or SIGTERM; ``output.partial`` holds what is needed to resume.
         PrefixMemoryError: bad input; no file was written, changed or deleted.
     """
-    with output.held(overwrite, resume) if first_process() else nullcontext():
+    with given_back(model), output.held(overwrite, resume) if first_process() else nullcontext():
         return _run(model, job, output, resume, overwrite, console)
 
 
@@ -99,7 +100,6 @@ def _run(
     for message in (job.cut_message, job.invoked_twice_message):
         if console is not None and writes and message:
             say(console, message)
-    use_cache = getattr(model.config, "use_cache", None)
     arguments = training_arguments(settings, output.partial / "checkpoints", bool(job.validation), job.report_to)
     torch.manual_seed(settings.seed)
     adapted: Any = None
@@ -137,7 +137,6 @@ def _run(
             raise _disk_full(output) from error
         raise
     finally:
-        model.config.use_cache = use_cache  # the Trainer switches it off and leaves it so
         if isinstance(getattr(adapted, "base_model", None), BaseTuner):
             adapted.unload()
     return record
