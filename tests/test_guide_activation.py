@@ -61,10 +61,10 @@ def test_texts_that_bring_the_tokens_are_told_of_in_run_and_dry_run(tmp_path, mo
     jsonl(tmp_path / "rows.jsonl", rows)
     words = ["train", "--model", "base", "--data", "rows.jsonl", "--epochs", 1, "--output"]
     asked = ["--set", "method.active_from=question"]
-    assert "question, the last one in 1 rows whose texts bring its" in call(*words, "new", *asked, "--dry-run").success
-    assert call(*words, "new", *asked).remarks.startswith("The texts of 1 rows bring 'Text: ' of their own: ")
+    assert "question, the last one in 1 rows whose question brings" in call(*words, "new", *asked, "--dry-run").success
+    assert call(*words, "new", *asked).remarks.startswith("Rows whose question brings 'Text: ' of its own: 1. ")
     start = ["--set", "method.active_from=start"]
-    assert "whose texts" not in call(*words, "other", *start, "--dry-run").success
+    assert "whose question" not in call(*words, "other", *start, "--dry-run").success
     assert call(*words, "other", *start).remarks == ""
 
 

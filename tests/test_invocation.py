@@ -230,25 +230,64 @@ def test_several_rows_are_counted():
         check_invoked(tokens, [1, 1, 1, 1], ["Row 1", "Row 2"])
 
 
+def job_of(rows, objective="sft", max_length=512, **config):
+    settings = TrainingSettings(objective=objective, max_length=max_length)
+    return TrainingJob("base", tiny.tokenizer(), rows, PrefixMemoryConfig(**config), settings)
+
+
 @pytest.mark.parametrize(("active_from", "count"), [("question", 2), ("answer", 0), ("start", 0)])
 def test_texts_that_bring_the_invocation_are_counted_and_told_of(active_from, count):
     own = [{"text": f"Title: Oak\nText: {text}", "label": "plant"} for text in ("A tree.", "It has acorns.")]
-    job = TrainingJob("base", tiny.tokenizer(), [*TEXTS, *own], PrefixMemoryConfig(active_from=active_from))
-    assert job.rows_invoked_twice == count
-    assert bool(job.invoked_twice_message) == bool(count)
+    job = job_of([*TEXTS, *own], active_from=active_from)
+    assert job.invoked_again == (count, 0) and len(job.invoked_again_messages) == bool(count)
     if count:
-        assert "2 rows bring 'Text: ' of their own" in job.invoked_twice_message
+        assert "Rows whose question brings 'Text: ' of its own: 2." in job.invoked_again_messages[0]
         ids = job.tokens[2].prompt
         assert speaking(torch.tensor([ids]), tuple(job.invocation))[1].item() > 0  # what the message says
 
 
-def test_a_question_in_one_prompt_is_counted_and_the_questions_of_a_conversation_are_not():
+def test_questions_of_every_kind_of_rows_are_counted():
     tokenizer = tiny.tokenizer()
-    header = tokenizer.decode(invocation_tokens("question", tokenizer))
-    twice = [{"prompt": f"What does {header} mean?", "completion": "It begins a question."}]
-    jobs = [TrainingJob("base", tokenizer, rows, PrefixMemoryConfig(active_from="question")) for rows in (twice, TALKS)]
-    assert [begins(job.tokens[-1].prompt, job.invocation) > 0 for job in jobs] == [True, True]
-    assert [job.rows_invoked_twice for job in jobs] == [1, 0]
+    asked = f"What does {tokenizer.decode(invocation_tokens('question', tokenizer))} mean?"
+    conversation = [{"role": "user", "content": asked}, {"role": "assistant", "content": "A question."}]
+    kinds = {
+        "prompt": ({"prompt": asked, "completion": "A question."}, "sft"),
+        "instruction": ({"instruction": asked, "output": "A question."}, "sft"),
+        "messages": ({"messages": conversation}, "sft"),
+        "turns": ({"messages": [*TALKS[0]["messages"], *conversation]}, "sft"),
+        "preference": ({"prompt": asked, "chosen": "A question.", "rejected": "No."}, "dpo"),
+        "judged": ({"prompt": asked, "completion": "A question.", "label": True}, "kto"),
+    }
+    for kind, (row, objective) in kinds.items():
+        other = {name: value if isinstance(value, list | bool) else "Well?" for name, value in row.items()}
+        rows = TALKS if "messages" in row else [other]
+        assert job_of([row], objective, active_from="question").invoked_again == (1, 0), kind
+        assert job_of(rows, objective, active_from="question").invoked_again == (0, 0), kind
+
+
+def test_a_row_that_is_cut_to_a_tail_with_the_tokens_is_counted():
+    row = {"text": f"{'word ' * 40}Text: tail of it", "label": "card"}
+    job = job_of([row], max_length=60, active_from="question")
+    assert job.tokens[0].cut and job.invoked_again == (1, 0)
+
+
+def test_tokens_of_ones_own_may_stand_in_the_template_more_than_once():
+    tokenizer = tiny.tokenizer()
+    header = invocation_tokens("question", tokenizer)[:1]
+    rows = [{"prompt": "Hi", "completion": "Ho"}]
+    assert job_of(rows, active_from="invocation", invocation_tokens=header).invoked_again_messages == []
+
+
+def test_answers_that_bring_the_invocation_are_told_of():
+    """In training the place is looked for in the whole row, in use in the prompt."""
+    tokens = tiny.tokenizer()("Answer:", add_special_tokens=False)["input_ids"]
+    rows = [
+        {"prompt": "2+2? Answer:", "completion": "Two and two. Answer: 4"},
+        {"prompt": "2+3? Answer:", "completion": "5"},
+    ]
+    job = job_of(rows, active_from="invocation", invocation_tokens=tokens)
+    assert job.invoked_again == (0, 1)
+    assert job.invoked_again_messages[0].startswith("Answers that bring 'Answer:': 1. In training")
 
 
 def test_what_looks_at_an_adapter_asks_it_everywhere_and_contexts_are_read_in_silence():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, cast
 
@@ -119,12 +119,16 @@ def _in_rows(name: str, field: str, tokenizer: PreTrainedTokenizerBase, rows: Ro
     return next(iter(found.values()))
 
 
-def invoked_twice(prompt: Sequence[int], invocation: Sequence[int]) -> bool:
-    """Whether the invocation of a question stands in ``prompt`` once more: the question brings its tokens, too."""
-    last = begins(prompt, invocation)
-    if last is None or last + len(invocation) == len(prompt):  # at the prompt's end it is that of the answer
-        return False
-    return begins(prompt[: last + len(invocation) - 1], invocation) is not None
+def occurrences(ids: list[int], invocation: list[int]) -> int:
+    """How often ``invocation`` stands in ``ids``."""
+    starts = [i for i, token in enumerate(ids) if token == invocation[0]]
+    return sum(ids[i : i + len(invocation)] == invocation for i in starts)
+
+
+def questions(row: Mapping[str, Any]) -> int:
+    """How many questions the prompt of ``row`` asks: one, or the user's turns of a conversation."""
+    turns = row.get("messages") or row.get("prompt")
+    return sum(turn["role"] == "user" for turn in turns) if isinstance(turns, list) else 1
 
 
 def check_invoked(rows: Sequence[Tokens], invocation: Sequence[int], places: Sequence[str]) -> None:

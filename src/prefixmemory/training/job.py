@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from operator import ne
 from typing import Any
 
 from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.encoding import Tokens, tokenize
-from prefixmemory.rows.invocation import check_invoked, invocation_of, invoked_twice, settle
+from prefixmemory.rows.encoding import Tokens, begins, encode_prompt, tokenize
+from prefixmemory.rows.invocation import check_invoked, invocation_of, invocation_tokens, occurrences, questions, settle
 from prefixmemory.rows.rendering import Example, render
 from prefixmemory.rows.rows import Row, Rows, answers_a_row, check_objective, kind_of, with_one_answer
 from prefixmemory.rows.unrelated_text import SEAM
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.settings import TrainingSettings
-
-#: Kinds of rows whose prompt is one question; a conversation may have many.
-ONE_QUESTION = ("text", "prompt", "instruction")
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,24 +128,49 @@ class TrainingJob:
         )
 
     @cached_property
-    def rows_invoked_twice(self) -> int:
-        """How many training rows with one question bring the tokens of the invocation in it, too."""
+    def invoked_again(self) -> tuple[int, int]:
+        """In how many training rows the question brings the tokens that introduce questions, and how many answers bring
+        those of the invocation."""
         invocation = self.invocation
         if invocation is None:
-            return 0
-        pairs = zip(self.rows, self.tokens, strict=False)  # those of preferences have several answers
-        return sum(kind_of(row) in ONE_QUESTION and invoked_twice(tokens.prompt, invocation) for row, tokens in pairs)
+            return 0, 0
+        rows = self.rows if self.settings.objective == "sft" else with_one_answer(self.rows)
+        again = 0
+        for row, tokens in list(zip(rows, self.tokens, strict=True))[:: self._answers(self.rows)]:
+            if self._speaks_from_question:
+                whole = tokens.prompt
+                if tokens.cut:  # what it lost may be the template's own
+                    whole = encode_prompt(render([row], self.tokenizer)[0].prompt, self.tokenizer)
+                again += occurrences(whole, invocation) > questions(row)
+        in_prompt = [begins(one.prompt, invocation) for one in self.tokens]
+        in_row = [begins(one.prompt + one.completion, invocation) for one in self.tokens]
+        return again, sum(map(ne, in_prompt, in_row))
+
+    @cached_property
+    def _speaks_from_question(self) -> bool:
+        """Whether the invocation is what introduces questions: other tokens may stand in a template anywhere."""
+        kind = "text" if kind_of(self.rows[0]) == "text" else None
+        try:
+            return self.invocation == invocation_tokens("question", self.tokenizer, kind)
+        except PrefixMemoryError:
+            return False
 
     @property
-    def invoked_twice_message(self) -> str:
-        """The line that says so; empty where there are none."""
-        count, invocation = self.rows_invoked_twice, self.invocation
-        if invocation is None or not count:
-            return ""
-        return (
-            f"The texts of {count:,} rows bring {self.tokenizer.decode(invocation)!r} of their own: the adapter speaks "
-            "from the last one on, and the base model alone reads what is in front. active_from=start reads the whole."
-        )
+    def invoked_again_messages(self) -> list[str]:
+        """The lines that say so."""
+        written = repr(self.tokenizer.decode(self.invocation or []))
+        (asked, answered), found = self.invoked_again, []
+        if asked:
+            found.append(
+                f"Rows whose question brings {written} of its own: {asked:,}. The adapter speaks from the last one on, "
+                "and the base model alone reads what is in front."
+            )
+        if answered:
+            found.append(
+                f"Answers that bring {written}: {answered:,}. In training the adapter speaks from there on, in use "
+                "from the prompt's. Leave such rows out, or use other tokens of invocation."
+            )
+        return found
 
     @cached_property
     def longest(self) -> int:

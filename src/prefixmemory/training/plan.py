@@ -50,7 +50,7 @@ class Plan:
     activations: float
     active_from: str = "start"
     row: str = ""
-    invoked_twice: int = 0
+    invoked_again: tuple[int, int] = (0, 0)
 
     def shown(self) -> str:
         """The plan as a table for a terminal."""
@@ -72,9 +72,12 @@ class Plan:
             f"{self.optimizer / GIB:.2f}, activations about {self.activations / GIB:.2f}",
         }
         if self.row:
-            twice = f", the last one in {self.invoked_twice:,} rows whose texts bring its tokens, too"
-            told = f"{self.active_from}{twice if self.invoked_twice else ''}"
-            lines["active from"] = f"{told}; the first row, what the memory speaks on in ⟦⟧: {self.row}"
+            asked, answered = self.invoked_again
+            told = f", the last one in {asked:,} rows whose question brings its tokens, too" if asked else ""
+            told += f", in {answered:,} rows only from within the answer on" if answered else ""
+            lines["active from"] = (
+                f"{self.active_from}{told}; the first row, what the memory speaks on in ⟦⟧: {self.row}"
+            )
         return "\n".join(f"{name:12}{line}" for name, line in lines.items())
 
 
@@ -126,7 +129,7 @@ def plan_of(recipe: Recipe) -> Plan:
         activations=_activations(config, settings, longest, dtype.itemsize),
         active_from=getattr(job.config, "active_from", "invocation" if job.invocation else "start"),
         row=_marked(job),
-        invoked_twice=job.rows_invoked_twice,
+        invoked_again=job.invoked_again,
     )
 
 
