@@ -107,8 +107,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / WEIGHTS)
 
 
-def save_talker(folder: Path) -> Path:
+def save_talker(folder: Path, seed: int = 0) -> Path:
     """A tiny base model on disk that writes different texts for different prompts, and can be taught a little."""
-    tiny.talker().save_pretrained(folder)
+    tiny.talker(seed).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder

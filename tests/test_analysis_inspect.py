@@ -283,6 +283,14 @@ def test_figures_say_what_they_show(folder: Path) -> None:
     assert list(axes[2].get_lines()[0].get_xdata()) == [2, 8]
 
 
+def test_adapters_that_read_to_other_lengths_are_named_with_all_of_them() -> None:
+    pytest.importorskip("matplotlib")
+    long = Tradeoff("ratio", "", None, ["a"], [16, 4096], 8, [[[0.25]], [[0.7]]])
+    short = Tradeoff("ratio", "", None, ["a"], [16, 1024], 8, [[[0.25]], [[0.5]]])
+    _, by_layer = figures.tradeoff_figure({"long": long, "short": short}).axes
+    assert by_layer.get_title().startswith("mean over heads at 1,024 and 4,096 tokens")
+
+
 def test_a_log_axis_over_part_of_a_decade_has_plain_numbers() -> None:
     agg = pytest.importorskip("matplotlib.backends.backend_agg")
     data = Tradeoff("ratio", "", None, ["a"], [16, 64], 8, [[[0.25]], [[0.7]]])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from peft import get_peft_model
 
@@ -289,6 +290,37 @@ def test_a_second_start_runs_nothing(made):
     assert f"{runs} runs, {runs} of them done." in lines
     assert sum(line.startswith(("base: ", "in-context: ", "lora: ", "prefixmemory: ")) for line in lines) == 4
     assert (folder / "tiny" / RECORDS).read_bytes() == before
+
+
+def test_other_weights_of_the_same_name_are_not_compared_with_what_stands_there(tmp_path):
+    suite = write(tmp_path, methods=["base"])
+    call("compare", suite).success  # noqa: B018
+    before = (tmp_path / "tiny" / RECORDS).read_bytes()
+    assert all(record.base_fingerprint for record in records(tmp_path).values())
+    save_talker(tmp_path / "base", seed=1)
+    suite = write(tmp_path, methods=["base", {**LORA, "learning_rate": 1e-6}])
+    assert "methods would be compared on two base models" in call("compare", suite).refusal
+    assert (tmp_path / "tiny" / RECORDS).read_bytes() == before
+    save_talker(tmp_path / "base")
+    call("compare", suite).success  # noqa: B018
+
+
+def test_what_a_method_trains_of_the_base_model_itself_stays_its_own(tmp_path):
+    """The runs of a worker share one base model."""
+    own = {**LORA, "name": "own", "adapter": {**LORA["adapter"], "modules_to_save": ["lm_head"]}}
+    worker = Worker(loaded_store(write(tmp_path, methods=["base", {**own, "learning_rate": 0.1}])), None)
+    base, method = worker.models.base, worker.loaded.methods["own"]
+    task = worker.loaded.tasks["letters"]
+    modules, head = list(base.modules()), base.lm_head.weight.clone()
+    rows = task.split(None, 6, 9, 3).train
+    for _ in range(2):  # trained, then loaded
+        with worker.models.trained(method, rows, worker.loaded.settings(task, method, 0.1, 3), tmp_path / "own") as (
+            model,
+            _,
+        ):
+            trained = model.get_base_model().lm_head.modules_to_save["default"].weight
+            assert (trained - head).abs().max() > 1e-3
+        assert list(base.modules()) == modules and torch.equal(base.lm_head.weight, head) and not base.training
 
 
 def test_a_new_seed_runs_only_what_is_new(made, tmp_path):

@@ -307,7 +307,7 @@ def test_save_adds_the_figures_to_record_and_card(place):
     saved = after.pop("metrics")
     assert after == before
     for name, sides in figures["metrics"].items():
-        entry = saved[f"{name}, data: test.jsonl, rows: 10"]
+        (entry,) = (saved[key] for key in saved if key.startswith(f"{name}, data: test.jsonl, rows: 10, checksum: "))
         assert entry == pytest.approx({"value": sides["adapter"], "base model": sides["base model"]})
     assert len(saved) == 3 + 2  # both data sets
     card = Path("memory/README.md").read_text()
@@ -316,6 +316,17 @@ def test_save_adds_the_figures_to_record_and_card(place):
         assert f"| {name} | {entry['value']:.4g} | base model: {entry['base model']:.4g} |" in card
     assert Path("memory/adapter_model.safetensors").read_bytes() == weights
     call("generate", "--adapter", "memory", "--prompt", "x", "--max-new-tokens", 1).success  # noqa: B018
+
+
+def test_files_of_one_name_do_not_replace_each_other(place):
+    rows = Path("test.jsonl").read_text().splitlines(keepends=True)
+    for day, part in (("monday", rows[:4]), ("tuesday", rows[4:8])):
+        (place / day).mkdir()
+        (place / day / "test.jsonl").write_text("".join(part))
+        for _ in range(2):  # the same again is the same
+            call("evaluate", "--adapter", "memory", "--data", f"{day}/test.jsonl", "--save").success  # noqa: B018
+    saved = [name for name in json.loads(Path("memory/run.json").read_text())["metrics"] if name.startswith("loss")]
+    assert len(saved) == 2 and all(", data: test.jsonl, rows: 4, checksum: " in name for name in saved)
 
 
 def test_without_save_the_adapter_stays_as_it_is(place):

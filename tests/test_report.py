@@ -204,3 +204,12 @@ def test_an_average_of_percent_has_one_digit_beside_a_task_in_nats(tmp_path: Pat
     records = {north: final(north, [HIT, MISS]), essay: final(essay, [], test=scored([-3.0], score=-3.514))}
     text = markdown(summarise(loaded, records))
     assert "| base | 50.0 [" in text and "(50.0), 1 seed | -3.514 (-3.514), 1 seed |" in text
+
+
+def test_where_there_is_one_rate_nothing_chose_it(tmp_path: Path) -> None:
+    loaded = made_suite(tmp_path, methods=["base", "lora-attention"], rate_factors=[1.0])
+    records = {run: final(run, [HIT, MISS, MISS, MISS]) for run in planned(loaded, {})}
+    assert {run.stage for run in records} == {"final"}
+    text = markdown(summarise(loaded, records))
+    assert "learning rates: 1 a method, its own" in text and "`*`" in text
+    assert "25.0 / 25.0 / 25.0" in text and "25.0*" not in text

@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional
+from transformers import TrainingArguments
 
 import tiny
 from close import close_training
@@ -414,6 +415,32 @@ def test_a_run_leaves_adapter_and_record_and_gives_the_base_model_back(tmp_path)
     assert saved["base_model_name_or_path"] == "some/model"
     assert model.config.use_cache
     assert [name for name, _ in model.named_modules()] == modules
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_process_that_sees_several_gpus_trains_with_the_batches_of_its_settings(tmp_path, monkeypatch, objective):
+    """The Trainer would run nn.DataParallel, and take a batch for each of them."""
+    if objective == "dpo":
+        pytest.importorskip("trl")
+    start, seen = TrainingArguments.__post_init__, []
+
+    def with_two(args):
+        start(args)
+        args._n_gpu = 2
+
+    def look(trainer, *rest):
+        seen.append((trainer.args.n_gpu, trainer.args.train_batch_size))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_two)
+    monkeypatch.setattr("prefixmemory.training.run.fit", look)
+    row = {"text": "ab", "label": "x"} if objective == "sft" else {"prompt": "a", "chosen": "b", "rejected": "c"}
+    settings = TrainingSettings(objective=objective, batch_size=3)
+    job = TrainingJob("some/model", TOKENIZER, [row], PrefixMemoryConfig(task_type="CAUSAL_LM"), settings)
+    assert TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=3).train_batch_size == 6
+    with pytest.raises(RuntimeError, match="seen"):
+        run_training(tiny.build(), job, Output(tmp_path / "memory"))
+    assert seen == [(1, 3)]
 
 
 HALFWAY = {"name": "lora", "r": 4, "target_modules": ["q_proj", "input_layernorm"]}  # PEFT refuses the second

@@ -33,6 +33,7 @@ from prefixmemory.scoring.generation import (
 )
 from prefixmemory.scoring.likelihood import likelihoods, nats_a_token
 from prefixmemory.training.card import write_model_card
+from prefixmemory.training.record import checksum
 from prefixmemory.tuner.activation import activation
 from prefixmemory.tuner.layers import memory_layers
 
@@ -48,11 +49,13 @@ class Scores:
         conditions: what was scored: data or task, number of rows.
         metrics: name -> (base model, adapter).
         details: one entry per row, or what the harness returned.
+        rows: checksum of the rows; files in two folders may have one name.
     """
 
     conditions: dict[str, Any]
     metrics: dict[str, tuple[float, float]]
     details: list[Any] = field(default_factory=list)
+    rows: str = ""
 
     def shown(self) -> str:
         """The figures as a table for a terminal."""
@@ -175,7 +178,7 @@ def evaluate_rows(
         conditions["rows whose prompt lost its beginning"] = cut
     if silent:
         conditions["rows without the invocation, in which the base model answers"] = silent
-    return Scores(conditions, {name: (base, ours) for name, (base, ours) in metrics.items()}, details)
+    return Scores(conditions, {name: (base, ours) for name, (base, ours) in metrics.items()}, details, checksum(rows))
 
 
 def uninvoked(adapter: Adapter, examples: Sequence[Example]) -> int:
@@ -271,7 +274,9 @@ def save_metrics(adapter: Adapter, scores: Scores) -> None:
         PrefixMemoryError: another run lies there now.
     """
     # the card is public: the name of a data file, without the folders of this machine
-    shown = {name: Path(value).name if name == "data" else value for name, value in scores.conditions.items()}
+    shown = {name: _without_folders(value) if name == "data" else value for name, value in scores.conditions.items()}
+    if scores.rows:
+        shown["checksum"] = scores.rows[:8]
     conditions = ", ".join(f"{name}: {value}" for name, value in shown.items())
     found = {
         f"{name}, {conditions}": {"value": ours, "base model": base} for name, (base, ours) in scores.metrics.items()
@@ -285,6 +290,11 @@ def save_metrics(adapter: Adapter, scores: Scores) -> None:
         record = {**present, "metrics": {**present.get("metrics", {}), **found}}
         write_json(adapter.folder / RECORD, json.loads(json.dumps(record)))
         write_model_card(adapter.folder, record)
+
+
+def _without_folders(data: str) -> str:
+    """A file's name; that of a data set on the Hub whole."""
+    return Path(data).name if Path(data).exists() else data
 
 
 def _of_run(record: Mapping[str, Any]) -> dict[str, Any]:

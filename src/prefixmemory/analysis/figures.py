@@ -166,9 +166,9 @@ def tradeoff_figure(found: Mapping[str, Tradeoff]) -> Any:
             _line(by_layer, range(len(data.layers)), data.values[-1], index, label, len(ours) <= BANDS)
         _tokens_axis(by_length, sorted({length for _, _, data in ours for length in data.lengths}))
         spread = _spread(ours)
-        longest = max(data.lengths[-1] for _, _, data in ours)
+        longest = " and ".join(f"{length:,}" for length in sorted({data.lengths[-1] for _, _, data in ours}))
         _finish(by_length, f"mean over layers and heads{spread}", LENGTH, VALUE[kind])
-        _finish(by_layer, f"mean over heads at {longest:,} tokens{spread}", LAYER, VALUE[kind], legend=False)
+        _finish(by_layer, f"mean over heads at {longest} tokens{spread}", LAYER, VALUE[kind], legend=False)
         _layer_axis(by_layer)
         for axis in (by_length, by_layer):
             _log_axis(axis)

@@ -140,7 +140,9 @@ def conditions(loaded: Loaded, records: Mapping[Run, Record]) -> dict[str, Any]:
         "base model": suite.model,
         "base weights": sorted({record.base_weights or "not recorded" for record in records.values()}),
         "seeds": suite.seeds,
-        "learning rates": f"{len(suite.rate_factors)} a method, by {suite.validation_rows} validation rows, one seed",
+        "learning rates": "1 a method, its own"
+        if len(suite.rate_factors) == 1
+        else f"{len(suite.rate_factors)} a method, by {suite.validation_rows} validation rows, one seed",
         "test rows": suite.test_rows,
         "rows behind long inputs": suite.long_input_rows,
         "rows of other tasks": suite.transfer_rows,

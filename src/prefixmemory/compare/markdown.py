@@ -173,7 +173,7 @@ def _rates(summary: Summary) -> str:
                 one = next((one for one in own if one.factor == factor), None)
                 tests = " / ".join(number(test, task.digits) for test in one.tests) if one else ""
                 failed = f"{one.failed} failed" if one and one.failed else ""
-                star = "*" if tests and one and one.chosen else ""
+                star = "*" if tests and one and one.chosen and len(factors) > 1 else ""
                 found.append(" ".join(part for part in (tests + star, failed) if part) or "–")
             valid = " / ".join(number(one.validation, task.digits) for one in own)
             below = [one.below_base for one in own if one.tests]

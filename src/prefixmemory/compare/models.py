@@ -27,6 +27,7 @@ from prefixmemory.compare.suite import Suite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.json_text import read_object
 from prefixmemory.files.records import RECORD
+from prefixmemory.memories.checkpoint import fingerprint
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
 from prefixmemory.rows.rows import Row
 from prefixmemory.training.given_back import given_back
@@ -59,6 +60,11 @@ class Models:
     def base(self) -> PreTrainedModel:
         """The base model."""
         return load_model(full_name(self.suite.model), self.suite.dtype, self.suite.attention)
+
+    @cached_property
+    def fingerprint(self) -> list[float | None] | None:
+        """A sample of the base model's weights; ``None`` where they cannot be read."""
+        return fingerprint(self.base)
 
     @contextmanager
     def trained(self, method: Method, rows: list[Row], settings: TrainingSettings, folder: Path) -> Iterator[Trained]:

@@ -139,6 +139,7 @@ class Record:
         base_model: as the suite names it.
         attempt: 1, or more where it failed and was tried again.
         base_weights: file, folder or Hub id of the weights that were loaded.
+        base_fingerprint: a sample of them (:func:`~prefixmemory.memories.checkpoint.fingerprint`).
         kind: of the method.
         made_with: what scored it.
         error: why it failed, in the place of all that follows.
@@ -160,6 +161,7 @@ class Record:
     made_with: Provenance
     attempt: int = 1
     base_weights: str | None = None
+    base_fingerprint: list[float | None] | None = None
     error: Failure | None = None
     training: Training | None = None
     validation: Scores | None = None

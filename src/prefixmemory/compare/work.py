@@ -64,7 +64,7 @@ def work(store: Store, data: Path | None, console: Console, retry_failed: bool =
     runs, records = state(store)
     failed = {run: record.attempt for run, record in records.items() if record.failure and retry_failed}
     if failed or any(run not in records for run in runs):
-        worker.load()  # a model that is not there is no matter of one run
+        worker.load(records.values())  # a model that is not there is no matter of one run
     console.print(f"{total(store.loaded)} runs, {len(records)} of them done.", highlight=False)
     with progress_bar(console) as bar:
         task = bar.add_task(store.loaded.suite.name, total=total(store.loaded))

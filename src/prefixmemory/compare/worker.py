@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from prefixmemory.compare.models import Models
 from prefixmemory.compare.records import Decoding, Failure, Provenance, Record, Run, Scores
 from prefixmemory.compare.runs import writes_answers
 from prefixmemory.compare.store import Store
+from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.files.records import provenance, write_json
 from prefixmemory.models.loading import full_name
 from prefixmemory.rows.encoding import behind
@@ -51,13 +52,22 @@ class Worker:
         self.models = Models(self.suite)
         self.made_with = Provenance(**provenance())  # of the code that is running, whatever is edited meanwhile
 
-    def load(self) -> None:
+    def load(self, records: Iterable[Record] = ()) -> None:
         """Load tokenizer and base model, if that has not been done.
 
+        Args:
+            records: those that stand already.
+
         Raises:
-            PrefixMemoryError: they cannot be loaded.
+            PrefixMemoryError: they cannot be loaded, or a record was made with other weights of that name.
         """
-        _ = self.models.tokenizer, self.models.base
+        _ = self.models.tokenizer
+        ours = self.models.fingerprint
+        if any(one.base_fingerprint not in (None, ours) for one in records):
+            raise PrefixMemoryError(
+                f"{self.store.folder} holds records of other weights of {self.suite.model} than were loaded now: "
+                "methods would be compared on two base models. Give another --output, or the weights of then."
+            )
 
     def run(self, run: Run) -> Record:
         """The record of ``run``; a run that fails has an ``error`` in the place of its scores."""
@@ -72,6 +82,7 @@ class Worker:
             made_with=self.made_with,
             # a folder or file without its place on this machine
             base_weights=Path(weights).name if Path(weights).exists() else weights,
+            base_fingerprint=self.models.fingerprint,
         )
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

@@ -90,6 +90,13 @@ def training_arguments(
     }
 
 
+def on_one_gpu(args: TrainingArguments) -> TrainingArguments:
+    """``args`` for one GPU a process: where it sees several, the Trainer would run ``nn.DataParallel``, and a step
+    would take a batch for each of them, whatever the settings say."""
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
 def check_trackers(report_to: Sequence[str]) -> None:
     """Refuse trackers that are not installed."""
     for tracker in report_to:
@@ -127,7 +134,7 @@ def completion_trainer(
     """A Trainer for the likelihood of completions (``objective="sft"``)."""
     return CompletionTrainer(
         model=model,
-        args=TrainingArguments(**arguments, remove_unused_columns=False),
+        args=on_one_gpu(TrainingArguments(**arguments, remove_unused_columns=False)),
         train_dataset=EpochRows(rows_of),
         eval_dataset=Dataset.from_list([one.feature for one in validation]) if validation else None,
         data_collator=collator(model, tokenizer),

@@ -14,6 +14,7 @@ from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.encoding import Tokens
 from prefixmemory.rows.rows import Rows, row_format
 from prefixmemory.training.job import TrainingJob
+from prefixmemory.training.loop import on_one_gpu
 from prefixmemory.training.settings import TrainingSettings
 
 
@@ -40,7 +41,7 @@ def preference_trainer(model: PreTrainedModel, job: TrainingJob, arguments: dict
     try:
         trainer: Trainer = make(
             model=model,
-            args=kind(**arguments, beta=settings.reward_scale, **more),
+            args=on_one_gpu(kind(**arguments, beta=settings.reward_scale, **more)),
             train_dataset=train,
             eval_dataset=validation,
             processing_class=job.tokenizer,
