@@ -16,7 +16,7 @@ from prefixmemory.rows.encoding import behind, encode_prompts
 from prefixmemory.rows.invocation import invocation_tokens
 from prefixmemory.rows.rendering import Example, render
 from prefixmemory.rows.rows import Row, check_row
-from prefixmemory.scoring.generation import answers
+from prefixmemory.scoring.generation import Sampling, answers
 from prefixmemory.scoring.likelihood import likelihoods
 from prefixmemory.tasks import Task
 from prefixmemory.tasks.scoring import room_for_answers
@@ -35,11 +35,32 @@ def said(model: nn.Module, **more: Any) -> list[str]:
 def test_greedy_answers_are_the_likeliest_whatever_the_model_comes_with():
     model, free = tiny.talker(), tiny.talker()
     model.generation_config = GenerationConfig(
-        repetition_penalty=1.8, num_beams=3, no_repeat_ngram_size=2, do_sample=True, temperature=5.0
-    )
+        repetition_penalty=1.8, num_beams=3, no_repeat_ngram_size=2, do_sample=True, temperature=5.0,
+        encoder_repetition_penalty=5.0,
+    )  # fmt: skip
     assert said(model) == said(free)
     found = model.generate(input_ids=torch.tensor([TOKENIZER(PROMPTS[0])["input_ids"]]), max_new_tokens=8)
     assert TOKENIZER.decode(found[0], skip_special_tokens=True) != PROMPTS[0] + said(free)[0]  # the control
+
+
+def test_a_seed_is_one_of_all_prompts():
+    """Equal prompts in different batches draw different answers."""
+    drawn = answers(tiny.talker(), TOKENIZER, PROMPTS[:1] * 4, 8, batch_size=1, sampling=Sampling(5.0, seed=1))
+    again = answers(tiny.talker(), TOKENIZER, PROMPTS[:1] * 4, 8, batch_size=1, sampling=Sampling(5.0, seed=1))
+    assert drawn == again and len(set(drawn)) > 1
+
+
+def test_a_model_that_trains_trains_on_where_something_is_refused():
+    model = tiny.build().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(PrefixMemoryError):
+        answers(model, TOKENIZER, PROMPTS, max_new_tokens=8, context="word " * 1000)
+    with pytest.raises(PrefixMemoryError):
+        likelihoods(model, TOKENIZER, [Example("a", "word " * 1000)])
+    assert [module.training for module in model.modules()] == modes
+    said(model)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_answers_are_compared_as_they_were_written(monkeypatch):

@@ -165,3 +165,11 @@ def test_conversations_of_sharegpt_are_messages():
     first = {"role": "system", "content": "Be brief."}
     assert check_row("", {"conversations": said, "system": "Be brief."})["messages"] == [first, USER, ANSWER]
     assert check_row("", {"conversations": [USER, ANSWER]})["messages"] == [USER, ANSWER]
+
+
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_a_system_text_beside_a_conversation_stands_in_front_of_it_once(field):
+    first = {"role": "system", "content": "Be brief."}
+    assert check_row("", {field: [USER, ANSWER], "system": "Be brief."})["messages"] == [first, USER, ANSWER]
+    assert check_row("", {field: [first, USER, ANSWER], "system": "Be long."})["messages"] == [first, USER, ANSWER]
+    assert check_row("", {field: [USER, ANSWER], "system": " "})["messages"] == [USER, ANSWER]

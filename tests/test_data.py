@@ -86,6 +86,21 @@ def test_further_columns_are_kept_and_do_not_matter(tmp_path):
     assert read_rows(tmp_path / "rows.parquet") == [{**rows[0], "source": "x"}]
 
 
+def test_objects_with_other_fields_stay_what_they_are_in_parquet(tmp_path):
+    """Arrow gives each object the fields of all rows'; a null there would be written into the prompt, and learned."""
+
+    def row(name: str, argument: str) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": name, "arguments": {argument: "Paris"}}}
+        tool = {"type": "function", "function": {"name": name, "parameters": {argument: {"type": "string"}}}}
+        said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!", "tool_calls": [call]}]
+        return {"messages": said, "tools": [tool]}
+
+    rows = [row("weather", "city"), row("clock", "zone")]
+    parquet(tmp_path / "rows.parquet", rows)
+    assert pyarrow.parquet.read_table(tmp_path / "rows.parquet").to_pylist() != rows
+    assert read_rows(tmp_path / "rows.parquet") == read_rows(jsonl(tmp_path / "rows.jsonl", rows))
+
+
 def test_each_row_says_where_it_stands(tmp_path):
     (tmp_path / "rows.csv").write_bytes(separated(ROWS))
     parquet(tmp_path / "rows.parquet", ROWS)
@@ -394,6 +409,8 @@ def test_so_many_rows_of_each_label_are_drawn():
 def test_rows_without_labels_are_not_drawn_by_label():
     with pytest.raises(PrefixMemoryError, match=r"per_label=2 needs rows with 'text' and 'label'\. Use limit"):
         sample([Row(prompt="a", completion="b")], 2, None, 0)
+    with pytest.raises(PrefixMemoryError, match="per_label=2 needs rows"):
+        sample([Row(instruction="a", output="b", text="what Alpaca renders")], 2, None, 0)
 
 
 def test_a_limit_holds_for_validation_rows_too(tmp_path):

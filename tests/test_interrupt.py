@@ -153,6 +153,12 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_printed_command_goes_on_to_the_same_m
         same_weights(place / "other", place / "uninterrupted")
 
 
+def same_loss(first: Path, second: Path) -> None:
+    """The mean of all steps, whatever was logged before a checkpoint; the Trainer rounds what it logs."""
+    losses = [json.loads((folder / "run.json").read_text())["train_loss"] for folder in (first, second)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
 @pytest.mark.parametrize("times", [1, 3])  # a scheduler may repeat itself, and is in no hurry
 def test_a_scheduler_that_ends_the_process_leaves_a_checkpoint_to_go_on_from(monkeypatch, cli, place, times):
     with monkeypatch.context() as patch:
@@ -184,6 +190,7 @@ def test_a_run_stopped_before_or_between_checkpoints_goes_on(monkeypatch, cli, p
     assert cli(*printed_command(message)) == (0, "")
     assert cli(*command(place, "uninterrupted", "--epochs", "1")) == (0, "")
     same_weights(place / "memory", place / "uninterrupted")
+    same_loss(place / "memory", place / "uninterrupted")
 
 
 def test_a_run_can_be_interrupted_twice(monkeypatch, cli, place):
@@ -198,6 +205,7 @@ def test_a_run_can_be_interrupted_twice(monkeypatch, cli, place):
     assert cli(*words) == (0, "")
     assert cli(*command(place, "uninterrupted", "--epochs", "1")) == (0, "")
     same_weights(place / "memory", place / "uninterrupted")
+    same_loss(place / "memory", place / "uninterrupted")
 
 
 def test_an_interrupted_overwrite_keeps_the_old_run_and_goes_on(monkeypatch, cli, place):

@@ -264,6 +264,7 @@ TYPOS = {
     "a template": (below("data", 'columns: {prompt: "{a!r}"}'), 6, ["data.columns.prompt='{a!r}'", "as they are"]),
     # what belongs together
     "best of nothing": (below("training", "keep_best: true"), 12, ["keep_best needs validation data"]),
+    "a split of nothing": (below("data", "validation_split: test"), 6, ["validation_split needs data.validation"]),
     "patience with nothing": (below("training", "patience: 2"), 12, ["patience needs validation data"]),
     "prefix tuning": (WRITTEN.format(method="prefix_tuning"), 8, ["method.num_virtual_tokens is missing"]),
     # YAML

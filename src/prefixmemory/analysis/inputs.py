@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import cycle
 from typing import Any, cast
 
@@ -19,6 +17,7 @@ from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.prefix import PrefixVectors
 from prefixmemory.memories.registry import is_inside
+from prefixmemory.models.modes import evaluating
 from prefixmemory.rows.data import northline
 from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.tuner.activation import activation
@@ -113,15 +112,3 @@ def run(model: nn.Module, ids: Tensor) -> None:
     options = {name: value for name, value in options.items() if name in known}
     with evaluating(model), activation([0]):
         model(input_ids=ids.to(next(model.parameters()).device), **options)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode until the block ends."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

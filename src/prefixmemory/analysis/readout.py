@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory._shapes import Float
-from prefixmemory.analysis.inputs import base_of, check_ids, evaluating, text_sites
+from prefixmemory.analysis.inputs import base_of, check_ids, text_sites
 from prefixmemory.analysis.tradeoff import around_memory
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.registry import matrix_of
+from prefixmemory.models.modes import evaluating
 from prefixmemory.tuner.activation import activation
 from prefixmemory.tuner.in_attention import InAttention
 from prefixmemory.tuner.layers import attention_layers

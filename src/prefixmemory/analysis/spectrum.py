@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from prefixmemory._shapes import Float
-from prefixmemory.analysis.inputs import check_ids, evaluating, run, text_sites
+from prefixmemory.analysis.inputs import check_ids, run, text_sites
 from prefixmemory.errors import PrefixMemoryError
+from prefixmemory.models.modes import evaluating
 
 DEFINITION = (
     "eigenvalues of the covariance (centred, over tokens) of the bias, which is an attention module's output with the "

@@ -17,18 +17,19 @@ _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "
 _TAKEN = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"self", "kwargs"}
 
 
-def from_sharegpt(where: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``fields`` with ``messages`` in the place of ShareGPT's ``conversations``; other rows as they are.
+def as_messages(where: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``fields`` with ``messages`` in the place of ShareGPT's ``conversations``; a ``system`` text beside either stands
+    in front of them, where they have none. Other rows as they are.
 
     Raises:
         PrefixMemoryError: a speaker whose role nobody knows.
     """
-    turns = fields.get("conversations")
-    if "messages" in fields or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    turns = fields.get("messages", fields.get("conversations"))
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return fields
     messages = []
     for number, turn in enumerate(turns, start=1):
-        if "from" in turn:
+        if "from" in turn and "messages" not in fields:
             if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT:
                 raise PrefixMemoryError(
                     f"{where}: 'from' is {turn['from']!r} in turn {number}; it must be one of {', '.join(_SHAREGPT)}. "
@@ -36,8 +37,9 @@ def from_sharegpt(where: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
                 )
             turn = {"role": _SHAREGPT[turn["from"]], "content": turn.get("value")}
         messages.append(turn)
-    if isinstance(fields.get("system"), str) and fields["system"].strip():
-        messages.insert(0, {"role": "system", "content": fields["system"]})
+    system = fields.get("system")
+    if isinstance(system, str) and system.strip() and messages and messages[0].get("role") != "system":
+        messages.insert(0, {"role": "system", "content": system})
     return {name: value for name, value in fields.items() if name != "conversations"} | {"messages": messages}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
 from prefixmemory.rows.readers import fields_of
-from prefixmemory.rows.rows import EXPECTED, FORMATS, Row, check_row, check_same_format
+from prefixmemory.rows.rows import EXPECTED, FORMATS, Row, check_row, check_same_format, kind_of
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def sample(rows: list[Row], per_label: int | None, limit: int | None, seed: int)
     chosen = list(range(len(rows)))
     random.Random(seed).shuffle(chosen)
     if per_label is not None:
-        if "text" not in rows[0]:
+        if kind_of(rows[0]) != "text":
             raise PrefixMemoryError(f"per_label={per_label} needs rows with 'text' and 'label'. Use limit instead.")
         counts: dict[str, int] = {}
         kept = []

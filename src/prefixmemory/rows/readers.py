@@ -200,7 +200,7 @@ def _from_parquet(file: Path) -> Fields:
             for batch in ParquetFile(stream).iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file}, row {number}", row
+                    yield f"{file}, row {number}", _without_nulls(row)
     except (ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise PrefixMemoryError(
@@ -225,4 +225,17 @@ def _from_hub(name: str, split: str, subset: str | None) -> Fields:
         for key, feature in names.items():
             if row[key] in range(feature.num_classes):  # -1 or nothing where a test split hides its labels
                 row[key] = feature.int2str(row[key])
-        yield f"{name} ({split}), row {number}", row
+        yield f"{name} ({split}), row {number}", _without_nulls(row)
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` without what is null within its lists and objects: Arrow gives each object the fields of all rows'."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cleaned(one) for one in value]
+        if isinstance(value, dict):
+            return {name: cleaned(one) for name, one in value.items() if one is not None}
+        return value
+
+    return {name: cleaned(value) for name, value in row.items()}

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.rows.conversations import checked_conversation, from_sharegpt
+from prefixmemory.rows.conversations import as_messages, checked_conversation
 
 Fields = tuple[str, ...]
 #: Rows as functions take them: a :class:`Row` where they were read from a file, or plain mappings.
@@ -78,7 +78,7 @@ def check_row(where: str, fields: Mapping[str, Any]) -> Row:
     Raises:
         PrefixMemoryError: a field is missing, empty or of the wrong type.
     """
-    fields = from_sharegpt(where, fields)
+    fields = as_messages(where, fields)
     kind = kind_of(fields)
     if kind is None:
         wanted = {name for names in FORMATS.values() for name in names}

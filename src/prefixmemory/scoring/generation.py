@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError, check_number
 from prefixmemory.models.logits import contiguous_logits_input
+from prefixmemory.models.modes import evaluating
 from prefixmemory.rows.collator import padding_id
 from prefixmemory.rows.encoding import Tokens, begins, behind, tokenize
 from prefixmemory.rows.invocation import invocation_of
@@ -33,6 +34,7 @@ _LIKELIEST = {
     "do_sample": False,
     "num_beams": 1,
     "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_new_tokens": 0,
 }
@@ -160,57 +162,56 @@ def answers(
     Raises:
         PrefixMemoryError: a prompt is longer than the model can read, with ``context`` and an answer.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    asked = [Example(behind(context, prompt, tokenizer), "") for prompt in prompts]
-    rows = tokenize(asked, tokenizer, max(most_tokens(model) - max_new_tokens, 1), invocation=invocation_in(model))
-    check_uncut(model, rows, context)
-    ids = [row.prompt for row in rows]
-    pad, end = padding_id(tokenizer), end_tokens(model, tokenizer)
-    writer: Any = model
-    # Padding must not stand between virtual tokens and text: what all prompts begin with is read with the virtual
-    # tokens, and the base model goes on from there.
-    prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    shared_ids: list[int] = []
-    shared = None
-    if context or prepends:
-        shared_ids = common_beginning(ids, invocation_in(model))
-    if shared_ids:
-        if prepends:
-            writer = cast(PeftModel, model).get_base_model()
-        ids = [row[len(shared_ids) :] for row in ids]
-        shared = read_beginning(model, shared_ids)
-        # ids of what is cached are not read
-        shared_ids = [pad] * (shared.get_seq_length() - len(shared_ids)) + shared_ids
-    context_ids = torch.tensor([shared_ids], dtype=torch.long, device=device)
-    order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
-    found: list[str] = [""] * len(prompts)
-    while order:
-        same_length = prepends and shared is None
-        chosen = [i for i in order[:batch_size] if not same_length or len(ids[i]) == len(ids[order[0]])]
-        order = order[len(chosen) :]
-        batch = _left_padded([ids[i] for i in chosen], context_ids, pad, device)
-        cache: dict[str, Any] = {}
-        if shared is not None:
-            cache["past_key_values"] = repeated(shared, len(chosen))
-        with contiguous_logits_input(model):
-            written = writer.generate(
-                **batch,
-                **cache,
-                max_new_tokens=max_new_tokens,
-                **sampling.options(),
-                use_cache=True,  # the base model's config may say otherwise; a shared context needs it
-                pad_token_id=pad,
-                eos_token_id=end or None,
-            )
-        new = written[:, batch["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(new, **AS_WRITTEN)
-        for i, text in zip(chosen, texts, strict=True):
-            found[i] = first_line(text) if one_line else text.strip()
-        if progress is not None:
-            progress(len(chosen))
-    model.train(was_training)
+    with evaluating(model):
+        device = next(model.parameters()).device
+        asked = [Example(behind(context, prompt, tokenizer), "") for prompt in prompts]
+        rows = tokenize(asked, tokenizer, max(most_tokens(model) - max_new_tokens, 1), invocation=invocation_in(model))
+        check_uncut(model, rows, context)
+        ids = [row.prompt for row in rows]
+        pad, end = padding_id(tokenizer), end_tokens(model, tokenizer)
+        writer: Any = model
+        # Padding must not stand between virtual tokens and text: what all prompts begin with is read with the virtual
+        # tokens, and the base model goes on from there.
+        prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        shared_ids: list[int] = []
+        shared = None
+        if context or prepends:
+            shared_ids = common_beginning(ids, invocation_in(model))
+        if shared_ids:
+            if prepends:
+                writer = cast(PeftModel, model).get_base_model()
+            ids = [row[len(shared_ids) :] for row in ids]
+            shared = read_beginning(model, shared_ids)
+            # ids of what is cached are not read
+            shared_ids = [pad] * (shared.get_seq_length() - len(shared_ids)) + shared_ids
+        context_ids = torch.tensor([shared_ids], dtype=torch.long, device=device)
+        order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
+        found: list[str] = [""] * len(prompts)
+        how = sampling.options()  # once: a seed is one of all prompts
+        while order:
+            same_length = prepends and shared is None
+            chosen = [i for i in order[:batch_size] if not same_length or len(ids[i]) == len(ids[order[0]])]
+            order = order[len(chosen) :]
+            batch = _left_padded([ids[i] for i in chosen], context_ids, pad, device)
+            cache: dict[str, Any] = {}
+            if shared is not None:
+                cache["past_key_values"] = repeated(shared, len(chosen))
+            with contiguous_logits_input(model):
+                written = writer.generate(
+                    **batch,
+                    **cache,
+                    max_new_tokens=max_new_tokens,
+                    **how,
+                    use_cache=True,  # the base model's config may say otherwise; a shared context needs it
+                    pad_token_id=pad,
+                    eos_token_id=end or None,
+                )
+            new = written[:, batch["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(new, **AS_WRITTEN)
+            for i, text in zip(chosen, texts, strict=True):
+                found[i] = first_line(text) if one_line else text.strip()
+            if progress is not None:
+                progress(len(chosen))
     return found
 
 

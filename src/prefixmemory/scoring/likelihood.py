@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefixmemory.models.logits import contiguous_logits_input
+from prefixmemory.models.modes import evaluating
 from prefixmemory.rows.collator import collator
 from prefixmemory.rows.encoding import IGNORED, Tokens, behind, tokenize
 from prefixmemory.rows.rendering import Example
@@ -78,38 +79,36 @@ def likelihoods(
     Raises:
         PrefixMemoryError: a completion alone is longer than the model can read, or a row with ``context``.
     """
-    was_training = model.training
-    model.eval()
-    invocation = invocation_in(model)
-    whole = [replace(one, prompt=behind(context, one.prompt, tokenizer)) for one in examples]
-    rows = tokenize(whole, tokenizer, most_tokens(model), invocation=invocation)
-    check_uncut(model, rows, context)
-    collate = collator(model, tokenizer)
-    prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    shared = common_beginning([one.prompt for one in rows], invocation) if context and not prepends else []
-    cache, length = read_beginning(model, shared), len(shared)
-    batch_size = max(1, min(batch_size, CACHED_TOKENS // max(length, 1)))
-    rows = [replace(one, prompt=one.prompt[length:]) for one in rows]
-    device = next(model.parameters()).device
-    found = [Likelihood(0.0, 0)] * len(rows)
-    for chosen in _batches(rows, batch_size, collate.crop_logits):
-        batch = collate([rows[i].feature for i in chosen])
-        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        if cache is not None:
-            batch["past_key_values"] = repeated(cache, len(chosen))
-            batch["position_ids"] = batch["position_ids"] + length
-            batch["attention_mask"] = pad(batch["attention_mask"], (length, 0), value=1)
-        with contiguous_logits_input(model):
-            logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
-        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        nats = -losses.view(labels.shape).sum(1)
-        greedy = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
-        for i, value, first in zip(chosen, nats.tolist(), greedy.tolist(), strict=True):
-            found[i] = Likelihood(value, len(rows[i].completion), rows[i].cut, first)
-        if progress is not None:
-            progress(len(chosen))
-    model.train(was_training)
+    with evaluating(model):
+        invocation = invocation_in(model)
+        whole = [replace(one, prompt=behind(context, one.prompt, tokenizer)) for one in examples]
+        rows = tokenize(whole, tokenizer, most_tokens(model), invocation=invocation)
+        check_uncut(model, rows, context)
+        collate = collator(model, tokenizer)
+        prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        shared = common_beginning([one.prompt for one in rows], invocation) if context and not prepends else []
+        cache, length = read_beginning(model, shared), len(shared)
+        batch_size = max(1, min(batch_size, CACHED_TOKENS // max(length, 1)))
+        rows = [replace(one, prompt=one.prompt[length:]) for one in rows]
+        device = next(model.parameters()).device
+        found = [Likelihood(0.0, 0)] * len(rows)
+        for chosen in _batches(rows, batch_size, collate.crop_logits):
+            batch = collate([rows[i].feature for i in chosen])
+            batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            labels = batch.pop("labels")[:, 1:]
+            if cache is not None:
+                batch["past_key_values"] = repeated(cache, len(chosen))
+                batch["position_ids"] = batch["position_ids"] + length
+                batch["attention_mask"] = pad(batch["attention_mask"], (length, 0), value=1)
+            with contiguous_logits_input(model):
+                logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
+            losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+            nats = -losses.view(labels.shape).sum(1)
+            greedy = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
+            for i, value, first in zip(chosen, nats.tolist(), greedy.tolist(), strict=True):
+                found[i] = Likelihood(value, len(rows[i].completion), rows[i].cut, first)
+            if progress is not None:
+                progress(len(chosen))
     return found
 
 

@@ -36,7 +36,7 @@ from prefixmemory.training.sampler import EpochRows, EpochSampler, RowsOfEpoch
 from prefixmemory.training.saving import SaveByTime
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory.training.silent_front import SilentFront
-from prefixmemory.training.stopwatch import Stopwatch
+from prefixmemory.training.stopwatch import LogWithSave, Stopwatch
 
 #: transformers 5.23 renamed the argument.
 CHECKPOINTING = (
@@ -186,6 +186,7 @@ def fit(
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
     with StopOnSignal() as stop, contiguous_logits_input(cast(Any, trainer.model)):
         trainer.add_callback(stop)
+        trainer.add_callback(LogWithSave())
         trainer.add_callback(diverged := StopDiverged())
         result = trainer.train(resume_from_checkpoint=last)
         if stop.asked and trainer.state.global_step < trainer.state.max_steps:

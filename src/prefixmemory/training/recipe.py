@@ -110,6 +110,11 @@ def load_recipe(
             f"training.learning_rate is missing: that of a memory would not suit {name}. Give its own, such as 1e-3 "
             "for LoRA.",
         )
+    if "validation_split" in content.get("data", {}) and recipe.data.validation is None:
+        raise source.error(
+            "data.validation_split",
+            "data.validation_split needs data.validation: give the id of the data set once more.",
+        )
     if recipe.training.keeps_best and recipe.data.validation is None:
         what = "patience" if recipe.training.patience is not None else "keep_best"
         raise source.error(f"training.{what}", f"training.{what} needs validation data: give data.validation.")

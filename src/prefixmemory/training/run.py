@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -43,7 +42,7 @@ from prefixmemory.training.output import Output, remove_run
 from prefixmemory.training.preferences import check_trl, preference_trainer
 from prefixmemory.training.recipe import Recipe
 from prefixmemory.training.record import RunRecord, plan_of_run
-from prefixmemory.training.stopwatch import seconds_of
+from prefixmemory.training.stopwatch import loss_of, seconds_of
 from prefixmemory.tuner.layers import reads_by
 
 
@@ -119,7 +118,7 @@ def _run(
             metrics = fit(trainer, settings, resume, progress)
         outcome = {
             "data": dict(job.data),
-            "train_loss": _train_loss(trainer, metrics, resume),
+            "train_loss": loss_of(trainer) if resume else metrics["train_loss"],
             **({"validation_loss": metrics["eval_loss"]} if "eval_loss" in metrics else {}),
             "train_seconds": round(seconds_of(trainer), 1),
             "trainable_parameters": _size(adapted),
@@ -184,12 +183,6 @@ def _run_recipe(recipe: Recipe, output: Output, resume: bool, overwrite: bool, c
 def first_process() -> bool:
     """Whether this process writes: the only one, or the first of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _train_loss(trainer: Trainer, metrics: Mapping[str, float], resumed: bool) -> float:
-    """Mean loss of the run; the Trainer's own figure forgets what was before a resume."""
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return sum(losses) / len(losses) if resumed and losses else metrics["train_loss"]
 
 
 def _size(model: nn.Module) -> int:

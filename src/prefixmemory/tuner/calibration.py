@@ -10,8 +10,7 @@ gives the means anew, until something has been learned, for it may be the first 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.memories.registry import lacks_mean, whole
+from prefixmemory.models.modes import evaluating
 from prefixmemory.tuner.layer import PrefixMemoryLayer
 from prefixmemory.tuner.layers import holders, memory_layers
 
@@ -156,7 +156,7 @@ def take_means(
     devices = {sums.sums.device for _, _, sums in waiting}
     cuda = [device for device in devices if device.type == "cuda"]  # not every one of the machine
     try:
-        with torch.no_grad(), _evaluating(module), torch.random.fork_rng(cuda):
+        with torch.no_grad(), evaluating(module), torch.random.fork_rng(cuda):
             module(*args, **{key: _own(value) for key, value in kwargs.items()})
     finally:
         for handle in handles:
@@ -181,17 +181,6 @@ def _add(sums: _Sums, layer: PrefixMemoryLayer, memory: nn.Module, args: tuple[T
 def _own(value: Any) -> Any:
     """A cache of its own: the pass would fill the caller's."""
     return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def _add_up(all_sums: list[_Sums]) -> None:
