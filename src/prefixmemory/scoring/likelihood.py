@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -84,10 +85,14 @@ def likelihoods(
         whole = [replace(one, prompt=behind(context, one.prompt, tokenizer)) for one in examples]
         rows = tokenize(whole, tokenizer, most_tokens(model), invocation=invocation)
         check_uncut(model, rows, context)
-        collate = collator(model, tokenizer)
         prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-        shared = common_beginning([one.prompt for one in rows], invocation) if context and not prepends else []
+        shared = common_beginning([one.prompt for one in rows], invocation) if context else []
         cache, length = read_beginning(model, shared), len(shared)
+        reader: Any = model
+        if prepends and cache is not None:  # virtual tokens are in the cache: the base model goes on from there
+            reader = cast(PeftModel, model).get_base_model()
+        cached = 0 if cache is None else cache.get_seq_length()
+        collate = collator(reader, tokenizer)
         batch_size = max(1, min(batch_size, CACHED_TOKENS // max(length, 1)))
         rows = [replace(one, prompt=one.prompt[length:]) for one in rows]
         device = next(model.parameters()).device
@@ -98,10 +103,10 @@ def likelihoods(
             labels = batch.pop("labels")[:, 1:]
             if cache is not None:
                 batch["past_key_values"] = repeated(cache, len(chosen))
-                batch["position_ids"] = batch["position_ids"] + length
-                batch["attention_mask"] = pad(batch["attention_mask"], (length, 0), value=1)
+                batch["position_ids"] = batch["position_ids"] + cached
+                batch["attention_mask"] = pad(batch["attention_mask"], (cached, 0), value=1)
             with contiguous_logits_input(model):
-                logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
+                logits = reader(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
             losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
             nats = -losses.view(labels.shape).sum(1)
             greedy = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
