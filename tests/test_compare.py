@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -452,9 +453,9 @@ def test_a_score_that_is_no_number_is_tried_again_too_and_by_one_worker(tmp_path
     store.write(broken)
     load = Worker.load
 
-    def loads_late(worker: Worker) -> None:
+    def loads_late(worker: Worker, records: Iterable[Record]) -> None:
         store.write(dataclasses.replace(broken, attempt=2))  # another worker has tried again meanwhile
-        load(worker)
+        load(worker, records)
 
     with monkeypatch.context() as patch:
         patch.setattr(Worker, "load", loads_late)
