@@ -466,11 +466,8 @@ def test_a_method_that_is_refused_halfway_leaves_nothing_in_the_base_model(tmp_p
 
 @pytest.mark.parametrize("ending", ["whole", "broken"])
 def test_a_run_gives_the_base_model_back_as_it_was(tmp_path, monkeypatch, ending):
-    """Its weights, its mode, its dropout, and without gradient checkpointing."""
+    """Its weights, its mode, and without gradient checkpointing."""
     model = tiny.build("gpt2").eval()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.1
     modules, weights = list(model.modules()), {name: p.clone() for name, p in model.named_parameters()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
     method = {"name": "lora", "r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["ln_f"]}
@@ -484,9 +481,27 @@ def test_a_run_gives_the_base_model_back_as_it_was(tmp_path, monkeypatch, ending
         run_training(model, job, Output(tmp_path / "lora"))
     assert list(model.modules()) == modules and not any(module.training for module in model.modules())
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    assert {module.p for module in modules if isinstance(module, nn.Dropout)} == {0.1}
     assert not model.is_gradient_checkpointing
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules] == hooks
+
+
+def test_a_preference_run_gives_the_base_model_its_dropout_back(tmp_path):
+    """TRL switches it off."""
+    pytest.importorskip("trl")
+    model, seen = tiny.build("gpt2"), []
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module in dropouts:
+        module.p = 0.1
+        module.register_forward_hook(lambda module, *_: seen.append(module.p))
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
+    config = PrefixMemoryConfig(task_type="CAUSAL_LM")
+    run_training(
+        model,
+        TrainingJob("some/model", TOKENIZER, rows, config, TrainingSettings(objective="dpo")),
+        Output(tmp_path / "m"),
+    )
+    assert dropouts and {module.p for module in dropouts} == {0.1}
+    assert set(seen) == {0.0}  # the control
 
 
 def test_biases_of_the_base_model_are_not_trained():

@@ -96,8 +96,8 @@ def _run(
     plan = plan_of_run(job, model)
     if resume:
         last_checkpoint(output.partial / "checkpoints")
-    for message in filter(None, (job.cut_message, *job.invoked_again_messages)):
-        if console is not None and writes:
+    if console is not None and writes:
+        for message in filter(None, (job.cut_message, *job.invoked_again_messages)):
             say(console, message)
     arguments = training_arguments(settings, output.partial / "checkpoints", bool(job.validation), job.report_to)
     torch.manual_seed(settings.seed)
