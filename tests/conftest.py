@@ -41,6 +41,13 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True)
+def _leaves_no_process_group() -> Iterator[None]:
+    """The tests that follow in this process would believe that they are one of several processes."""
+    yield
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture(autouse=True)
 def _compiled_anew(request: pytest.FixtureRequest) -> None:
     """On a CPU, torch 2.13 cannot compile flex attention for a second kind of mask in one process (docs/LOG.md), and
     not at all without vector instructions: the C++ that it writes does not compile."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -136,7 +137,7 @@ class FakeServer(FakeEngine):
 
 
 @pytest.fixture
-def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in (
         "generation.vllm_generation",
         "trainer.distillation_trainer",
@@ -150,6 +151,11 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # TRL sets them for the engine
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if torch.distributed.is_initialized():  # accelerate believed those variables
+        torch.distributed.destroy_process_group()
 
 
 def lora() -> LoraConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -464,9 +465,19 @@ def test_a_method_that_is_refused_halfway_leaves_nothing_in_the_base_model(tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("ending", ["whole", "broken"])
-def test_a_run_gives_the_base_model_back_as_it_was(tmp_path, monkeypatch, ending):
+@pytest.fixture
+def group_of_one(tmp_path) -> Iterator[None]:
+    """What a launcher of one process makes, and TRL for vLLM in the same process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("ending", ["whole", "broken", "in a group"])
+def test_a_run_gives_the_base_model_back_as_it_was(tmp_path, monkeypatch, request, ending):
     """Its weights, its mode, and without gradient checkpointing."""
+    if ending == "in a group":
+        request.getfixturevalue("group_of_one")
     model = tiny.build("gpt2").eval()
     modules, weights = list(model.modules()), {name: p.clone() for name, p in model.named_parameters()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]

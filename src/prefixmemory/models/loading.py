@@ -102,7 +102,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer  # type: ignore[no-any-return]
 
 
-def _is_spread() -> bool:
+def is_spread() -> bool:
     """Whether accelerate was told to split the model over processes: it moves the parts itself."""
     return any(os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true" for engine in ("FSDP", "DEEPSPEED"))
 
@@ -139,7 +139,7 @@ def load_model(
         )
     if file:
         loaded.name_or_path = model  # the file, not only its folder
-    if torch.cuda.is_available() and loaded.device.type == "cpu" and not _is_spread():
+    if torch.cuda.is_available() and loaded.device.type == "cpu" and not is_spread():
         # bitsandbytes has put its weights there, and does not let them be moved
         loaded = loaded.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     keep_trainable(loaded, inference=False)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
+
+from prefixmemory.models.loading import is_spread
 
 #: What a module holds of others: its children and its hooks.
 _HELD = (
@@ -30,7 +31,7 @@ def given_back(model: nn.Module) -> Iterator[None]:
     - a run that ends with an error leaves the model in training mode, TRL leaves it without dropout, and gradient
       checkpointing stays on.
 
-    Models that are spread over several processes are left alone: what spreads them stands in the same places.
+    Models that FSDP or DeepSpeed split are left alone: what splits them stands in the same places.
     """
     modules, own = list(model.modules()), set(vars(model))
     held = [(vars(module)[name], dict(vars(module)[name])) for module in modules for name in _HELD]
@@ -40,7 +41,7 @@ def given_back(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_spread():
             for now, before in held:
                 now.clear()
                 now.update(before)
