@@ -23,7 +23,7 @@ from peft import get_peft_model
 from prefixmemory import PrefixMemoryConfig, invocation_tokens
 from prefixmemory.files.records import provenance, write_json
 from prefixmemory.models.loading import load_model, load_tokenizer, smollm2
-from prefixmemory.rows.rendering import chat_prompt
+from prefixmemory.rows.chat_template import chat_prompt
 from prefixmemory.rows.unrelated_text import unrelated_text
 
 RESULT = RESULTS / "context_reuse.json"

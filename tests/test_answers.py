@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import pytest
@@ -12,14 +13,14 @@ from transformers import GenerationConfig
 
 import tiny
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.encoding import behind, encode_prompts
+from prefixmemory.rows.encoding import behind, encode_prompts, tokenize
 from prefixmemory.rows.invocation import invocation_tokens
 from prefixmemory.rows.rendering import Example, render
 from prefixmemory.rows.rows import Row, check_row
-from prefixmemory.scoring.generation import Sampling, answers
+from prefixmemory.scoring.generation import AnswersIn, Sampling, accuracy, answers
 from prefixmemory.scoring.likelihood import likelihoods
 from prefixmemory.tasks import Task
-from prefixmemory.tasks.scoring import room_for_answers
+from prefixmemory.tasks.scoring import room_for_answers, score
 from tokenizers_of_all_kinds import Kind, build
 
 TOKENIZER = tiny.tokenizer()
@@ -176,4 +177,72 @@ def test_answers_have_room_for_the_longest_right_one():
     assert room_for_answers(exact(), rows_of({"prompt": "p", "completion": long}), TOKENIZER) == 52
     # a column that is no answer says nothing
     assert room_for_answers(exact(), rows_of({"prompt": "p", "completion": "c", "label": 3}), TOKENIZER) == 32
-    assert room_for_answers(exact("reading"), rows_of({"prompt": "p", "completion": long}), TOKENIZER) == 32
+    for scoring in ("reading", "text", "number"):
+        assert room_for_answers(exact(scoring), rows_of({"prompt": "p", "completion": long}), TOKENIZER) == 52
+    several = {"prompt": "p", "completion": "c", "references": ["a" * 70, "b"], "answers": ["a" * 60]}
+    assert room_for_answers(exact("text"), rows_of(several), TOKENIZER) == 72
+    assert room_for_answers(exact("reading"), rows_of(several), TOKENIZER) == 62
+
+
+# What a chat template writes in front of answers
+
+OPENINGS = {  # as Qwen 3, GLM 4.5, gpt-oss and one that only adds a word write them
+    "a thought": "<think>\n\n</think>\n\n",
+    "an empty thought": "\n<think></think>\n",
+    "a channel": "<|channel|>final<|message|>",
+    "a word": "Answer: ",
+}
+WRITTEN = {
+    "as it learned": "{}",
+    "with a thought": "<think>\nParis? Or not.\n</think>\n\n",
+    "on another channel": "<|channel|>analysis<|message|>Paris?<|end|><|start|>assistant<|channel|>final<|message|>",
+}
+
+
+def opening(text: str) -> Any:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>", "<|end|>", "<|start|>"]})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "m['content']", f"({text!r} if m['role'] == 'assistant' else '') + m['content']"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", OPENINGS)
+def test_the_opening_of_a_template_is_no_part_of_an_answer(name):
+    tokenizer = opening(OPENINGS[name])
+    (example,) = render(rows_of({"prompt": "Where?", "completion": "Paris"}), tokenizer)
+    assert example.completion == f"{OPENINGS[name]}Paris<eos>"  # it is learned
+    written = [OPENINGS[name]]
+    written += [WRITTEN["with a thought"]] if "thought" in name else []
+    written += [WRITTEN["on another channel"]] if "channel" in name else []
+    for front in written:
+        ids = torch.tensor(tokenizer(f"{front}Paris\nor so<eos>", add_special_tokens=False)["input_ids"])
+        assert AnswersIn(tokenizer)(ids) == "Paris\nor so"
+    ids = torch.tensor(tokenizer("Paris, <b>France</b>", add_special_tokens=False)["input_ids"])
+    assert AnswersIn(tokenizer)(ids) == AnswersIn(TOKENIZER)(ids) == "Paris, <b>France</b>"  # where it writes none
+    task, rows = exact(), rows_of({"prompt": "Where?", "completion": "a" * 40})
+    front = len(tokenizer(OPENINGS[name].strip(), add_special_tokens=False)["input_ids"])
+    assert room_for_answers(task, rows, tokenizer) == 1 + len(" " + "a" * 40) + front
+
+
+def test_a_model_that_writes_what_it_learned_is_right(monkeypatch):
+    """Else every model would have 0 % where a template opens answers."""
+    tokenizer = opening(OPENINGS["a thought"])
+    model, rows = tiny.build(), rows_of({"prompt": "Where?", "completion": "Paris"})
+    model.resize_token_embeddings(len(tokenizer))
+    (tokens,) = tokenize(render(rows, tokenizer), tokenizer, 1000)
+    monkeypatch.setattr(
+        model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([tokens.completion])], 1)
+    )
+    assert score(model, tokenizer, exact(), rows).score == 100
+    assert score(model, tokenizer, exact("reading"), rows).answers == ["Paris"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_an_accent_is_the_same_letter_however_it_is_encoded(form):
+    """Qwen's tokenizers write what is composed, files of macOS what is not."""
+    said = unicodedata.normalize("NFC", "café")
+    assert accuracy([said], [unicodedata.normalize(form, "café")]) == 100
+    assert accuracy([said], ["cafe"]) == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -267,3 +269,35 @@ def test_generate_shows_base_model_and_adapter():
         words = ("generate", "--adapter", name, "--prompt", "hello", "--max-new-tokens", TOKENS)
         said = [oracle(who, asked("hello")) for who in ("base", "adapter")]
         assert call(*words).success == f"base model:  {said[0]}\n{title} {said[1]}\n"
+
+
+def test_what_all_rows_gave_the_template_is_given_to_it_in_use(place):
+    """As Qwen 3's enable_thinking: without it, the prompt would end otherwise than any in training."""
+    given, thought = {"chat_template_kwargs": {"think": True}}, "(think)"
+    shutil.copytree("base", "thinking")
+    template = "('(think)' if think and m['role'] == 'assistant' else '') + m['content']"
+    file = Path("thinking/chat_template.jinja")
+    file.write_text(
+        file.read_text()
+        .replace("m['content']", template)
+        .replace("'<|assistant|>'", "'<|assistant|>' + think * '(think)'")
+    )
+    rows = [{"messages": [{"role": "user", "content": f"why {i}?"}, {"role": "assistant", "content": "so"}], **given}
+            for i in range(12)]  # fmt: skip
+    jsonl(place / "thinking.jsonl", rows)
+    words = ("--model", "thinking", "--dtype", "float32", "--learning-rate", 0.05, "--epochs", 6, *START)
+    call("train", "--data", "thinking.jsonl", "--output", "thinks", *words, "--set", "method.rank=null").success  # noqa: B018
+    oracle = Oracle("thinks")
+    first = oracle("adapter", asked("hello") + thought)
+    second = oracle("adapter", asked("hello", thought + first, "and then?") + thought)
+    assert talk("thinks", "hello", "and then?") == [first, second]
+    assert first != oracle("adapter", asked("hello"))  # the control
+    said = call("generate", "--adapter", "thinks", "--prompt", "hello", "--max-new-tokens", TOKENS).success
+    assert said.endswith(f"with memory: {first}\n")
+
+    jsonl(place / "mixed.jsonl", [*rows, {**rows[0], "chat_template_kwargs": {"think": False}}])
+    call("train", "--data", "mixed.jsonl", "--output", "mixes", *words).success  # noqa: B018
+    records = [json.loads(Path(name, "run.json").read_text()) for name in ("thinks", "mixes")]
+    assert [record["chat_template_kwargs"] for record in records] == [{"think": True}, {}]
+    Path("mixes/run.json").write_text(json.dumps({**records[1], "chat_template_kwargs": {"tokenize": True}}))
+    assert "none of which is called" in call("generate", "--adapter", "mixes", "--prompt", "hello").refusal

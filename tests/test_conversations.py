@@ -8,8 +8,10 @@ import pytest
 
 import tiny
 from prefixmemory import PrefixMemoryError
+from prefixmemory.rows.chat_template import THOUGHTS
+from prefixmemory.rows.invocation import questions
 from prefixmemory.rows.rendering import Example, render
-from prefixmemory.rows.rows import Row, check_row
+from prefixmemory.rows.rows import Row, check_row, with_one_answer
 
 USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}
 TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
@@ -173,3 +175,84 @@ def test_a_system_text_beside_a_conversation_stands_in_front_of_it_once(field):
     assert check_row("", {field: [USER, ANSWER], "system": "Be brief."})["messages"] == [first, USER, ANSWER]
     assert check_row("", {field: [first, USER, ANSWER], "system": "Be long."})["messages"] == [first, USER, ANSWER]
     assert check_row("", {field: [USER, ANSWER], "system": " "})["messages"] == [USER, ANSWER]
+
+
+# What stands in front of one question
+
+
+EARLIER = {"system": "Be brief.", "history": [["who?", "you."]]}
+SAID = "<|system|>Be brief.<eos><|user|>who?<eos><|assistant|>you.<eos><|user|>why?<eos><|assistant|>"
+
+
+@pytest.mark.parametrize("kind", ["instruction", "prompt"])
+def test_a_system_text_and_a_history_stand_in_front_of_the_question(kind):
+    """As LLaMA-Factory's files have them; there, most rows have empty ones."""
+    names = ("instruction", "output") if kind == "instruction" else ("prompt", "completion")
+    row = dict(zip(names, ("why?", "so."), strict=True))
+    assert rendered({**row, **EARLIER}) == Example(SAID, "so.<eos>")
+    assert rendered({**row, **EARLIER, "history": '[["who?", "you."]]'}).prompt == SAID  # as a table writes it
+    assert rendered({**row, "system": " ", "history": []}).prompt == "<|user|>why?<eos><|assistant|>"
+    assert questions(check_row("", {**row, **EARLIER})) == 2 and questions(check_row("", row)) == 1
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    for name, value in EARLIER.items():
+        with pytest.raises(PrefixMemoryError, match=f"Row 1 has a '{name}' beside its question, but"):
+            render([check_row("", {**row, name: value})], tokenizer)
+    assert render([check_row("", row)], tokenizer)[0].prompt == "why?"
+
+
+def test_each_answer_of_a_pair_has_them_in_front():
+    pair = check_row("", {"prompt": "why?", "chosen": "so.", "rejected": "no.", **EARLIER})
+    assert [example.prompt for example in render(with_one_answer([pair]), _chat(FULL))] == [SAID, SAID]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("system", 3), ("history", "who?"), ("history", [["who?"]]), ("history", [["who?", None]])]
+)
+def test_what_is_no_earlier_turn_is_named(field, value):
+    row = {"prompt": "why?", "completion": "so.", field: value}
+    assert f"line 7: {field!r} is {value!r}; it must be" in refused(row)
+
+
+# Arguments of calls, and thoughts
+
+
+def _chat(template: str) -> Any:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def calls(arguments: object) -> dict[str, Any]:
+    call = {"function": {"name": "find", "arguments": arguments}}
+    return {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": TOOLS}
+
+
+WRITES = {
+    "objects": "{{ c.function.arguments | tojson }}",  # Qwen 2.5, Llama 3.1: JSON within JSON, given a text
+    "texts": "{{ '' + c.function.arguments }}",  # DeepSeek: fails, given an object
+    "either": "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}",
+    "whatever it gets": "{{ c.function.arguments }}",  # writes Python, given an object
+}
+
+
+@pytest.mark.parametrize("template", WRITES)
+@pytest.mark.parametrize("given", ["object", "text"])
+def test_the_arguments_of_a_call_are_json_once(template, given):
+    arguments = {"city": "Paris"} if given == "object" else '{"city": "Paris"}'
+    whole = FULL.replace("{{ c.function | tojson }}", "{{ c.function.name }}" + WRITES[template])
+    assert rendered(calls(arguments), whole).completion == '<call>find{"city": "Paris"}</call><eos>'
+
+
+def test_arguments_that_are_no_object_stay_as_they_are():
+    assert '"arguments": "[1"' in rendered(calls("[1"), FULL).completion
+
+
+@pytest.mark.parametrize("field", THOUGHTS)
+def test_a_thought_that_the_template_does_not_write_is_named(field):
+    row = {"messages": [USER, {**ANSWER, field: "hm"}]}
+    assert f"leaves out the {field!r} of the answer" in refused(row)
+    thinks = FULL.replace("<|{{ m.role }}|>", "<|{{ m.role }}|>{{ '(' + m.FIELD + ')' if m.FIELD }}")
+    assert rendered(row, thinks.replace("FIELD", field)).completion == "(hm)so.<eos>"
+    earlier = {"messages": [USER, {**ANSWER, field: "hm"}, USER, ANSWER]}  # of earlier turns, templates drop it
+    assert rendered(earlier).completion == "so.<eos>"

@@ -19,7 +19,7 @@ import tiny
 from close import close_figures
 from command_line import call, files_of, jsonl, save_talker, work_in_copy
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError
-from prefixmemory.adapters.evaluate import Scores, save_metrics
+from prefixmemory.adapters.evaluate import Scores, rows_to_score, save_metrics
 from prefixmemory.adapters.loading import load_adapter
 from prefixmemory.rows.invocation import invocation_tokens
 from prefixmemory.training.card import is_ours
@@ -207,6 +207,21 @@ def test_columns_of_the_training_data_are_known_again(place):
     jsonl(place / "theirs.jsonl", theirs)
     refusal = call("evaluate", "--adapter", "mapped", "--data", "theirs.jsonl").refusal
     assert "theirs.jsonl, line 6: 'label' is ''" in refusal  # not: has no column 'text'
+
+
+def test_a_bad_row_does_not_have_other_columns_read():
+    """Files of the Hub often have a number under our name beside the text of the label."""
+    record = {"data": {"train": "x", "columns": {"label": "label_text"}}}
+    rows = [{"text": f"line {i}", "label": i, "label_text": f"topic {i}"} for i in range(3)]
+    jsonl(Path("numbered.jsonl"), rows)
+    assert [row["label"] for row in rows_to_score(record, "numbered.jsonl", "test")] == [
+        "topic 0",
+        "topic 1",
+        "topic 2",
+    ]
+    jsonl(Path("numbered.jsonl"), [*rows[:2], {**rows[2], "label_text": ""}])
+    with pytest.raises(PrefixMemoryError, match=r"numbered\.jsonl, line 3: 'label' is ''"):
+        rows_to_score(record, "numbered.jsonl", "test")
 
 
 # An adapter that does nothing

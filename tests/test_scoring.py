@@ -103,7 +103,10 @@ def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Put words into the model's mouth."""
 
     def put(*texts: str) -> None:
-        monkeypatch.setattr("prefixmemory.tasks.scoring.answers", lambda *_, **__: list(texts))
+        def answers(*_: object, one_line: bool = True, **__: object) -> list[str]:
+            return [first_line(text) if one_line else text.strip() for text in texts]
+
+        monkeypatch.setattr("prefixmemory.tasks.scoring.answers", answers)
 
     return put
 
@@ -603,3 +606,16 @@ def test_prompts_of_every_kind_of_row():
 def test_a_margin_that_is_no_number_is_no_preference():
     assert scoring._preferred([1.0, 0.0, -1.0]) == [100.0, 50.0, 0.0]
     assert math.isnan(scoring._preferred([math.nan])[0])
+
+
+def test_an_answer_of_several_lines_is_compared_as_a_whole(says):
+    poem = "roses are red\nviolets are blue\nand so on it goes"
+    says(f"{poem}\n", f"{poem}\n")
+    several = [{"prompt": "a", "completion": poem}] * 2
+    assert scored("text", rows_of(*several)).score == pytest.approx(100)
+    assert scored("reading", rows_of(*several)).score == pytest.approx(100)
+    one = [
+        {"prompt": "a", "completion": "roses are red, violets are blue"}
+    ] * 2  # what is written behind it is no answer
+    says(*["roses are red, violets are blue\nAsk me more."] * 2)
+    assert scored("text", rows_of(*one)).score == pytest.approx(100)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from prefixmemory import PrefixMemoryError
+from prefixmemory.serving import server
 from prefixmemory.serving.store import Store
 from tiny import build, randomize, with_memory
 
@@ -84,3 +88,61 @@ def test_a_folder_elsewhere_is_refused(saved, tmp_path):
     store = Store(lambda folder: None, allowed=[tmp_path / "other"])
     with pytest.raises(PrefixMemoryError, match="lies outside of the folders"):
         store.hold(saved)
+
+
+# A GGUF file, unpacked once
+
+
+class Saved:
+    """A tokenizer or a model that saves a file; ``act`` happens meanwhile."""
+
+    def __init__(self, act: Callable[[Path], None] = lambda folder: None) -> None:
+        self.act = act
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.act(folder)
+        (folder / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def gguf(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(server, "load_tokenizer", lambda name: Saved())
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"x")
+    return file
+
+
+def unpacked(cache: Path) -> list[str]:
+    """What lies there, locks aside."""
+    return sorted(path.suffix for path in (cache / "prefixmemory").iterdir() if path.suffix != ".lock")
+
+
+def test_what_was_broken_off_while_unpacking_is_gone(gguf, tmp_path, monkeypatch):
+    def interrupt(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server, "load_model", lambda name, dtype: Saved(interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        server.served_model(str(gguf))
+    assert unpacked(tmp_path / "cache") == []
+    monkeypatch.setattr(server, "load_model", lambda name, dtype: Saved())
+    folder = Path(server.served_model(str(gguf)))
+    assert (folder / "config.json").is_file() and unpacked(tmp_path / "cache") == [folder.suffix]
+
+
+def test_two_servers_unpack_a_file_once(gguf, tmp_path, monkeypatch):
+    found, begun = [], []
+
+    def wait(folder: Path) -> None:
+        begun.append(folder)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(server, "load_model", lambda name, dtype: Saved(wait))
+    threads = [threading.Thread(target=lambda: found.append(server.served_model(str(gguf)))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(begun) == 1 and len(set(found)) == 1 and len(found) == 2

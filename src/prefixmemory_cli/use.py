@@ -58,7 +58,8 @@ def generate(
     sampling = Sampling(temperature, top_p, seed)
     say_loading(Console(stderr=True), f"{name} and its base model")
     loaded = load_adapter(name, model)
-    text = render_prompt(prompt.replace("\\n", "\n"), "" if raw else loaded.row_format, loaded.tokenizer)
+    kind, given = "" if raw else loaded.row_format, loaded.chat_template_kwargs
+    text = render_prompt(prompt.replace("\\n", "\n"), kind, loaded.tokenizer, given)
 
     longest = room_for_answer(loaded.model, len(encode_prompt(text, loaded.tokenizer)), max_new_tokens)
 

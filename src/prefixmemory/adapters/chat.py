@@ -11,10 +11,11 @@ from transformers import TextStreamer
 
 from prefixmemory.adapters.loading import Adapter
 from prefixmemory.errors import PrefixMemoryError, for_terminal
+from prefixmemory.rows.chat_template import chat_prompt, has_chat_template
 from prefixmemory.rows.collator import padding_id
 from prefixmemory.rows.encoding import encode_prompt
-from prefixmemory.rows.rendering import chat_prompt, has_chat_template, render_prompt
-from prefixmemory.scoring.generation import AS_WRITTEN, GREEDY, Sampling, end_tokens, room_for_answer
+from prefixmemory.rows.rendering import render_prompt
+from prefixmemory.scoring.generation import AS_WRITTEN, GREEDY, AnswersIn, Sampling, end_tokens, room_for_answer
 from prefixmemory.tuner.layers import set_scale
 
 HELP = "/base switches the adapter off and on, /scale X sets a memory's scale, /reset forgets, /quit ends."
@@ -62,7 +63,8 @@ class Chat:
         """Answer ``text``, and remember both."""
         tokenizer: Any = self.adapter.tokenizer
         if self.remembers:
-            prompt = chat_prompt([*self.said, {"role": "user", "content": text}], tokenizer)
+            asked = [*self.said, {"role": "user", "content": text}]
+            prompt = chat_prompt(asked, tokenizer, **self.adapter.chat_template_kwargs)
         else:
             prompt = render_prompt(text, self.adapter.row_format, tokenizer)
         read = encode_prompt(prompt, tokenizer)
@@ -78,7 +80,7 @@ class Chat:
                 streamer=streamer,
                 **self._choice,
             )
-        answer = str(tokenizer.decode(written[0, ids.shape[1] :], **AS_WRITTEN)).strip()
+        answer = AnswersIn(tokenizer)(written[0, ids.shape[1] :])
         if self.remembers:
             self.said += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         return answer

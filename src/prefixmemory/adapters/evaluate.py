@@ -21,7 +21,7 @@ from prefixmemory.progress import progress_bar
 from prefixmemory.rows.data import read_rows
 from prefixmemory.rows.encoding import begins, tokenize
 from prefixmemory.rows.rendering import Example, render
-from prefixmemory.rows.rows import FORMATS, OBJECTIVE_FORMATS, Row, Rows, row_format
+from prefixmemory.rows.rows import FORMATS, OBJECTIVE_FORMATS, Row, Rows, checked, row_format
 from prefixmemory.scoring.generation import (
     Progress,
     accuracy,
@@ -85,13 +85,7 @@ def rows_to_score(record: Mapping[str, Any], source: str, split: str) -> list[Ro
     columns = trained.get("columns")
     if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns.values()):
         columns = None  # nothing that a run wrote
-    try:
-        rows = read_rows(source, columns, split, subset)
-    except PrefixMemoryError as error:
-        try:
-            rows = read_rows(source, None, split, subset)
-        except PrefixMemoryError:
-            raise error from None
+    rows = read_rows(source, columns, split, subset, or_ours=True)
     check_scorable(rows)
     return rows
 
@@ -140,6 +134,7 @@ def evaluate_rows(
 
     Answers have at most ``max_new_tokens`` tokens, or as many as the longest label.
     """
+    rows = checked(rows)
     check_scorable(rows)
     model, tokenizer = adapter.model, adapter.tokenizer
     examples = render(rows, tokenizer)

@@ -25,6 +25,7 @@ from prefixmemory.memories.patterns import check_patterns
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.models.loading import Dtype, fast_dtype, full_name, load_model, load_tokenizer
 from prefixmemory.models.quantization import Quantization
+from prefixmemory.rows.conversations import checked_variables
 from prefixmemory.training.card import TASKS
 
 prefixmemory.tuner.registration.register()
@@ -56,6 +57,11 @@ class Adapter:
     def row_format(self) -> str:
         """Kind of the rows that it was trained on; empty if unknown."""
         return str(self.record.get("row_format", ""))
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """What the chat template was given in all of these rows."""
+        return dict(self.record.get("chat_template_kwargs") or {})
 
     @property
     def is_memory(self) -> bool:
@@ -182,6 +188,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     for name, kind in _RECORD_TYPES.items():
         if not isinstance(value := record.get(name), kind | None):
             raise PrefixMemoryError(f"{file}: {name}={value!r} is not what a run writes. Copy it again, or delete it.")
+    checked_variables(str(file), record.get("chat_template_kwargs"))
     return record
 
 

@@ -14,7 +14,7 @@ from prefixmemory.analysis.inputs import longest_input
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.encoding import encode_prompt
 from prefixmemory.rows.rendering import render
-from prefixmemory.rows.rows import Rows
+from prefixmemory.rows.rows import Rows, checked
 from prefixmemory.rows.unrelated_text import SEAM, context_tokens, unrelated_text
 from prefixmemory.scoring.generation import accuracy, answers
 
@@ -81,6 +81,7 @@ def long_input(
             )
     if not rows:
         raise PrefixMemoryError("There are no rows to answer. Give some with 'text' and 'label'.")
+    rows = checked(rows)
     examples = render(rows, tokenizer)
     prompts, labels = [example.prompt for example in examples], [row["label"] for row in rows]
     most = max(ANSWER, *(len(encode_prompt(example.completion, tokenizer)) for example in examples))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -75,13 +76,57 @@ def checked_conversation(where: str, fields: Mapping[str, Any]) -> dict[str, Any
                 raise PrefixMemoryError(f"{where}: {name!r} is a text, and no JSON ({error}).") from error
         if value and not (isinstance(value, list) and all(isinstance(one, dict) for one in value)):
             raise PrefixMemoryError(f"{where}: {name!r} must be a list of objects.")
-    given = fields.get("chat_template_kwargs") or {}
+    checked_variables(where, fields.get("chat_template_kwargs"))
+    return found
+
+
+def checked_variables(where: str, given: object) -> dict[str, Any]:
+    """``chat_template_kwargs``, which may be ``None``.
+
+    Raises:
+        PrefixMemoryError: they are no variables of a chat template.
+    """
+    given = given or {}
     if not isinstance(given, dict) or not _TAKEN.isdisjoint(given):
         raise PrefixMemoryError(
             f"{where}: 'chat_template_kwargs' is {given!r}; it must be an object with variables of the chat template, "
             f"none of which is called {', '.join(sorted(_TAKEN))}."
         )
-    return found
+    return given
+
+
+def checked_earlier(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``system`` and ``history`` of a row with one question, as LLaMA-Factory's files have them, where they say
+    anything; what is empty is left out.
+
+    Raises:
+        PrefixMemoryError: one of them is malformed.
+    """
+    system, history = fields.get("system"), fields.get("history")
+    if isinstance(history, str):  # as tables write it
+        with suppress(ValueError):  # refused below
+            history = parse_json(history.strip() or "null")
+    if system is not None and not isinstance(system, str):
+        raise PrefixMemoryError(f"{where}: 'system' is {system!r}; it must be a text, or be left out.")
+    if history is not None and not (isinstance(history, list) and all(map(_is_pair, history))):
+        raise PrefixMemoryError(
+            f"{where}: 'history' is {history!r}; it must be a list of pairs, question and answer, or be left out."
+        )
+    return {name: value for name, value in (("system", (system or "").strip()), ("history", history)) if value}
+
+
+def earlier_turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What stands before the question of such a row, as messages."""
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return system + [
+        {"role": role, "content": text}
+        for pair in row.get("history") or ()
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _is_pair(turn: object) -> bool:
+    return isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
 def _text(content: object) -> object:

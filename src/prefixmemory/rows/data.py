@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.rows.conversations import as_messages
 from prefixmemory.rows.readers import fields_of
 from prefixmemory.rows.rows import EXPECTED, FORMATS, Row, check_row, check_same_format, kind_of
 
@@ -64,7 +65,11 @@ class Data:
 
 
 def read_rows(
-    source: str | Path, columns: Mapping[str, str] | None = None, split: str = "train", subset: str | None = None
+    source: str | Path,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    or_ours: bool = False,
 ) -> list[Row]:
     """The rows of a file or of a Hub data set, every one checked.
 
@@ -73,12 +78,15 @@ def read_rows(
         columns: as in :class:`Data`.
         split: split of a Hub data set.
         subset: subset of a Hub data set.
+        or_ours: leave ``columns`` out where the first row lacks one of them, and is a row without them.
 
     Raises:
         PrefixMemoryError: nothing can be read there, or a row is cut off or lacks fields; the message names its line.
     """
-    rows = []
+    rows: list[Row] = []
     for where, fields in fields_of(source, split, subset):
+        if or_ours and columns and not rows and not _has(fields, columns) and kind_of(as_messages(where, fields)):
+            columns = None
         row = check_row(where, _renamed(where, fields, columns))
         rows.append(row)
         if len(rows) > 1:
@@ -130,6 +138,11 @@ def _renamed(where: str, fields: dict[str, Any], columns: Mapping[str, str] | No
     for name in used - columns.keys():
         del renamed[name]
     return renamed
+
+
+def _has(fields: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+    """Whether all columns that ``columns`` asks for are there."""
+    return all(name is None or name in fields for item in columns.items() for _, name in _template(*item))
 
 
 def _template(ours: str, theirs: str) -> list[tuple[str, str | None]]:

@@ -9,8 +9,10 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError, check_choice
+from prefixmemory.rows.chat_template import chat_prompt, has_chat_template
+from prefixmemory.rows.conversations import earlier_turns
 from prefixmemory.rows.encoding import Tokens, begins, encode_prompts
-from prefixmemory.rows.rendering import chat_prompt, classification_prompt, has_chat_template
+from prefixmemory.rows.rendering import classification_prompt
 from prefixmemory.rows.rows import FORMATS, Rows, kind_of
 
 #: What the tokens are called that recipes find by themselves.
@@ -126,9 +128,10 @@ def occurrences(ids: list[int], invocation: list[int]) -> int:
 
 
 def questions(row: Mapping[str, Any]) -> int:
-    """How many questions the prompt of ``row`` asks: one, or the user's turns of a conversation."""
-    turns = row.get("messages") or row.get("prompt")
-    return sum(turn["role"] == "user" for turn in turns) if isinstance(turns, list) else 1
+    """How many questions the prompt of ``row`` asks: one behind those of its history, or the user's turns of a
+    conversation."""
+    turns = row.get("messages") or [*earlier_turns(row), {"role": "user"}]
+    return sum(turn["role"] == "user" for turn in turns)
 
 
 def check_invoked(rows: Sequence[Tokens], invocation: Sequence[int], places: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.rows.conversations import as_messages, checked_conversation
+from prefixmemory.rows.conversations import as_messages, checked_conversation, checked_earlier
 
 Fields = tuple[str, ...]
 #: Rows as functions take them: a :class:`Row` where they were read from a file, or plain mappings.
@@ -30,6 +30,8 @@ OBJECTIVE_FORMATS: dict[str, Fields] = {
     "kto": ("judged", "preference"),
     "simpo": ("preference",),
 }
+#: Kinds of rows with one question, in front of which ``system`` and ``history`` may stand.
+ASKED_ONCE = ("preference", "judged", "prompt", "instruction")
 EXPECTED = (
     'Each row is an object with "prompt" and "completion", with "messages", with "text" and "label", or with '
     '"instruction" and "output"; for preferences with "prompt", "chosen" and "rejected", or with "prompt", '
@@ -72,6 +74,11 @@ def _is_judgement(value: object) -> bool:
     return isinstance(value, bool | str) and value in _JUDGEMENTS
 
 
+def checked(rows: Rows) -> list[Row]:
+    """``rows``, plain mappings among them checked as those of a file are."""
+    return [row if isinstance(row, Row) else check_row(f"Row {i}", row) for i, row in enumerate(rows, start=1)]
+
+
 def check_row(where: str, fields: Mapping[str, Any]) -> Row:
     """``fields`` as a :class:`Row`, once they make one.
 
@@ -105,6 +112,11 @@ def check_row(where: str, fields: Mapping[str, Any]) -> Row:
     given = fields.get("input")  # of an instruction; Alpaca's rows have an empty one where there is none
     if kind == "instruction" and given is not None and not (isinstance(given, str) and _encodes(given)):
         raise PrefixMemoryError(f"{where}: 'input' is {given!r}; it must be a text, or be left out.")
+    if kind in ASKED_ONCE:
+        earlier = checked_earlier(where, fields)
+        for name in ("system", "history"):
+            row.pop(name, None)
+        row |= earlier
     if kind == "text":
         row["label"] = row["label"].strip()  # answers are compared without blanks around them
         if len(row["label"].splitlines()) > 1:
@@ -170,7 +182,8 @@ def with_one_answer(rows: Rows) -> list[Row]:
     found = []
     for row in rows:
         for name in _answers(rows):
-            found.append(Row(prompt=row["prompt"], completion=row[name]))
+            earlier = {name: row[name] for name in ("system", "history") if name in row}
+            found.append(Row(prompt=row["prompt"], completion=row[name], **earlier))
             found[-1].where = getattr(row, "where", "")
     return found
 

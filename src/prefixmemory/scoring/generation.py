@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,15 +20,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixmemory.errors import PrefixMemoryError, check_number
 from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.models.modes import evaluating
+from prefixmemory.rows.chat_template import template_end, template_opening
 from prefixmemory.rows.collator import padding_id
 from prefixmemory.rows.encoding import Tokens, begins, behind, tokenize
 from prefixmemory.rows.invocation import invocation_of
-from prefixmemory.rows.rendering import Example, template_end
+from prefixmemory.rows.rendering import Example
 from prefixmemory.tuner.activation import activation, unfinished_text
 
 Progress = Callable[[int], None]
 
 
+#: The mark with which an opening ends, such as ``</think>``.
+_MARK = re.compile(r"<[^<>\s]+>\Z")
 #: How ids are read as an answer: some tokenizers would take blanks out of it.
 AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 #: ``generate`` follows what a model's ``generation_config.json`` says, unless it is told otherwise.
@@ -81,6 +86,33 @@ GREEDY = Sampling()
 def first_line(text: str) -> str:
     """What counts as the answer: the first line that is not empty, without surrounding blanks."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+class AnswersIn:
+    """Reads ids that a model has written as its answer, without the end, and without what stands in front of answers by
+    the chat template: a thought, or the name of a channel."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer: Any = tokenizer
+        self.opening = template_opening(tokenizer)
+        mark = _MARK.search(self.opening)
+        self._mark = None if mark is None else mark[0]
+        self._mark_ids = [] if mark is None else self.tokenizer(mark[0], add_special_tokens=False)["input_ids"]
+
+    def __call__(self, written: Tensor) -> str:
+        """The answer in the ids ``written``, without blanks around it."""
+        ids = written.tolist()
+        if self._mark_ids and (place := begins(ids, self._mark_ids)) is not None:
+            ids = ids[place + len(self._mark_ids) :]
+        text = str(self.tokenizer.decode(ids, **AS_WRITTEN)).strip()
+        if self._mark is None:
+            return text.removeprefix(self.opening).strip()
+        return text.rpartition(self._mark)[2].strip()  # where it was written in other tokens
+
+    @property
+    def room(self) -> int:
+        """Tokens that stand in front of an answer."""
+        return len(self.tokenizer(self.opening, add_special_tokens=False)["input_ids"])
 
 
 def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -168,7 +200,7 @@ def answers(
         rows = tokenize(asked, tokenizer, max(most_tokens(model) - max_new_tokens, 1), invocation=invocation_in(model))
         check_uncut(model, rows, context)
         ids = [row.prompt for row in rows]
-        pad, end = padding_id(tokenizer), end_tokens(model, tokenizer)
+        pad, end, answer_in = padding_id(tokenizer), end_tokens(model, tokenizer), AnswersIn(tokenizer)
         writer: Any = model
         # Padding must not stand between virtual tokens and text: what all prompts begin with is read with the virtual
         # tokens, and the base model goes on from there.
@@ -207,9 +239,8 @@ def answers(
                     eos_token_id=end or None,
                 )
             new = written[:, batch["input_ids"].shape[1] :]
-            texts = tokenizer.batch_decode(new, **AS_WRITTEN)
-            for i, text in zip(chosen, texts, strict=True):
-                found[i] = first_line(text) if one_line else text.strip()
+            for i, text in zip(chosen, map(answer_in, new), strict=True):
+                found[i] = first_line(text) if one_line else text
             if progress is not None:
                 progress(len(chosen))
     return found
@@ -277,6 +308,11 @@ def _left_padded(rows: list[list[int]], context_ids: Tensor, pad: int, device: t
     }
 
 
+def is_same(answer: str, expected: str) -> bool:
+    """Whether two texts are the same to the letter, however accents are encoded: many tokenizers change that."""
+    return unicodedata.normalize("NFC", answer) == unicodedata.normalize("NFC", expected)
+
+
 def accuracy(answers: list[str], expected: list[str]) -> float:
-    """Percentage of answers that equal what was expected, exactly."""
-    return 100.0 * sum(a == e for a, e in zip(answers, expected, strict=True)) / len(expected)
+    """Percentage of answers that equal what was expected, to the letter."""
+    return 100.0 * sum(map(is_same, answers, expected)) / len(expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from filelock import FileLock
 from peft.utils import CONFIG_NAME
 from safetensors import safe_open
 
@@ -146,10 +148,18 @@ def served_model(model: str) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prefixmemory"
     status = file.stat()
     folder = cache / f"{file.stem}-{status.st_size}-{status.st_mtime_ns}"
-    if not (folder / "config.json").is_file():
-        print(f"Unpacking {file.name} into {folder}, once", file=sys.stderr, flush=True)
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        load_tokenizer(name).save_pretrained(partial)
-        load_model(name, "bfloat16").save_pretrained(partial)
-        partial.replace(folder)
+    if (folder / "config.json").is_file():
+        return str(folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # another server may be unpacking it: wait for that
+        if not (folder / "config.json").is_file():
+            print(f"Unpacking {file.name} into {folder}, once", file=sys.stderr, flush=True)
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+            try:
+                load_tokenizer(name).save_pretrained(partial)
+                load_model(name, "bfloat16").save_pretrained(partial)
+                partial.replace(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     return str(folder)

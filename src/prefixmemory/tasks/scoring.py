@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.rendering import Example, render, right_answer
 from prefixmemory.rows.rows import Row, row_format, with_one_answer
-from prefixmemory.scoring.generation import answers, longest_answer
+from prefixmemory.scoring.generation import AnswersIn, answers, is_same, longest_answer
 from prefixmemory.scoring.likelihood import Likelihood, likelihoods, nats_a_token
 from prefixmemory.tasks.metrics import (
     best,
@@ -111,10 +111,15 @@ def score(
 def room_for_answers(task: Task, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens answers to ``rows`` may have, where the task does not say: as many as the longest right one, and
     :data:`ROOM` at least where a right answer is no label."""
-    if task.scoring != "exact_match":
+    if task.scoring in ("loss", "preference"):  # nothing is written
         return ROOM
-    longest = longest_answer(map(right_answer, rows), tokenizer)
-    return longest if row_format(rows) == "text" else max(longest, ROOM)
+    longest = longest_answer((text for row in rows for text in _right_answers(task.scoring, row)), tokenizer)
+    return longest if row_format(rows) == "text" else max(longest + AnswersIn(tokenizer).room, ROOM)
+
+
+def _right_answers(scoring: str, row: Row) -> list[str]:
+    several = {"reading": "answers", "text": "references"}.get(scoring)
+    return [right_answer(row)] if several is None else _references(row, several)
 
 
 def _references(row: Row, field_name: str) -> list[str]:
@@ -133,10 +138,15 @@ def _references(row: Row, field_name: str) -> list[str]:
     return several
 
 
+def _in_one_line(references: list[list[str]]) -> bool:
+    """Whether all right answers are one line each: then what a model writes behind its first line is no answer."""
+    return all(len(text.strip().splitlines()) <= 1 for texts in references for text in texts)
+
+
 def _exact_match(asked: _Asked) -> Scored:
     """Percentage of answers whose first line is the right one, to the letter."""
     said = asked.answers()
-    points = [100.0 * (text == right_answer(row)) for text, row in zip(said, asked.rows, strict=True)]
+    points = [100.0 * is_same(text, right_answer(row)) for text, row in zip(said, asked.rows, strict=True)]
     return Scored(fmean(points), points, {}, said)
 
 
@@ -160,8 +170,9 @@ def _right_number(row: Row) -> Fraction:
 
 def _reading(asked: _Asked) -> Scored:
     """SQuAD's F1, in percent; the best of the row's ``answers`` where it has several."""
-    said = asked.answers()
-    pairs = [(text, _references(row, "answers")) for text, row in zip(said, asked.rows, strict=True)]
+    references = [_references(row, "answers") for row in asked.rows]
+    said = asked.answers(_in_one_line(references))
+    pairs = list(zip(said, references, strict=True))
     points = [100.0 * best(squad_f1, text, right) for text, right in pairs]
     exact = percent([best(squad_exact_match, text, right) for text, right in pairs])
     return Scored(fmean(points), points, {"exact match (%)": exact}, said)
@@ -170,7 +181,7 @@ def _reading(asked: _Asked) -> Scored:
 def _text(asked: _Asked) -> Scored:
     """BLEU of all answers together, against all ``references`` of each row; the points are ROUGE-L, in percent."""
     references = [_references(row, "references") for row in asked.rows]
-    said = asked.answers()
+    said = asked.answers(_in_one_line(references))
     points = [100.0 * value for value in rouge_l(said, references)]
     return Scored(bleu(said, references), points, {"ROUGE-L (%)": fmean(points)}, said)
 

@@ -62,7 +62,8 @@ class Task:
         longest_text: keep rows of at most this many characters, prompt and answer.
         per_label: training rows of each label, drawn with the run's seed.
         limit: training rows in all, drawn with the run's seed.
-        max_new_tokens: longest answer; ``None``: the longest label's length.
+        max_new_tokens: longest answer; ``None``: as long as the longest right one, and room for a short text where
+            answers are no labels.
         transfers_to: tasks of other data on which the trained adapter is scored, too.
         training: settings that suit the task, over the suite's.
         changelog: a line a version.

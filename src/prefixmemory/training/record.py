@@ -25,6 +25,7 @@ class Plan(TypedDict):
     settings: dict[str, Any]
     rows: int
     row_format: str
+    chat_template_kwargs: dict[str, Any]
     rows_cut: int
     rows_sha256: str
     validation_sha256: str | None
@@ -55,6 +56,7 @@ def plan_of_run(job: TrainingJob, model: PreTrainedModel) -> Plan:
         "settings": asdict(job.settings),
         "rows": len(job.rows),
         "row_format": row_format(job.rows),
+        "chat_template_kwargs": _given_in_all(job.rows),
         "rows_cut": job.rows_cut,
         "rows_sha256": checksum(job.rows),
         "validation_sha256": checksum(job.validation) if job.validation else None,
@@ -66,6 +68,12 @@ def plan_of_run(job: TrainingJob, model: PreTrainedModel) -> Plan:
     }
     as_read = json.dumps(plan, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     return cast(Plan, json.loads(as_read))
+
+
+def _given_in_all(rows: Rows) -> dict[str, Any]:
+    """The ``chat_template_kwargs`` on which all rows agree: a question is asked with them, too."""
+    first = rows[0].get("chat_template_kwargs") or {}
+    return dict(first) if all((row.get("chat_template_kwargs") or {}) == first for row in rows) else {}
 
 
 def checksum(rows: Rows) -> str:
