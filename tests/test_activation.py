@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, activation
 from prefixmemory.tuner.activation import unfinished_text
-from prefixmemory.tuner.active_tokens import speaking
+from prefixmemory.tuner.active_tokens import ActiveTokens, speaking
 from test_fidelity import TOLERANCE, difference, family_model, padded_batch, run_adapter, run_oracle
 from tiny import CONFIGS, DEFAULT, memory_parameters
 
@@ -209,6 +209,46 @@ def test_a_prompt_may_be_given_without_what_its_cache_holds():
     with model.disable_adapter():
         base = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, -6:]
     assert not torch.equal(made[0], base)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_else_the_model_reads_while_it_generates_has_places_of_its_own(use_cache):
+    """The negative prompt of classifier-free guidance is shorter than the prompt, and has no invocation."""
+    model, ids, other = strong(invoked()), text(6), torch.tensor([[20, 21, 22]])
+    with pytest.warns(UserWarning, match="missing in row 0"):
+        made = model.generate(
+            input_ids=ids, negative_prompt_ids=other, guidance_scale=3.0, max_new_tokens=8, do_sample=False,
+            eos_token_id=None, use_cache=use_cache, output_scores=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    effect = 0.0
+    with model.disable_adapter():
+        base = [logits(model, torch.cat([other, made.sequences[:, 14 : 14 + n]], dim=1)) for n in range(8)]
+    for n, (scores, silent) in enumerate(zip(made.scores, base, strict=True)):
+        asked, negative = logits(model, made.sequences[:, : 14 + n]), silent[:, -1].log_softmax(-1)
+        expected = negative + 3 * (asked[:, -1].log_softmax(-1) - negative)
+        torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
+        spoken = logits(model, torch.cat([other, made.sequences[:, 14 : 14 + n]], dim=1), active=[2])[:, -1]
+        effect = max(effect, float((spoken.log_softmax(-1) - negative).abs().max()))
+    assert effect > 0.1  # what it would be if it spoke there, too
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_cache_keeps_the_places_without_a_dict_around_the_output(given):
+    model, ids = invoked(), text(5)
+    cache = DynamicCache(config=model.get_base_model().config) if given else None
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :10], past_key_values=cache, use_cache=True, return_dict=False)
+        cache = cache if given else first[1]
+        second = model(input_ids=ids[:, 10:], past_key_values=cache, use_cache=True, return_dict=False)
+    torch.testing.assert_close(second[0], logits(model, ids)[:, 10:], atol=TOLERANCE, rtol=0)
+    with model.disable_adapter():
+        assert (logits(model, ids)[:, 10:] - second[0]).abs().max() > 100 * TOLERANCE
+
+
+def test_the_mask_lies_where_a_layer_does():
+    mask = ActiveTokens.of(naive(text(5)))
+    assert mask is not None and mask.on(torch.device("cpu")) is mask.mask
+    assert mask.on(torch.device("meta")).device.type == "meta" and mask.mask.device.type == "cpu"
 
 
 def test_sequences_that_several_are_made_of_keep_their_place():

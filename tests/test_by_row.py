@@ -6,7 +6,9 @@ import importlib.util
 
 import pytest
 import torch
+from peft import inject_adapter_in_model
 from torch import Tensor
+from transformers import GenerationConfig
 
 from close import close_logits
 from prefixmemory import PrefixMemoryConfig, set_impl, set_scale
@@ -176,6 +178,28 @@ def test_beams_of_each_row_have_its_adapter(stacks):
     for row, name in enumerate(rows):
         model.set_adapter(name)
         assert torch.equal(found[[row]], model.generate(input_ids=tokens(3)[[row]], **options))
+
+
+def test_beams_are_counted_wherever_the_generation_config_stands():
+    model, rows = three(rank=3), ["c", "b"]
+    config = GenerationConfig(num_beams=3, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    found = model.generate(tokens(2), config, adapter_names=rows)
+    assert torch.equal(found, model.generate(tokens(2), generation_config=config, adapter_names=rows))
+
+
+def test_another_model_that_runs_meanwhile_has_adapters_of_its_own():
+    """As a judge in a stopping criterion does, or an assistant; its adapter may have the name of one here."""
+    config = PrefixMemoryConfig(rank=None, normalize="none", output_limit=None)
+    judge = inject_adapter_in_model(config, build()).eval()
+    randomize(judge)
+    ids, model, seen = tokens(2), three(rank=3), []
+    own, base = judge(input_ids=ids).logits, build()(input_ids=ids).logits
+    model.get_base_model().lm_head.register_forward_pre_hook(lambda *_: seen.append(judge(input_ids=ids).logits))
+    alone = logits(three(rank=3), ["default", "__base__"], ids)
+    assert torch.equal(logits(model, ["default", "__base__"], ids), alone)
+    logits(model, ["b", "c"], ids)  # names that it does not know
+    assert len(seen) == 2 and all(torch.equal(found, own) for found in seen)
+    assert not torch.equal(own, base)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

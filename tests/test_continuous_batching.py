@@ -112,3 +112,9 @@ def test_packed_rows_are_refused_where_no_mask_keeps_them_apart(keywords):
         prepend_prefix(prefix, layer, *tensors, None, keywords, "flash_attention_2")
     one = dict(position_ids=torch.arange(9)[None])
     assert prepend_prefix(prefix, layer, *tensors, None, one, "flash_attention_2")[0].shape[2] == 12
+    # flash attention counts its window over the prefix and the text together, and would leave the prefix behind
+    with pytest.raises(PrefixMemoryError, match=r"left behind by the sliding window of 11 tokens"):
+        prepend_prefix(prefix, layer, *tensors, None, {"sliding_window": 11}, "flash_attention_2")
+    for window, backend in ((12, "flash_attention_2"), (11, "sdpa")):
+        given = {"sliding_window": window}
+        assert prepend_prefix(prefix, layer, *tensors, None, given, backend)[0].shape[2] == 12

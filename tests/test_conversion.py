@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import tiny
 from close import close_logits, same_parameters
@@ -132,6 +132,15 @@ def test_what_cannot_be_converted_is_refused_and_adds_nothing():
         with pytest.raises(PrefixMemoryError, match=re.escape(message)):
             convert()
     assert list(model.peft_config) == ["default", "free"]
+
+
+def test_tokens_that_were_trained_beside_the_prefix_are_refused():
+    """The new adapter would have the base model's."""
+    model = with_memory(build(), prefix_length=PREFIX, similarity="feature_map", trainable_token_indices=[5])
+    for convert in (memory_from_prefix, kernel_from_prefix):
+        with pytest.raises(PrefixMemoryError, match=r"has trainable_token_indices=\[5\], which would not be converted"):
+            convert(model, "default", "new")
+    assert list(model.peft_config) == ["default"]
 
 
 # --- from PEFT ------------------------------------------------------------------------------------------------------
@@ -267,6 +276,31 @@ def test_other_methods_and_other_models_are_refused(tmp_path):
         prefix_from_peft(theirs, build("llama_gqa"))
     with pytest.raises(PrefixMemoryError, match="is missing"):
         prefix_from_peft(tmp_path / "nothing", build())
+
+
+def classes() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = copy.deepcopy(tiny.CONFIGS["llama_gqa"])
+    config.num_labels = 3
+    return AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_a_head_that_was_trained_beside_the_prefix_comes_along(from_folder, tmp_path):
+    theirs = get_peft_model(classes(), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=PREFIX)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = prefix_from_peft(tmp_path / "theirs" if from_folder else theirs, classes()).eval()
+    ids = tokens()
+    expected = logits(theirs, ids, attention_mask=torch.ones_like(ids))
+    close(logits(ours, ids), expected)
+    ours.save_pretrained(tmp_path / "ours")
+    close(logits(PeftModel.from_pretrained(classes(), str(tmp_path / "ours")).eval(), ids), expected)
+    with pytest.raises(PrefixMemoryError, match=r"holds 'base_model\.score\.weight', which has no place in Llama"):
+        prefix_from_peft(tmp_path / "theirs", build())
 
 
 def test_a_prefix_from_peft_trains_on_and_goes_on_along_the_path():

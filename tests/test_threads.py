@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -124,6 +126,48 @@ def test_ctrl_c_in_a_call_does_not_reach_the_next_one():
         run(model, ["other"], tiny.tokens(1, 9))
     handle.remove()
     assert torch.equal(run(model, ["default"], tiny.tokens(1, 5)), expected)
+
+
+def test_ctrl_c_without_a_peft_model_does_not_reach_the_next_call():
+    """Only the next pass can end what was broken off; a part of the model that is called would count as a part of it."""
+    config = PrefixMemoryConfig(rank=None, normalize="none", output_limit=None, active_from="invocation",
+                                invocation_tokens=[7, 8])  # fmt: skip
+    model = inject_adapter_in_model(config, tiny.build()).eval()
+    tiny.randomize(model)
+    first, other = (tiny.tokens(1, 12, seed) for seed in (1, 5))
+    first[0, 4:6] = other[0, 9:11] = torch.tensor([7, 8])
+    expected = model.model(input_ids=other).last_hidden_state
+    held = []
+
+    def interrupt(module: object, args: tuple[torch.Tensor, ...]) -> None:
+        held.append(weakref.ref(args[0]))
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=first)
+    handle.remove()
+    assert calls.thread.model_pass is not None  # it was left open
+    assert torch.equal(model.model(input_ids=other).last_hidden_state, expected)
+    assert calls.thread.model_pass is None and calls.thread.call is None
+    gc.collect()
+    assert all(tensor() is None for tensor in held)
+
+
+def test_a_model_called_within_itself_goes_on_behind_it():
+    """What is still running was not broken off."""
+    model, ids = two_adapters(), tiny.tokens(1, 7)
+    expected, inner = run(model, ["default"], ids), []
+
+    def ask(*_: object) -> None:
+        if not inner:
+            inner.append(None)
+            inner[0] = model(input_ids=tiny.tokens(1, 4)).logits
+
+    model.get_base_model().model.layers[0].self_attn.o_proj.register_forward_hook(ask)
+    assert torch.equal(run(model, ["default"], ids), expected) and inner[0] is not None
+    assert calls.thread.model_pass is None
 
 
 def test_a_call_within_a_call_of_the_same_layer_is_one_of_its_own():

@@ -78,6 +78,12 @@ def prepend_prefix(
                 f"A prefix inside the softmax cannot stand before the sparse keys of {type(module).__name__} with "
                 f"attn_implementation={implementation!r}, which is given their numbers. Use 'sdpa' or 'eager'."
             )
+    window = keywords.get("sliding_window")
+    if "flash" in implementation and window is not None and prefix.length + key.shape[2] > window:
+        raise PrefixMemoryError(
+            f"A prefix inside the softmax would be left behind by the sliding window of {window} tokens with "
+            f"attn_implementation={implementation!r}, which counts the window by itself. Use 'sdpa' or 'eager'."
+        )
     if "flash" in implementation and _packed(keywords):
         raise PrefixMemoryError(
             "A prefix inside the softmax cannot be put before each of several sequences that are packed into one row "

@@ -8,13 +8,16 @@ read at all. What lies in a cache that the base model filled stays as it is, so 
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.tuner.active_tokens import (
@@ -55,16 +58,31 @@ class ModelPass:
         outer: the pass in which this one was made, if any.
         given: whether the caller said where memories speak.
         places: where they begin, for the cache that the pass fills.
+        cache: that cache, if the caller gave one.
+        call: the call of an attention module in which the pass was made, if any.
     """
 
     def __init__(self, listener: Listener, depth: int, outer: ModelPass | None) -> None:
         self.listener, self.depth, self.outer = listener, depth, outer
         self.given = False
         self.places: dict[Invocation, Places] = {}
+        self.cache: Any = None
+        self.call = thread.call
+        self.frame = None if torch.compiler.is_compiling() else _frame_of_module()
         self.of_all: ActiveTokens | None = None
         self.of: dict[Invocation, ActiveTokens | None] = {}
         self.missing: dict[Invocation, Tensor] = {}  # of packed rows: those with a text that lacks it
         self._of_rows: dict[tuple[Invocation | None, str], ActiveTokens | None] = {}
+
+    @property
+    def was_broken_off(self) -> bool:
+        """Whether it ended past its hook, as Ctrl-C ends it."""
+        here, frame = sys._getframe(), self.frame
+        while frame is not None and here is not frame:
+            if here.f_back is None:
+                return True
+            here = here.f_back
+        return False
 
     def active(self, invocation: Invocation | None) -> ActiveTokens | None:
         """The tokens on which a memory with this invocation speaks; ``None``: all."""
@@ -78,14 +96,31 @@ class ModelPass:
         if found is None:
             return None
         if key not in self._of_rows:
-            mask = found.mask if groups.order is None else found.mask.index_select(0, groups.order)
+            mask = found.mask if groups.order is None else found.on(groups.device).index_select(0, groups.order)
             self._of_rows[key] = ActiveTokens.of(mask[span])
         return self._of_rows[key]
+
+
+def _frame_of_module() -> FrameType | None:
+    """Where PyTorch calls the module whose hook is at work."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != nn.Module.__module__:
+        frame = frame.f_back
+    return frame
 
 
 def current_pass() -> ModelPass | None:
     """The innermost forward pass of the thread."""
     return cast("ModelPass | None", thread.model_pass)
+
+
+def _unbroken_pass() -> ModelPass | None:
+    """The same, behind the end of those that were broken off, and of the calls within them."""
+    found = current_pass()
+    while found is not None and found.was_broken_off:
+        thread.call, found = found.call, found.outer
+    thread.model_pass = found
+    return found
 
 
 @contextmanager
@@ -107,10 +142,31 @@ def activation(active: Tensor | Sequence[int]) -> Iterator[None]:
         thread.given = before
 
 
+class _Prompt:
+    """What a model generates from, and the cache that it goes on with from there."""
+
+    def __init__(self, listener: Listener, ids: Tensor) -> None:
+        self.listener, self.ids = listener, ids
+        self.cache: Any = None
+
+    def is_read(self, ids: Tensor | None, shape: tuple[int, int], past: Any, cache: Any) -> bool:
+        """Whether a pass reads a part of it. Others may go on meanwhile: of the negative prompt of classifier-free
+        guidance, of what a stopping criterion asks; and what was given may be what follows a cache alone."""
+        if not isinstance(past, int) or past + shape[1] > self.ids.shape[1] or self.cache not in (None, cache):
+            return False
+        part = self.ids[:, past : past + shape[1]]
+        if ids is not None and not torch.compiler.is_compiling():
+            times, rest = divmod(len(ids), len(part))
+            if rest or not torch.equal(part.to(ids.device).repeat_interleave(times, dim=0), ids):
+                return False
+        self.cache = cache
+        return True
+
+
 @contextmanager
 def generating(listener: Listener, prompt: Tensor) -> Iterator[None]:
     """The model of ``listener`` generates from ``prompt``, which it may read in parts."""
-    before, thread.prompt = thread.prompt, (listener, prompt)
+    before, thread.prompt = thread.prompt, _Prompt(listener, prompt)
     try:
         yield
     finally:
@@ -170,18 +226,19 @@ class Listener:
 
     def open(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass begins; its keyword ``active`` is taken out."""
-        outer = current_pass()
+        outer = current_pass() if torch.compiler.is_compiling() else _unbroken_pass()
         if outer is not None and outer.listener is self and outer.depth < depth:
             return  # a part of a pass that is open
         if not torch.compiler.is_compiling():
             self.check()
         this = thread.model_pass = ModelPass(self, depth, outer)
-        active, rows = kwargs.pop("active", None), row_adapters()
+        active, rows = kwargs.pop("active", None), row_adapters(self.layers[0])
         given = thread.given if active is None else Given(active)
         steps = self._waiting(rows)
         if given is None and not steps:
             return
         batch = dict(zip(self._parameters[depth], args, strict=False)) | kwargs
+        this.cache = batch.get("past_key_values")
         if batch.get("cache") is not None and batch.get("cu_seq_lens_q") is not None:
             raise PrefixMemoryError(PACKED)
         if given is not None:
@@ -204,8 +261,10 @@ class Listener:
         this = current_pass()
         if this is None or this.listener is not self or this.depth != depth:
             return
-        thread.model_pass = this.outer
-        cache = getattr(output, "past_key_values", None)
+        thread.model_pass, this.frame = this.outer, None
+        cache = getattr(output, "past_key_values", this.cache)
+        if cache is None and isinstance(output, tuple):  # return_dict=False
+            cache = next((part for part in output if isinstance(part, Cache)), None)
         if cache is not None and this.places:
             setattr(cache, OF_CACHE, this.places)
 
@@ -222,7 +281,8 @@ class Listener:
         self, this: ModelPass, module: nn.Module, invocation: Invocation, batch: Mapping[str, Any]
     ) -> ActiveTokens | None:
         """The tokens from ``invocation`` on; writes down where rows begin."""
-        past, before = _past(batch), (getattr(batch.get("past_key_values"), OF_CACHE, None) or {}).get(invocation)
+        cache = batch.get("past_key_values")
+        past, before = _past(batch), (getattr(cache, OF_CACHE, None) or {}).get(invocation)
         if isinstance(past, int) and past == 0:
             before = None  # a cache that was emptied
         if before is not None and not torch.compiler.is_compiling() and before.latest <= past:
@@ -234,11 +294,14 @@ class Listener:
                 f"The memory speaks from the tokens {list(invocation)} on, which cannot be looked for in embeddings. "
                 "Say from where with active=, a mask [rows, tokens] or the number of each row's first active token."
             )
-        prompt = thread.prompt[1] if thread.prompt is not None and thread.prompt[0] is self else None
-        if not isinstance(past, int) or (prompt is not None and past + shape[1] > prompt.shape[1]):
-            prompt = None  # it was given as what follows the cache alone
-        if prompt is not None and before is None:
-            mask, this.places[invocation] = of_prompt(prompt, shape, past, invocation)
+        prompt = thread.prompt
+        if (
+            before is None
+            and prompt is not None
+            and prompt.listener is self
+            and prompt.is_read(ids, shape, past, cache)
+        ):
+            mask, this.places[invocation] = of_prompt(prompt.ids, shape, past, invocation)
         elif ids is not None and isinstance(past, int) and past == 0:
             texts = text_numbers(ids, batch)
             mask, first = speaking(ids, invocation, texts)

@@ -40,6 +40,10 @@ class ActiveTokens:
         index = mask.flatten().nonzero()[:, 0]
         return None if len(index) == mask.numel() else cls(mask, index)
 
+    def on(self, device: torch.device) -> Tensor:
+        """The mask on a device: layers may lie on others than the token ids."""
+        return self.mask if self.mask.device == device else self.mask.to(device)
+
     @property
     def none(self) -> bool:
         """Whether there are none, for certain."""

@@ -8,7 +8,7 @@ one. Layers hold nothing of it, so that threads, nested calls, checkpointing and
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,13 +22,15 @@ class RowAdapters:
     """An adapter for each row of a batch: ``adapter_names`` of one forward pass or generation.
 
     Attributes:
+        layers: those of the model that is called; other models that run meanwhile have rows of their own.
         names: one adapter for each row that the caller gave.
         beams: how many rows generate() makes of each; batches have this many times more rows than there are names.
         plans: what each layer has to do for these adapters.
         stacks: of a plan, its memories as one; ``by_row.py`` keeps them here.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], layers: Iterable[nn.Module]) -> None:
+        self.layers = frozenset(layers)
         self.names, self.beams = list(names), 1
         self.distinct = list(dict.fromkeys(self.names))
         self.plans: dict[nn.Module, Any] = {}
@@ -170,9 +172,11 @@ def close_call(layer: nn.Module) -> Call | None:
     return call
 
 
-def row_adapters() -> RowAdapters | None:
-    """The adapters that the thread's current call of the model gives to its rows."""
-    return thread.rows
+def row_adapters(layer: nn.Module | None = None) -> RowAdapters | None:
+    """The adapters that the thread's current call of a model gives to its rows; with ``layer``, if it is one of that
+    model's."""
+    rows = thread.rows
+    return None if rows is None or (layer is not None and layer not in rows.layers) else rows
 
 
 @contextmanager

@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, PrefixTuningConfig, get_peft_model
-from peft.utils import load_peft_weights
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    PrefixTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -127,11 +134,12 @@ def _added(
     """Add ``new_adapter`` to the layers of ``adapter``; what each attention layer holds of both."""
     if new_adapter in model.peft_config:
         raise PrefixMemoryError(f"The adapter name {new_adapter!r} is taken. Delete it first, or choose another.")
-    if config.modules_to_save:
-        raise PrefixMemoryError(
-            f"Adapter {adapter!r} has modules_to_save={config.modules_to_save!r}, which would not be converted. "
-            "Convert an adapter without them."
-        )
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if value := getattr(config, name):
+            raise PrefixMemoryError(
+                f"Adapter {adapter!r} has {name}={value!r}, which would not be converted. Convert an adapter without "
+                "them."
+            )
     model.add_adapter(new_adapter, config)
     layers = [layer for layer in memory_layers(model) if adapter in layer.prefix_memory_bank]
     for layer in layers:
@@ -175,15 +183,18 @@ def prefix_from_peft(
         PrefixMemoryError: ``source`` is no PREFIX_TUNING adapter, its sizes are not those of ``base_model``, or the
             positions of ``base_model`` cannot be turned back.
     """
-    config, flat = _read_peft(source, adapter)
+    config, flat, trained = _read_peft(source, adapter)
     if config.num_transformer_submodules != 1:
         raise PrefixMemoryError("A prefix of an encoder-decoder model cannot be converted: it holds two prefixes.")
     length, heads, layers = config.num_virtual_tokens, config.num_attention_heads, config.num_layers
     by_layer = flat.view(length, layers, 2, heads, -1).permute(1, 2, 3, 0, 4)  # [layers, 2, heads, length, dim]
-    ours = PrefixMemoryConfig(task_type=config.task_type, placement="inside", prefix_length=length)
+    ours = PrefixMemoryConfig(
+        task_type=config.task_type, placement="inside", prefix_length=length, modules_to_save=config.modules_to_save
+    )
     model = cast(PeftModel, get_peft_model(base_model, ours, adapter_name=adapter))
     try:
         _check_sizes(model, by_layer)
+        _take_modules(model, adapter, trained, _name(source))
         turned = None if shifted_positions else turns(model, length)
     except PrefixMemoryError:
         model.unload()
@@ -207,8 +218,27 @@ def _check_sizes(model: PeftModel, by_layer: Float[Tensor, "l two g p d"]) -> No
         )
 
 
-def _read_peft(source: str | os.PathLike[str] | PeftModel, adapter: str) -> tuple[PrefixTuningConfig, Tensor]:
-    """The config, and the prefix as PEFT lays it out: ``[length, layers * 2 * kv_heads * head_dim]``."""
+def _take_modules(model: PeftModel, adapter: str, trained: dict[str, Tensor], source: str) -> None:
+    """Give ``model`` the modules of the base model that were trained beside the prefix, such as a head for classes."""
+    for name, wrapper in model.get_base_model().named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            start = f"base_model.{name}."
+            own = {key: trained.pop(key) for key in list(trained) if key.startswith(start)}
+            if own:
+                state = {key.removeprefix(start): tensor for key, tensor in own.items()}
+                wrapper.modules_to_save[adapter].load_state_dict(state)
+    if trained:
+        raise PrefixMemoryError(
+            f"{source} holds {min(trained)!r}, which has no place in {type(model.get_base_model()).__name__}. Give the "
+            "model that the prefix was trained for."
+        )
+
+
+def _read_peft(
+    source: str | os.PathLike[str] | PeftModel, adapter: str
+) -> tuple[PrefixTuningConfig, Tensor, dict[str, Tensor]]:
+    """The config, the prefix as PEFT lays it out: ``[length, layers * 2 * kv_heads * head_dim]``, and what was trained
+    beside it."""
     config: Any
     if isinstance(source, PeftModel):
         config = source.peft_config.get(adapter)
@@ -219,11 +249,13 @@ def _read_peft(source: str | os.PathLike[str] | PeftModel, adapter: str) -> tupl
         found = "no adapter of this name" if config is None else f"peft_type={config.peft_type.value!r}"
         raise PrefixMemoryError(f"{adapter!r} of {_name(source)} has {found}, not 'PREFIX_TUNING'.")
     if isinstance(source, PeftModel):
-        return config, source.get_prompt_embedding_to_save(adapter)
-    weights = load_peft_weights(str(source), device="cpu")
+        weights = get_peft_model_state_dict(source, adapter_name=adapter)
+    else:
+        weights = load_peft_weights(str(source), device="cpu")
     if "prompt_embeddings" not in weights:
         raise PrefixMemoryError(f"{_name(source)} holds no prompt_embeddings. Copy it again from where it was saved.")
-    return config, weights["prompt_embeddings"]
+    prefix = weights.pop("prompt_embeddings")
+    return config, prefix, weights
 
 
 def _name(source: str | os.PathLike[str] | PeftModel) -> str:

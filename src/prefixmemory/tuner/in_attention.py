@@ -75,7 +75,7 @@ class InAttention(PrefixMemoryLayer):
             return key, value, mask, keywords, None
         prefix = self._prefix(call.plan.inside, call.rows, key)
         prepended = prepend_prefix(prefix, self.site.core, query, key, value, mask, keywords, implementation)
-        return (*prepended, None if seen_by is None else seen_by.mask)
+        return (*prepended, None if seen_by is None else seen_by.on(query.device))
 
     def _seen_by(
         self, model_pass: ModelPass, steps: list[Step], rows: RowAdapters | None, query: Tensor
@@ -92,7 +92,7 @@ class InAttention(PrefixMemoryLayer):
         groups = rows.groups(query.shape[0], query.device)
         mask = torch.zeros(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
         for step, active in zip(steps, found, strict=True):
-            mask |= groups.has(step.name)[:, None] & (True if active is None else active.mask)
+            mask |= groups.has(step.name)[:, None] & (True if active is None else active.on(query.device))
         return ActiveTokens.of(mask)
 
     def _prefix(self, steps: list[Step], rows: RowAdapters | None, key: Tensor) -> Prefix:

@@ -170,7 +170,7 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
                 "nn.DataParallel runs copies of the model in threads, which share one memory. Start one "
                 "process per GPU with torchrun or accelerate launch, or use one GPU: CUDA_VISIBLE_DEVICES=0."
             )
-        rows = row_adapters()
+        rows = row_adapters(self)
         plan = self.plan(rows)
         if plan is not None and plan.waiting and current_pass() is None:
             raise PrefixMemoryError(

@@ -229,7 +229,8 @@ class PrefixMemoryModel(BaseTuner):
                 "adapter_names cannot be given in training mode: gradient checkpointing would recompute without it. "
                 "Call model.eval() first."
             )
-        known = {name for layer in memory_layers(self.model) for name in layer.prefix_memory_bank} | {BASE_MODEL}
+        layers = memory_layers(self.model)
+        known = {name for layer in layers for name in layer.prefix_memory_bank} | {BASE_MODEL}
         for name in names:
             if name not in known:
                 raise PrefixMemoryError(
@@ -240,7 +241,7 @@ class PrefixMemoryModel(BaseTuner):
             hooks = module._forward_pre_hooks  # it stays there: other threads may be calling
             if isinstance(module, AuxiliaryTrainingWrapper) and _pass_adapter_names not in hooks.values():
                 module.register_forward_pre_hook(_pass_adapter_names, with_kwargs=True)
-        rows = RowAdapters(names)
+        rows = RowAdapters(names, layers)
         self._check_rows(rows, args, kwargs)  # PeftModel itself calls the base model past our forward
         with model_call(rows):
             yield
@@ -258,7 +259,7 @@ class PrefixMemoryModel(BaseTuner):
         """
         if (rows := row_adapters()) is not None:
             self._check_rows(rows, args, kwargs)
-            rows.beams = self._rows_per_prompt(kwargs)
+            rows.beams = self._rows_per_prompt(args[1] if len(args) > 1 else kwargs.get("generation_config"), kwargs)
         model, layers = cast(Any, self.model), memory_layers(self.model)
         given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
         prompt = next((value for value in given if value is not None), None)
@@ -311,9 +312,9 @@ class PrefixMemoryModel(BaseTuner):
             continuous_batching_config.auto_switch_to_flash = False
         return cast(Any, self.model).generate_batch(inputs, generation_config, continuous_batching_config, **kwargs)
 
-    def _rows_per_prompt(self, kwargs: dict[str, Any]) -> int:
-        """How many rows generate() makes of each row that it is given."""
-        given, own = kwargs.get("generation_config"), getattr(self.model, "generation_config", None)
+    def _rows_per_prompt(self, given: Any, kwargs: dict[str, Any]) -> int:
+        """How many rows generate() makes of each row that it is given, with the generation config ``given``."""
+        own = getattr(self.model, "generation_config", None)
 
         def asked(name: str) -> int:
             return kwargs.get(name) or getattr(given, name, None) or getattr(own, name, None) or 1

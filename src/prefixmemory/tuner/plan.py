@@ -58,7 +58,7 @@ class Step:
         if active is None:
             return self._added(onto, outputs, queries)
         if active.index is None:
-            mask = active.mask.reshape(*onto.shape[:-2], 1, 1)
+            mask = active.on(onto.device).reshape(*onto.shape[:-2], 1, 1)
             return torch.where(mask, self._added(onto, outputs, queries), onto)
         if active.none:
             return onto
