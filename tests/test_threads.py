@@ -129,7 +129,7 @@ def test_ctrl_c_in_a_call_does_not_reach_the_next_one():
 
 
 def test_ctrl_c_without_a_peft_model_does_not_reach_the_next_call():
-    """Only the next pass can end what was broken off; a part of the model that is called would count as a part of it."""
+    """Only the next pass can end what was broken off: a part of the model, called alone, would count as part of it."""
     config = PrefixMemoryConfig(rank=None, normalize="none", output_limit=None, active_from="invocation",
                                 invocation_tokens=[7, 8])  # fmt: skip
     model = inject_adapter_in_model(config, tiny.build()).eval()
