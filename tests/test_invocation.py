@@ -123,10 +123,10 @@ def test_the_last_occurrence_counts_in_plain_python_as_in_tensors():
     assert speaking(torch.tensor([ids]), (5, 7))[1].tolist() == [3]
 
 
-def test_a_job_gives_the_config_its_tokens():
+def test_a_job_gives_its_config_the_tokens():
     config, tokenizer = PrefixMemoryConfig(active_from="answer"), tiny.tokenizer()
     job = TrainingJob("base", tokenizer, TEXTS, config)
-    assert config.invocation_tokens == invocation_tokens("answer", tokenizer, "text") == job.invocation
+    assert job.config.invocation_tokens == invocation_tokens("answer", tokenizer, "text") == job.invocation
     assert len(job.tokens) == 2
 
 
@@ -220,6 +220,15 @@ def test_a_row_that_lost_its_question_is_named():
     job = TrainingJob("base", tokenizer, [long], config, TrainingSettings(max_length=room))
     with pytest.raises(PrefixMemoryError, match=r"Row 1: the tokens .* are not in it.*raise max_length"):
         _ = job.tokens
+
+
+def test_one_config_serves_several_jobs():
+    """Rows that give no common tokens would otherwise have every later job speak from the start."""
+    tokenizer, config = tiny.tokenizer(), PrefixMemoryConfig(active_from="auto")
+    mixed, texts = (TrainingJob("base", tokenizer, rows, config) for rows in (TEXTS + TALKS[:1], TEXTS))
+    assert [job.config.active_from for job in (mixed, texts)] == ["start", "question"]
+    assert texts.invocation and mixed.invocation is None
+    assert config.active_from == "auto" and config.invocation_tokens is None
 
 
 def test_several_rows_are_counted():

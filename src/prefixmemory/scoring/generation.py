@@ -315,4 +315,4 @@ def is_same(answer: str, expected: str) -> bool:
 
 def accuracy(answers: list[str], expected: list[str]) -> float:
     """Percentage of answers that equal what was expected, to the letter."""
-    return 100.0 * sum(map(is_same, answers, expected)) / len(expected)
+    return 100.0 * sum(is_same(a, e) for a, e in zip(answers, expected, strict=True)) / len(expected)

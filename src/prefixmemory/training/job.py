@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -29,7 +30,7 @@ class TrainingJob:
         base_model: what the adapter's config names as its base model.
         tokenizer: of the base model.
         rows: training rows.
-        config: PEFT config of the adapter.
+        config: PEFT config of the adapter; the job has a copy, which is given the tokens that it names.
         settings: how to train.
         validation: rows for the validation loss.
         data: names of the data, for the record.
@@ -38,7 +39,7 @@ class TrainingJob:
 
     Raises:
         PrefixMemoryError: rows that the objective cannot be trained on, or in which a memory cannot be told from where
-            it speaks. ``config`` is given the tokens that it names.
+            it speaks.
     """
 
     base_model: str
@@ -57,7 +58,9 @@ class TrainingJob:
         for rows in (self.rows, self.validation):
             if rows:
                 check_objective(self.settings.objective, rows)
-        settle(self.config, self.tokenizer, [*self.rows, *self.validation])
+        config = copy.deepcopy(self.config)  # one config serves several jobs
+        settle(config, self.tokenizer, [*self.rows, *self.validation])
+        object.__setattr__(self, "config", config)
 
     @cached_property
     def tokens(self) -> list[Tokens]:
