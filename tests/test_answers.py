@@ -186,16 +186,19 @@ def test_answers_have_room_for_the_longest_right_one():
 
 # What a chat template writes in front of answers
 
-OPENINGS = {  # as Qwen 3, GLM 4.5, gpt-oss and one that only adds a word write them
-    "a thought": "<think>\n\n</think>\n\n",
-    "an empty thought": "\n<think></think>\n",
-    "a channel": "<|channel|>final<|message|>",
-    "a word": "Answer: ",
-}
-WRITTEN = {
-    "as it learned": "{}",
-    "with a thought": "<think>\nParis? Or not.\n</think>\n\n",
-    "on another channel": "<|channel|>analysis<|message|>Paris?<|end|><|start|>assistant<|channel|>final<|message|>",
+THOUGHT, OPENED = "<think>\n\n</think>\n\n", "\n</think>\n\n"
+CHANNEL = "<|channel|>final<|message|>"
+OPENINGS = {  # of Qwen 3, Qwen 3.6 (whose prompt begins the thought), GLM 4.5, gpt-oss, and of simpler ones
+    "a thought": (THOUGHT, ["<think>\nParis? </think>\n\n"]),
+    "a thought that the prompt began": (OPENED, ["Paris? Or not.</think>"]),
+    "an empty thought": ("\n<think></think>\n", ["<think>Paris?</think>"]),
+    "a channel": (
+        CHANNEL,
+        ["<|channel|>analysis<|message|>Paris?<|end|><|start|>assistant<|channel|>final<|message|>"],
+    ),
+    "a word": ("Answer: ", []),
+    "a role": ("<|start|>assistant\n", []),
+    "a mark that answers may have": ("<answer>", []),
 }
 
 
@@ -211,25 +214,29 @@ def opening(text: str) -> Any:
 
 @pytest.mark.parametrize("name", OPENINGS)
 def test_the_opening_of_a_template_is_no_part_of_an_answer(name):
-    tokenizer = opening(OPENINGS[name])
+    written, others = OPENINGS[name]
+    tokenizer = opening(written)
     (example,) = render(rows_of({"prompt": "Where?", "completion": "Paris"}), tokenizer)
-    assert example.completion == f"{OPENINGS[name]}Paris<eos>"  # it is learned
-    written = [OPENINGS[name]]
-    written += [WRITTEN["with a thought"]] if "thought" in name else []
-    written += [WRITTEN["on another channel"]] if "channel" in name else []
-    for front in written:
-        ids = torch.tensor(tokenizer(f"{front}Paris\nor so<eos>", add_special_tokens=False)["input_ids"])
-        assert AnswersIn(tokenizer)(ids) == "Paris\nor so"
-    ids = torch.tensor(tokenizer("Paris, <b>France</b>", add_special_tokens=False)["input_ids"])
-    assert AnswersIn(tokenizer)(ids) == AnswersIn(TOKENIZER)(ids) == "Paris, <b>France</b>"  # where it writes none
-    task, rows = exact(), rows_of({"prompt": "Where?", "completion": "a" * 40})
-    front = len(tokenizer(OPENINGS[name].strip(), add_special_tokens=False)["input_ids"])
-    assert room_for_answers(task, rows, tokenizer) == 1 + len(" " + "a" * 40) + front
+    assert example.completion == f"{written}Paris<eos>"  # it is learned
+
+    def read(text: str) -> str:
+        return AnswersIn(tokenizer)(torch.tensor(tokenizer(f"{text}<eos>", add_special_tokens=False)["input_ids"]))
+
+    for front in (written, *others):
+        assert read(f"{front}Paris\nor so") == "Paris\nor so"
+    assert read("Paris, <b>France</b>") == "Paris, <b>France</b>"  # where it writes none
+    tags = "The tag is </think>, or <answer> in HTML."
+    assert read(written + tags) == tags
+    if name != "a thought that the prompt began":
+        assert read(tags) == tags
+    rows = rows_of({"prompt": "Where?", "completion": "a" * 40})
+    front = len(tokenizer(written.strip(), add_special_tokens=False)["input_ids"])
+    assert room_for_answers(exact(), rows, tokenizer) == 1 + len(" " + "a" * 40) + front
 
 
 def test_a_model_that_writes_what_it_learned_is_right(monkeypatch):
     """Else every model would have 0 % where a template opens answers."""
-    tokenizer = opening(OPENINGS["a thought"])
+    tokenizer = opening(THOUGHT)
     model, rows = tiny.build(), rows_of({"prompt": "Where?", "completion": "Paris"})
     model.resize_token_embeddings(len(tokenizer))
     (tokens,) = tokenize(render(rows, tokenizer), tokenizer, 1000)

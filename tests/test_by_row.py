@@ -202,6 +202,19 @@ def test_another_model_that_runs_meanwhile_has_adapters_of_its_own():
     assert not torch.equal(own, base)
 
 
+def test_a_model_that_lost_its_first_layer_still_has_its_rows():
+    waits = {"active_from": "invocation", "invocation_tokens": [9, 10], "rank": 3}
+    model, ids = three({"invocation_tokens": [7, 8]}, **waits), tokens(2)
+    ids[0, 2:4], ids[1, 4:6] = torch.tensor([7, 8]), torch.tensor([9, 10])
+    inner = model.get_base_model().model
+    inner.layers = inner.layers[1:]
+    for layer in inner.layers:
+        layer.self_attn.layer_idx -= 1
+    found = logits(model, ["default", "b"], ids)
+    close_logits(found[[0]], logits(model, ["default"], ids[[0]]))
+    close_logits(found[[1]], logits(model, ["b"], ids[[1]]))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("config", [DEFAULT, {"rank": None, "share_heads": True}, {"prefix_length": 3}])
 def test_triton_reads_them_in_one_launch(config, monkeypatch):

@@ -299,5 +299,11 @@ def test_what_all_rows_gave_the_template_is_given_to_it_in_use(place):
     call("train", "--data", "mixed.jsonl", "--output", "mixes", *words).success  # noqa: B018
     records = [json.loads(Path(name, "run.json").read_text()) for name in ("thinks", "mixes")]
     assert [record["chat_template_kwargs"] for record in records] == [{"think": True}, {}]
+    jsonl(
+        place / "columns.jsonl", [{"prompt": "why?", "completion": "so", "chat_template_kwargs": {"tokenize": 1}}] * 4
+    )
+    call("train", "--data", "columns.jsonl", "--output", "columns", "--model", "base", *words[2:]).success  # noqa: B018
+    record = json.loads(Path("columns/run.json").read_text())
+    assert record["chat_template_kwargs"] == {}  # training did not give them, either
     Path("mixes/run.json").write_text(json.dumps({**records[1], "chat_template_kwargs": {"tokenize": True}}))
     assert "none of which is called" in call("generate", "--adapter", "mixes", "--prompt", "hello").refusal

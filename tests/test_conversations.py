@@ -193,6 +193,8 @@ def test_a_system_text_and_a_history_stand_in_front_of_the_question(kind):
     assert rendered({**row, **EARLIER, "history": '[["who?", "you."]]'}).prompt == SAID  # as a table writes it
     assert rendered({**row, "system": " ", "history": []}).prompt == "<|user|>why?<eos><|assistant|>"
     assert questions(check_row("", {**row, **EARLIER})) == 2 and questions(check_row("", row)) == 1
+    assert questions(check_row("", {"text": "a", "label": "b", "history": "none"})) == 1  # a mere column
+    assert questions({"messages": [USER, ANSWER, USER, ANSWER]}) == 2
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None
     for name, value in EARLIER.items():
@@ -241,7 +243,12 @@ WRITES = {
 def test_the_arguments_of_a_call_are_json_once(template, given):
     arguments = {"city": "Paris"} if given == "object" else '{"city": "Paris"}'
     whole = FULL.replace("{{ c.function | tojson }}", "{{ c.function.name }}" + WRITES[template])
-    assert rendered(calls(arguments), whole).completion == '<call>find{"city": "Paris"}</call><eos>'
+    row = calls(arguments)
+    expected = '<call>find{"city": "Paris"}</call><eos>'
+    assert rendered(row, whole).completion == expected
+    said = [{"role": "user", "content": "Call it with {'city': 'Paris'}."}, *row["messages"]]
+    assert rendered({**row, "messages": said}, whole).completion == expected
+    assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == arguments  # left as it was
 
 
 def test_arguments_that_are_no_object_stay_as_they_are():
@@ -254,5 +261,8 @@ def test_a_thought_that_the_template_does_not_write_is_named(field):
     assert f"leaves out the {field!r} of the answer" in refused(row)
     thinks = FULL.replace("<|{{ m.role }}|>", "<|{{ m.role }}|>{{ '(' + m.FIELD + ')' if m.FIELD }}")
     assert rendered(row, thinks.replace("FIELD", field)).completion == "(hm)so.<eos>"
+    tokenizer, other = _chat(FULL), {"messages": [USER, ANSWER], "chat_template_kwargs": {field: True}}
+    with pytest.raises(PrefixMemoryError, match="leaves out the"):  # although there is a variable of this name
+        render([check_row("", other), check_row("", row)], tokenizer)
     earlier = {"messages": [USER, {**ANSWER, field: "hm"}, USER, ANSWER]}  # of earlier turns, templates drop it
     assert rendered(earlier).completion == "so.<eos>"

@@ -278,10 +278,10 @@ def test_other_methods_and_other_models_are_refused(tmp_path):
         prefix_from_peft(tmp_path / "nothing", build())
 
 
-def classes() -> PreTrainedModel:
+def classes(labels: int = 3) -> PreTrainedModel:
     torch.manual_seed(0)
     config = copy.deepcopy(tiny.CONFIGS["llama_gqa"])
-    config.num_labels = 3
+    config.num_labels = labels
     return AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
 
 
@@ -293,6 +293,7 @@ def test_a_head_that_was_trained_beside_the_prefix_comes_along(from_folder, tmp_
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
     theirs.save_pretrained(tmp_path / "theirs")
+    asked = list(theirs.peft_config["default"].modules_to_save)
     ours = prefix_from_peft(tmp_path / "theirs" if from_folder else theirs, classes()).eval()
     ids = tokens()
     expected = logits(theirs, ids, attention_mask=torch.ones_like(ids))
@@ -301,6 +302,28 @@ def test_a_head_that_was_trained_beside_the_prefix_comes_along(from_folder, tmp_
     close(logits(PeftModel.from_pretrained(classes(), str(tmp_path / "ours")).eval(), ids), expected)
     with pytest.raises(PrefixMemoryError, match=r"holds 'base_model\.score\.weight', which has no place in Llama"):
         prefix_from_peft(tmp_path / "theirs", build())
+    other = classes(labels=2)
+    with pytest.raises(PrefixMemoryError, match=r"holds another 'score' than Llama.*size mismatch"):
+        prefix_from_peft(tmp_path / "theirs", other)
+    assert not any("prefix_memory" in name or "modules_to_save" in name for name, _ in other.named_modules())
+    assert theirs.peft_config["default"].modules_to_save == asked  # which PEFT extends
+
+
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_a_vocabulary_that_was_resized_is_the_base_models(from_folder, tmp_path):
+    """PEFT saves its embeddings beside the prefix."""
+
+    def resized() -> PreTrainedModel:
+        model = build("llama_gqa", "eager")
+        model.resize_token_embeddings(140, mean_resizing=False)
+        return model
+
+    base = resized()
+    theirs = peft_prefix(copy.deepcopy(base))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    ours = prefix_from_peft(tmp_path if from_folder else theirs, base)
+    ids = tokens()
+    close(logits(ours.eval(), ids), logits(theirs, ids, attention_mask=torch.ones_like(ids)))
 
 
 def test_a_prefix_from_peft_trains_on_and_goes_on_along_the_path():

@@ -209,7 +209,7 @@ def test_columns_of_the_training_data_are_known_again(place):
     assert "theirs.jsonl, line 6: 'label' is ''" in refusal  # not: has no column 'text'
 
 
-def test_a_bad_row_does_not_have_other_columns_read():
+def test_a_bad_row_does_not_have_other_columns_read(place):
     """Files of the Hub often have a number under our name beside the text of the label."""
     record = {"data": {"train": "x", "columns": {"label": "label_text"}}}
     rows = [{"text": f"line {i}", "label": i, "label_text": f"topic {i}"} for i in range(3)]

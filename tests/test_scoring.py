@@ -614,8 +614,8 @@ def test_an_answer_of_several_lines_is_compared_as_a_whole(says):
     several = [{"prompt": "a", "completion": poem}] * 2
     assert scored("text", rows_of(*several)).score == pytest.approx(100)
     assert scored("reading", rows_of(*several)).score == pytest.approx(100)
-    one = [
-        {"prompt": "a", "completion": "roses are red, violets are blue"}
-    ] * 2  # what is written behind it is no answer
-    says(*["roses are red, violets are blue\nAsk me more."] * 2)
-    assert scored("text", rows_of(*one)).score == pytest.approx(100)
+    line = "roses are red, violets are blue"  # what is written behind one is no answer
+    says(poem, f"{line}\nAsk me more.")
+    for kind in ("text", "reading"):
+        found = scored(kind, rows_of(several[0], {"prompt": "a", "completion": line}))
+        assert found.points == pytest.approx([100, 100]) and found.answers == [poem, line]

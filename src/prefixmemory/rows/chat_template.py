@@ -16,6 +16,8 @@ Message = Mapping[str, Any]
 #: Fields of an answer in which it is written down what was thought.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _ANSWER = "theanswer"
+#: Arguments of a call, by which it is found out how a template writes them.
+_PROBE = {"argumentname": "argumentvalue"}
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -123,14 +125,15 @@ class ByTemplate:
         The arguments of calls are objects for most templates, which would write JSON within JSON where they are texts;
         texts for others, which would write Python or fail.
         """
-        objects = _with_arguments(messages, _as_object)
+        if not any(map(_calls, messages)):
+            return messages, _written(messages, self.tokenizer, **given)
         try:
-            whole = _written(objects, self.tokenizer, **given)
-            if not any(repr(found) in whole for found in _arguments(objects)):
-                return objects, whole
+            probe = _with_arguments(messages, lambda arguments: dict(_PROBE))
+            if str(_PROBE) not in _written(probe, self.tokenizer, **given):
+                objects = _with_arguments(messages, _as_object)
+                return objects, _written(objects, self.tokenizer, **given)
         except (TemplateError, TypeError):
-            if not _arguments(objects):
-                raise
+            pass  # it may take texts
         texts = _with_arguments(messages, _as_text)
         return texts, _written(texts, self.tokenizer, **given)
 
@@ -147,7 +150,9 @@ class ByTemplate:
         if "".join((messages[-1].get("content") or "").split()) not in "".join(whole.split()):
             return "a part of the answer"
         thoughts = {name: "thoughtword" for name in THOUGHTS if messages[-1].get(name)}
-        shape = (tuple((m["role"], bool(m.get("content")), "tool_calls" in m) for m in messages), *given, *thoughts)
+        turns = tuple((m["role"], bool(m.get("content")), "tool_calls" in m) for m in messages)
+        variables = {name: value for name, value in given.items() if name not in ("tools", "documents")}
+        shape = (turns, tuple(given), str(variables), tuple(thoughts))
         if shape in self.complete:
             return None
         words = [f"message{i}word" if m.get("content") else "" for i, m in enumerate(messages)]
@@ -169,11 +174,6 @@ class ByTemplate:
 
 def _calls(message: Message) -> list[Mapping[str, Any]]:
     return [call.get("function", call) for call in message.get("tool_calls") or ()]
-
-
-def _arguments(messages: Sequence[Message]) -> list[Any]:
-    """Of all calls, those that are there."""
-    return [call["arguments"] for message in messages for call in _calls(message) if call.get("arguments")]
 
 
 def _with_arguments(messages: Sequence[Message], change: Any) -> list[Message]:

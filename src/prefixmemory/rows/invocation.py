@@ -13,7 +13,7 @@ from prefixmemory.rows.chat_template import chat_prompt, has_chat_template
 from prefixmemory.rows.conversations import earlier_turns
 from prefixmemory.rows.encoding import Tokens, begins, encode_prompts
 from prefixmemory.rows.rendering import classification_prompt
-from prefixmemory.rows.rows import FORMATS, Rows, kind_of
+from prefixmemory.rows.rows import ASKED_ONCE, FORMATS, Rows, kind_of
 
 #: What the tokens are called that recipes find by themselves.
 NAMES = ("question", "answer")
@@ -130,8 +130,9 @@ def occurrences(ids: list[int], invocation: list[int]) -> int:
 def questions(row: Mapping[str, Any]) -> int:
     """How many questions the prompt of ``row`` asks: one behind those of its history, or the user's turns of a
     conversation."""
-    turns = row.get("messages") or [*earlier_turns(row), {"role": "user"}]
-    return sum(turn["role"] == "user" for turn in turns)
+    kind = kind_of(row)
+    turns = row["messages"] if kind == "messages" else earlier_turns(row) if kind in ASKED_ONCE else []
+    return len([turn for turn in turns if turn["role"] == "user"]) + int(kind != "messages")
 
 
 def check_invoked(rows: Sequence[Tokens], invocation: Sequence[int], places: Sequence[str]) -> None:

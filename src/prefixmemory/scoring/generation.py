@@ -30,8 +30,8 @@ from prefixmemory.tuner.activation import activation, unfinished_text
 Progress = Callable[[int], None]
 
 
-#: The mark with which an opening ends, such as ``</think>``.
-_MARK = re.compile(r"<[^<>\s]+>\Z")
+#: A mark in an opening, such as ``</think>``.
+_TAG = re.compile(r"<[^<>\s]+>")
 #: How ids are read as an answer: some tokenizers would take blanks out of it.
 AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 #: ``generate`` follows what a model's ``generation_config.json`` says, unless it is told otherwise.
@@ -90,29 +90,47 @@ def first_line(text: str) -> str:
 
 class AnswersIn:
     """Reads ids that a model has written as its answer, without the end, and without what stands in front of answers by
-    the chat template: a thought, or the name of a channel."""
+    the chat template: a thought, the name of a channel, or words.
+
+    A thought ends with the first mark that closes it, if the text begins with one; of channels the last counts.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer: Any = tokenizer
-        self.opening = template_opening(tokenizer)
-        mark = _MARK.search(self.opening)
-        self._mark = None if mark is None else mark[0]
-        self._mark_ids = [] if mark is None else self.tokenizer(mark[0], add_special_tokens=False)["input_ids"]
+        opening = template_opening(tokenizer)
+        self._opening, self._shown = self._ids(opening), self._text(self._ids(opening))
+        tags = _TAG.findall(opening)
+        mark = tags[-1] if tags and opening.endswith(tags[-1]) else ""
+        self._closes = mark.startswith("</")
+        if not self._closes and self._text(self._ids(mark)):
+            mark = ""  # answers may have it: a word as any other
+        self._mark, self._mark_ids = mark, self._ids(mark)
+        self._begins = "" if opening == mark else tags[0] if tags else ""  # nothing: the prompt has begun the thought
 
     def __call__(self, written: Tensor) -> str:
         """The answer in the ids ``written``, without blanks around it."""
         ids = written.tolist()
-        if self._mark_ids and (place := begins(ids, self._mark_ids)) is not None:
-            ids = ids[place + len(self._mark_ids) :]
-        text = str(self.tokenizer.decode(ids, **AS_WRITTEN)).strip()
-        if self._mark is None:
-            return text.removeprefix(self.opening).strip()
-        return text.rpartition(self._mark)[2].strip()  # where it was written in other tokens
+        text = self._text(ids)
+        if not self._mark:
+            return text.removeprefix(self._shown).strip()
+        if self._closes and not self._text(ids, skip_special_tokens=False).startswith(self._begins):
+            return text
+        found = [place for place in range(len(ids)) if ids[place : place + len(self._mark_ids)] == self._mark_ids]
+        if found:
+            return self._text(ids[found[0 if self._closes else -1] + len(self._mark_ids) :])
+        front, mark, behind = text.partition(self._mark)  # it may have been written in other tokens
+        return behind.strip() if mark else front
 
     @property
     def room(self) -> int:
         """Tokens that stand in front of an answer."""
-        return len(self.tokenizer(self.opening, add_special_tokens=False)["input_ids"])
+        return len(self._opening)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def _text(self, ids: list[int], **otherwise: bool) -> str:
+        return str(self.tokenizer.decode(ids, **(AS_WRITTEN | otherwise))).strip()
 
 
 def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.rows.rendering import Example, render, right_answer
 from prefixmemory.rows.rows import Row, row_format, with_one_answer
-from prefixmemory.scoring.generation import AnswersIn, answers, is_same, longest_answer
+from prefixmemory.scoring.generation import AnswersIn, answers, first_line, is_same, longest_answer
 from prefixmemory.scoring.likelihood import Likelihood, likelihoods, nats_a_token
 from prefixmemory.tasks.metrics import (
     best,
@@ -138,9 +138,12 @@ def _references(row: Row, field_name: str) -> list[str]:
     return several
 
 
-def _in_one_line(references: list[list[str]]) -> bool:
-    """Whether all right answers are one line each: then what a model writes behind its first line is no answer."""
-    return all(len(text.strip().splitlines()) <= 1 for texts in references for text in texts)
+def _compared(said: list[str], references: list[list[str]]) -> list[str]:
+    """What of each answer is compared: where all right ones are one line, what stands behind the first is no answer."""
+    return [
+        first_line(text) if all(len(one.strip().splitlines()) <= 1 for one in right) else text
+        for text, right in zip(said, references, strict=True)
+    ]
 
 
 def _exact_match(asked: _Asked) -> Scored:
@@ -171,7 +174,7 @@ def _right_number(row: Row) -> Fraction:
 def _reading(asked: _Asked) -> Scored:
     """SQuAD's F1, in percent; the best of the row's ``answers`` where it has several."""
     references = [_references(row, "answers") for row in asked.rows]
-    said = asked.answers(_in_one_line(references))
+    said = _compared(asked.answers(one_line=False), references)
     pairs = list(zip(said, references, strict=True))
     points = [100.0 * best(squad_f1, text, right) for text, right in pairs]
     exact = percent([best(squad_exact_match, text, right) for text, right in pairs])
@@ -181,7 +184,7 @@ def _reading(asked: _Asked) -> Scored:
 def _text(asked: _Asked) -> Scored:
     """BLEU of all answers together, against all ``references`` of each row; the points are ROUGE-L, in percent."""
     references = [_references(row, "references") for row in asked.rows]
-    said = asked.answers(_in_one_line(references))
+    said = _compared(asked.answers(one_line=False), references)
     points = [100.0 * value for value in rouge_l(said, references)]
     return Scored(bleu(said, references), points, {"ROUGE-L (%)": fmean(points)}, said)
 

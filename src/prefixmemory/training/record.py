@@ -71,8 +71,13 @@ def plan_of_run(job: TrainingJob, model: PreTrainedModel) -> Plan:
 
 
 def _given_in_all(rows: Rows) -> dict[str, Any]:
-    """The ``chat_template_kwargs`` on which all rows agree: a question is asked with them, too."""
+    """The ``chat_template_kwargs`` on which all rows agree: a question is asked with them, too.
+
+    Rows of messages alone have them; in others it is a column that means nothing.
+    """
     first = rows[0].get("chat_template_kwargs") or {}
+    if row_format(rows) != "messages":
+        return {}
     return dict(first) if all((row.get("chat_template_kwargs") or {}) == first for row in rows) else {}
 
 

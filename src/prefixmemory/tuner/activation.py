@@ -60,6 +60,7 @@ class ModelPass:
         places: where they begin, for the cache that the pass fills.
         cache: that cache, if the caller gave one.
         call: the call of an attention module in which the pass was made, if any.
+        frame: where PyTorch runs the module, until the pass ends.
     """
 
     def __init__(self, listener: Listener, depth: int, outer: ModelPass | None) -> None:
@@ -232,7 +233,7 @@ class Listener:
         if not torch.compiler.is_compiling():
             self.check()
         this = thread.model_pass = ModelPass(self, depth, outer)
-        active, rows = kwargs.pop("active", None), row_adapters(self.layers[0])
+        active, rows = kwargs.pop("active", None), row_adapters(*self.layers)
         given = thread.given if active is None else Given(active)
         steps = self._waiting(rows)
         if given is None and not steps:

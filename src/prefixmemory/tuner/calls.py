@@ -172,11 +172,11 @@ def close_call(layer: nn.Module) -> Call | None:
     return call
 
 
-def row_adapters(layer: nn.Module | None = None) -> RowAdapters | None:
-    """The adapters that the thread's current call of a model gives to its rows; with ``layer``, if it is one of that
-    model's."""
+def row_adapters(*layers: nn.Module) -> RowAdapters | None:
+    """The adapters that the thread's current call of a model gives to its rows; with ``layers``, if any of them is one
+    of that model's."""
     rows = thread.rows
-    return None if rows is None or (layer is not None and layer not in rows.layers) else rows
+    return None if rows is None or (layers and rows.layers.isdisjoint(layers)) else rows
 
 
 @contextmanager

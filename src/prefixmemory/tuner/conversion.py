@@ -189,14 +189,15 @@ def prefix_from_peft(
     length, heads, layers = config.num_virtual_tokens, config.num_attention_heads, config.num_layers
     by_layer = flat.view(length, layers, 2, heads, -1).permute(1, 2, 3, 0, 4)  # [layers, 2, heads, length, dim]
     ours = PrefixMemoryConfig(
-        task_type=config.task_type, placement="inside", prefix_length=length, modules_to_save=config.modules_to_save
-    )
+        task_type=config.task_type, placement="inside", prefix_length=length,
+        modules_to_save=list(dict.fromkeys(config.modules_to_save or ())) or None,
+    )  # fmt: skip
     model = cast(PeftModel, get_peft_model(base_model, ours, adapter_name=adapter))
     try:
         _check_sizes(model, by_layer)
         _take_modules(model, adapter, trained, _name(source))
         turned = None if shifted_positions else turns(model, length)
-    except PrefixMemoryError:
+    except Exception:
         model.unload()
         raise
     for number, layer in enumerate(attention_layers(model)):
@@ -220,17 +221,27 @@ def _check_sizes(model: PeftModel, by_layer: Float[Tensor, "l two g p d"]) -> No
 
 def _take_modules(model: PeftModel, adapter: str, trained: dict[str, Tensor], source: str) -> None:
     """Give ``model`` the modules of the base model that were trained beside the prefix, such as a head for classes."""
-    for name, wrapper in model.get_base_model().named_modules():
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            start = f"base_model.{name}."
-            own = {key: trained.pop(key) for key in list(trained) if key.startswith(start)}
-            if own:
-                state = {key.removeprefix(start): tensor for key, tensor in own.items()}
-                wrapper.modules_to_save[adapter].load_state_dict(state)
+    base: Any = model.get_base_model()
+    embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    for name, module in base.named_modules():
+        is_trained = isinstance(module, ModulesToSaveWrapper)
+        if not is_trained and module not in embeddings:
+            continue
+        start = f"base_model.{name}."
+        state = {key.removeprefix(start): trained.pop(key) for key in list(trained) if key.startswith(start)}
+        if is_trained and state:  # else PEFT's copy of what the base model has, where its vocabulary was resized
+            try:
+                module.modules_to_save[adapter].load_state_dict(state)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise PrefixMemoryError(
+                    f"{source} holds another {name!r} than {type(base).__name__} ({reason}). Give the model that the "
+                    "prefix was trained for."
+                ) from error
     if trained:
         raise PrefixMemoryError(
-            f"{source} holds {min(trained)!r}, which has no place in {type(model.get_base_model()).__name__}. Give the "
-            "model that the prefix was trained for."
+            f"{source} holds {min(trained)!r}, which has no place in {type(base).__name__}. Give the model that the "
+            "prefix was trained for."
         )
 
 
@@ -249,7 +260,7 @@ def _read_peft(
         found = "no adapter of this name" if config is None else f"peft_type={config.peft_type.value!r}"
         raise PrefixMemoryError(f"{adapter!r} of {_name(source)} has {found}, not 'PREFIX_TUNING'.")
     if isinstance(source, PeftModel):
-        weights = get_peft_model_state_dict(source, adapter_name=adapter)
+        weights = get_peft_model_state_dict(source, adapter_name=adapter, save_embedding_layers=False)
     else:
         weights = load_peft_weights(str(source), device="cpu")
     if "prompt_embeddings" not in weights:
