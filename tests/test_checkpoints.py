@@ -50,6 +50,21 @@ def test_a_damaged_one_is_passed_over_by_name(folder, caplog, name, damage):
     assert "checkpoint-12" in caplog.text and name in caplog.text
 
 
+def test_the_scale_of_fp16_is_whole_where_there_is_one(folder, caplog):
+    (folder / "checkpoint-12" / "scaler.pt").write_bytes(b"PK")
+    assert last_complete_checkpoint(folder).name == "checkpoint-9" and "scaler.pt is cut off" in caplog.text
+
+
+def test_each_process_needs_its_random_state(folder, caplog, monkeypatch):
+    """The first writes the state of the run without waiting for the others."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number in (9, 12):
+        checkpoint = folder / f"checkpoint-{number}"
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_0.pth")
+    (folder / "checkpoint-9" / "rng_state.pth").rename(folder / "checkpoint-9" / "rng_state_1.pth")
+    assert last_complete_checkpoint(folder).name == "checkpoint-9" and "rng_state_1.pth is missing" in caplog.text
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json")])
 def test_one_whose_json_is_no_object_is_passed_over(folder, caplog, name):
     (folder / "checkpoint-12" / name).write_text("[1, 2]")

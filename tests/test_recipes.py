@@ -407,6 +407,12 @@ def test_another_method_needs_a_learning_rate_of_its_own(tmp_path):
     for overrides in ({"method.name": "lora"}, {"method.name": "ia3"}):
         with pytest.raises(PrefixMemoryError, match="learning_rate is missing: that of a memory would not suit"):
             load_recipe(memory, overrides)
+    written = "model: base\noutput: out\ndata: {train: rows.jsonl}\ntraining: {learning_rate: 2e-3}\n"
+    silent = write(tmp_path, written)
+    assert load_recipe(silent).method == RECOMMENDED
+    with pytest.raises(PrefixMemoryError, match="learning_rate is missing: that of a memory would not suit"):
+        load_recipe(silent, {"method.name": "lora"})  # without a method, it is the memory's, too
+    memory = write(tmp_path, below("training", "learning_rate: 2e-3"))
     assert load_recipe(memory, {"method.name": "lora", **RATE}).training.learning_rate == 1e-3
     assert load_recipe(memory).training.learning_rate == 2e-3  # control
     lora = write(tmp_path, LORA)

@@ -22,6 +22,7 @@ from prefixmemory.serving.served import (
     ServedLayer,
     check_blocks,
     has_room_for_blocks,
+    rank_of,
     read_blocks,
     read_memory,
 )
@@ -294,6 +295,16 @@ def test_a_spoilt_file_is_refused(change, problem, tmp_path):
         read_memory(tmp_path, SIZES, LAYERS, RANK)
 
 
+@pytest.mark.parametrize("normalize", ["feature_mean", "none"])
+def test_a_mean_is_there_where_the_config_has_one(normalize, tmp_path):
+    with_memory(build(), rank=2, normalize=normalize).save_pretrained(tmp_path)
+    means = {"lacks": lambda t: [t.pop(name) for name in list(t) if name.endswith("mean")],
+             "adds": lambda t: t.update({min(t).replace(".A", ".mean"): torch.zeros(4, 8)})}  # fmt: skip
+    spoil(tmp_path, means["lacks" if normalize == "feature_mean" else "adds"])
+    with pytest.raises(PrefixMemoryError, match=f"normalize='{normalize}' (needs a|has no) mean"):
+        read_memory(tmp_path, SIZES, LAYERS, RANK)
+
+
 def test_a_changed_file_is_refused_by_its_checksum(tmp_path):
     with_memory(build(), rank=2).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -402,6 +413,22 @@ def test_a_server_is_asked_for_slots_where_an_adapter_needs_them(tmp_path, monke
     heads = {"heads": str(tmp_path / "heads")}
     assert launch("base", heads).environment == {}
     assert launch("base", heads, feed_forward=True).environment == {FEED_FORWARD: "1"}
+
+
+@pytest.mark.parametrize(
+    ("config", "needed"),
+    [
+        ({"rank": 3}, 3), ({"rank": 24}, 8), ({"rank": None}, 8), ({"prefix_length": 600, "rank": "auto"}, 8),
+        ({"prefix_length": 5, "rank": "auto"}, 5), ({"prefix_length": 600, "rank": "auto", "reparameterize": 4}, 512),
+        ({"rank": 3, "rank_pattern": {"layers.1.self_attn": 6}}, 6), ({"rank": 3, "feature_map": "gelu"}, 3),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_rank_that_is_asked_for_is_that_of_the_factors(config, needed, tmp_path):
+    with_memory(build(), **config).save_pretrained(tmp_path)
+    assert rank_of(tmp_path) == needed
+    served = read_memory(tmp_path, SIZES, LAYERS, needed)
+    assert max(layer.manner.rank for layer in served.values()) == min(needed, SIZES.head_dim)
 
 
 def test_blocks_need_slots_that_fit(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
@@ -88,6 +89,22 @@ def test_a_folder_elsewhere_is_refused(saved, tmp_path):
     store = Store(lambda folder: None, allowed=[tmp_path / "other"])
     with pytest.raises(PrefixMemoryError, match="lies outside of the folders"):
         store.hold(saved)
+
+
+def test_a_disk_that_was_full_for_a_moment_is_asked_again(store, saved, monkeypatch):
+    copy = shutil.copyfile
+
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(PrefixMemoryError, match=r"cannot be copied to .* \(No space left on device\)\. Make room"):
+        store.hold(saved)
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    held = store.hold(saved)
+    assert (held.folder / SAFETENSORS_WEIGHTS_NAME).read_bytes() == (saved / SAFETENSORS_WEIGHTS_NAME).read_bytes()
+    assert [path for path in held.folder.parent.iterdir()] == [held.folder]
 
 
 # A GGUF file, unpacked once

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -268,7 +269,13 @@ def _layer(
         )
     if A.shape[2] > max_rank:
         A, B = _smaller(A, B, max_rank, where)
-    mean = tensors.get("mean") if config.normalize == "feature_mean" else None
+    mean = tensors.get("mean")
+    if (mean is None) == (config.normalize == "feature_mean"):
+        what = "needs a mean" if mean is None else "has no mean"
+        raise PrefixMemoryError(
+            f"{where}: normalize={config.normalize!r} {what}, and the tensors are {sorted(tensors)}. Copy the folder "
+            "again from where the adapter was saved."
+        )
     repeat = sizes.heads // groups
     # s·h·limit(a, c) = s·limit(h·a, h·c), so that a request's own scale takes the place of s alone
     head_scale, limit = cast(float, config.head_scale), cast(float | None, config.output_limit)
@@ -337,6 +344,28 @@ def _smaller(A: Tensor, B: Tensor, max_rank: int, where: str) -> tuple[Tensor, T
     if rank > max_rank:
         raise _too_large(rank, max_rank, where)
     return (left[..., :max_rank] * sizes[:, None, :max_rank]).to(A.dtype), right[:, :max_rank].to(B.dtype)
+
+
+def rank_of(folder: Path) -> int:
+    """The rank that the memory in ``folder`` needs in a server: that of its factors, or of its features where these
+    are fewer; only the sizes of its tensors are read.
+
+    Raises:
+        PrefixMemoryError: it cannot be served.
+    """
+    config, file, ranks = read_config(folder), folder / FILE, [1]
+    with safe_open(file, framework="pt") as tensors:
+        names = {name: _NAME.fullmatch(name) for name in tensors.keys()}  # noqa: SIM118  # no mapping
+        for name, parts in names.items():
+            size = cast(list[int], tensors.get_slice(name).get_shape())
+            if parts is None or len(size) != 3 or parts["tensor"] not in ("A", "B", "M", "keys"):
+                continue
+            in_block = config.feed_forward is not None and is_in_block(place_of(parts["module"])[1])
+            if not in_block or parts["tensor"] == "A":  # A [groups, features, rank], keys [groups, rank, features]
+                ranks.append(size[2] if in_block else min(size[1:]))
+    if config.reparameterize is not None:  # its vectors are made when it is read
+        ranks.append(min(cast(int, config.prefix_length), max(RANKS)))
+    return max(ranks)
 
 
 def _too_large(rank: int, max_rank: int, where: str) -> PrefixMemoryError:

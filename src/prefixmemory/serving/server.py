@@ -10,11 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from filelock import FileLock
 from peft.utils import CONFIG_NAME
-from safetensors import safe_open
 
 from prefixmemory.adapters.hub import adapter_folder
 from prefixmemory.errors import PrefixMemoryError, check_positive_integer
@@ -22,7 +21,7 @@ from prefixmemory.files.json_text import read_object
 from prefixmemory.files.names import check_name
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.models.loading import full_name, load_model, load_tokenizer
-from prefixmemory.serving.served import FEED_FORWARD, read_config, slot_size
+from prefixmemory.serving.served import FEED_FORWARD, rank_of, slot_size
 from prefixmemory.serving.store import FOLDERS, NO_LORA
 
 #: Slots for adapters that are loaded later.
@@ -97,7 +96,7 @@ def launch(
         if config.get("alora_invocation_tokens"):
             raise PrefixMemoryError(f"{name}: vLLM serves no activated LoRA. Use it through transformers.")
         blocks = blocks or (is_memory and config.get("feed_forward") is not None)
-        ranks.append(_rank_of(folders[name]) if is_memory else int(config.get("r", 8)))
+        ranks.append(rank_of(folders[name]) if is_memory else int(config.get("r", 8)))
     model = model or cast(str | None, base)
     if not model:
         raise PrefixMemoryError("No base model is named. Give it first: prefixmemory serve MODEL --adapter NAME=PATH")
@@ -125,18 +124,6 @@ def _names(model: str, adapters: Collection[str]) -> list[str]:
         return [model]
     short = Path(model).stem if model.endswith(".gguf") else Path(model).resolve().name
     return [model] if short in adapters else [short, model]
-
-
-def _rank_of(folder: Path) -> int:
-    """The rank that a memory needs: that of its factors, or all of its features."""
-    config = read_config(folder)
-    patterns = (config.rank_pattern or {}).values()
-    ranks: list[Any] = [config.rank or config.prefix_length, config.feed_forward or 1, *patterns]
-    if None not in ranks:
-        return int(max(ranks))
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
-        matrices = [name for name in tensors.keys() if not name.endswith(".mean")]  # noqa: SIM118  # no mapping
-        return max(min(cast(list[int], tensors.get_slice(name).get_shape()[1:])) for name in matrices)
 
 
 def served_model(model: str) -> str:

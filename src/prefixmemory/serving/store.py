@@ -104,17 +104,25 @@ class Store:
         return self._known[key]
 
     def _take(self, folder: Path) -> Held:
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise PrefixMemoryError(f"{folder / name} is missing. Copy it from where the adapter was saved.")
         with tempfile.TemporaryDirectory(dir=self._copies) as made:
-            copy = Path(made)
-            for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-                if not (folder / name).is_file():
-                    raise PrefixMemoryError(f"{folder / name} is missing. Copy it from where the adapter was saved.")
-                shutil.copyfile(folder / name, copy / name)
+            copy = Path(made) / "copy"
+            try:
+                copy.mkdir()
+                for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+                    shutil.copyfile(folder / name, copy / name)
+            except OSError as error:
+                raise PrefixMemoryError(
+                    f"{folder} cannot be copied to {self._copies} ({error.strerror}). Make room there, or set "
+                    f"{COPIES} to another folder."
+                ) from error
             try:
                 self._check(copy)
                 config = read_config(copy)
             except PrefixMemoryError as error:
-                raise PrefixMemoryError(str(error).replace(made, str(folder))) from error
+                raise PrefixMemoryError(str(error).replace(str(copy), str(folder))) from error
             if config.active_from != "start" and config.invocation_tokens is None:
                 raise PrefixMemoryError(
                     f"{folder} has active_from={config.active_from!r} without invocation_tokens: it was never trained."
@@ -125,7 +133,7 @@ class Store:
                 number = _FIRST + (number + 1 - _FIRST) % (_LAST - _FIRST)
             if number not in self.by_number:
                 place = self._copies / content
-                shutil.copytree(copy, place)
+                copy.replace(place)  # whole or not at all
                 self.by_number[number] = Held(content, number, place)
         return self.by_number[number]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import zipfile
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefixmemory.files.json_text import parse_json
@@ -54,9 +55,11 @@ def _numbered(folder: Path) -> dict[int, Path]:
 
 def what_is_wrong(checkpoint: Path, step: int) -> str | None:
     """Why ``checkpoint`` cannot be resumed from, in a few words, or ``None`` when it can."""
-    if _is_sharded(checkpoint):  # FSDP and DeepSpeed lay their files out in their own ways, and check them
+    if is_sharded(checkpoint):  # FSDP and DeepSpeed lay their files out in their own ways, and check them
         return None if (checkpoint / TRAINER_STATE_NAME).is_file() else f"{TRAINER_STATE_NAME} is missing"
-    random_states = [path.name for path in checkpoint.glob("rng_state*.pth")] or ["rng_state.pth"]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # a run is resumed with as many as it had
+    random_states = [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else ["rng_state.pth"]
+    scaler = [SCALER_NAME] if (checkpoint / SCALER_NAME).is_file() else []  # with fp16
     # in the order in which they are written, which is why the last one is usually what is missing
     for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, *random_states):
         if not (checkpoint / name).is_file():
@@ -66,7 +69,7 @@ def what_is_wrong(checkpoint: Path, step: int) -> str | None:
             pass
     except SafetensorError:
         return f"{SAFETENSORS_WEIGHTS_NAME} is cut off"
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME, *random_states):
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME, *scaler, *random_states):
         if not zipfile.is_zipfile(checkpoint / name):  # the index of what torch.save writes stands at its end
             return f"{name} is cut off"
     try:
@@ -85,5 +88,6 @@ def what_is_wrong(checkpoint: Path, step: int) -> str | None:
     return None
 
 
-def _is_sharded(checkpoint: Path) -> bool:
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether FSDP or DeepSpeed wrote ``checkpoint``, each process its part."""
     return (checkpoint / "latest").is_file() or any(checkpoint.glob("*fsdp*")) or any(checkpoint.glob("optimizer_*"))

@@ -29,14 +29,15 @@ from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.rows.collator import collator
 from prefixmemory.rows.encoding import Tokens, tokenize
 from prefixmemory.rows.rendering import Example
-from prefixmemory.training.checkpoints import last_complete_checkpoint
+from prefixmemory.training.checkpoints import is_sharded, last_complete_checkpoint
 from prefixmemory.training.divergence import StopDiverged
+from prefixmemory.training.ended import had_ended, has_ended, take_over
 from prefixmemory.training.interrupt import Interrupted, StopOnSignal
 from prefixmemory.training.sampler import EpochRows, EpochSampler, RowsOfEpoch
 from prefixmemory.training.saving import SaveByTime
 from prefixmemory.training.settings import TrainingSettings
 from prefixmemory.training.silent_front import SilentFront
-from prefixmemory.training.stopwatch import LogWithSave, Stopwatch
+from prefixmemory.training.stopwatch import LogWithSave, Stopwatch, loss_of
 
 #: transformers 5.23 renamed the argument.
 CHECKPOINTING = (
@@ -164,8 +165,8 @@ def fit(
     """Run a trainer to its end, or to a checkpoint on ctrl-C or SIGTERM.
 
     Returns:
-        The Trainer's metrics: ``train_loss``, ``train_runtime`` in seconds, ``eval_loss`` where there is validation
-        data, and others.
+        The Trainer's metrics: ``train_loss``, ``eval_loss`` where there is validation data, and, unless nothing was
+        left to be trained, ``train_runtime`` in seconds and others.
 
     Raises:
         Interrupted: ctrl-C or SIGTERM; the last checkpoint holds everything up to the last finished step.
@@ -188,11 +189,14 @@ def fit(
         trainer.add_callback(stop)
         trainer.add_callback(LogWithSave())
         trainer.add_callback(diverged := StopDiverged())
-        result = trainer.train(resume_from_checkpoint=last)
-        if stop.asked and trainer.state.global_step < trainer.state.max_steps:
-            raise Interrupted(stop.asked)
+        if last is not None and not is_sharded(Path(last)) and had_ended(Path(last), settings.patience):
+            take_over(trainer, Path(last), settings.keeps_best)
+            metrics = {"train_loss": loss_of(trainer)}
+        else:
+            metrics = dict(trainer.train(resume_from_checkpoint=last).metrics)
+            if stop.asked and not has_ended(trainer):
+                raise Interrupted(stop.asked)
         diverged.check(trainer)
-        metrics = dict(result.metrics)
         if trainer.eval_dataset is not None:
             metrics |= trainer.evaluate()
     return metrics

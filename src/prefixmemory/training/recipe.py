@@ -83,14 +83,13 @@ def load_recipe(
     for section in ("method", *SECTIONS):
         if section in content and content[section] is None:
             content.pop(section)  # all of its lines are comments
-    names_method = "method" in content
     of_another_kind = any(f"method.{name}" in overrides for name in ANOTHER_KIND)
     method = content.setdefault("method", {} if of_another_kind else dict(RECOMMENDED))
     if isinstance(method, dict):
         name = method.get("name", DEFAULT)
         if overrides.get("method.name", name) != name:
             content["method"] = {}  # the fields of one method mean nothing to another, nor does its learning rate
-            if names_method and isinstance(content.get("training"), dict):
+            if isinstance(content.get("training"), dict):
                 content["training"].pop("learning_rate", None)
     for path, value in overrides.items():
         put(content, path, value, source)
