@@ -117,7 +117,7 @@ def test_training_teaches_the_labels_and_leaves_the_base_model_alone(place, name
 
 PREFERENCES = {
     "dpo": ("dpo", "pairs.jsonl", ()),
-    "dpo, lora": ("dpo", "pairs.jsonl", ("--method", "lora")),
+    "dpo, lora": ("dpo", "pairs.jsonl", ("--method", "lora", "--learning-rate", 0.02)),
     "kto": ("kto", "judged.jsonl", ()),
     "kto from pairs": ("kto", "pairs.jsonl", ()),
 }
