@@ -139,7 +139,7 @@ def test_preferences_are_learned_from_a_recipe(place, name):
     assert left["settings"]["objective"] == objective and left["row_format"] == Path(data).stem.replace(
         "pairs", "preference"
     )
-    start, end = call_untrained(words), weights(Path("adapter"))
+    start, end = call_untrained(words[:2]), weights(Path("adapter"))
     assert start.keys() == end.keys() and end
     for key, tensor in end.items():
         assert not torch.equal(tensor, start[key]), key
