@@ -17,6 +17,11 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 
+@pytest.fixture(autouse=True)
+def _leaves_no_process_group() -> None:
+    """An engine in this process keeps its own, from test to test."""
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base model and adapters."""
