@@ -431,6 +431,19 @@ def test_the_rank_that_is_asked_for_is_that_of_the_factors(config, needed, tmp_p
     assert max(layer.manner.rank for layer in served.values()) == min(needed, SIZES.head_dim)
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_a_server_names_weights_that_cannot_be_read(damage, tmp_path, monkeypatch):
+    monkeypatch.setattr("prefixmemory.serving.server.find_spec", lambda name: name)
+    with_memory(build(), rank=2).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(PrefixMemoryError, match=r"adapter_model\.safetensors is missing or damaged"):
+        launch("base", {"a": str(tmp_path)})
+
+
 def test_blocks_need_slots_that_fit(tmp_path, monkeypatch):
     with_blocks(tmp_path)
     blocks = read_blocks(tmp_path, RANK)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -351,18 +351,23 @@ def rank_of(folder: Path) -> int:
     are fewer; only the sizes of its tensors are read.
 
     Raises:
-        PrefixMemoryError: it cannot be served.
+        PrefixMemoryError: it is damaged, or cannot be served.
     """
     config, file, ranks = read_config(folder), folder / FILE, [1]
-    with safe_open(file, framework="pt") as tensors:
-        names = {name: _NAME.fullmatch(name) for name in tensors.keys()}  # noqa: SIM118  # no mapping
-        for name, parts in names.items():
-            size = cast(list[int], tensors.get_slice(name).get_shape())
-            if parts is None or len(size) != 3 or parts["tensor"] not in ("A", "B", "M", "keys"):
-                continue
-            in_block = config.feed_forward is not None and is_in_block(place_of(parts["module"])[1])
-            if not in_block or parts["tensor"] == "A":  # A [groups, features, rank], keys [groups, rank, features]
-                ranks.append(size[2] if in_block else min(size[1:]))
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            sizes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118  # no mapping
+    except (OSError, SafetensorError) as error:
+        raise PrefixMemoryError(
+            f"{file} is missing or damaged ({error}). Copy it again from where the adapter was saved."
+        ) from error
+    for name, size in sizes.items():
+        parts = _NAME.fullmatch(name)
+        # A [groups, features, rank], M [groups, features, value_dim], keys [groups, rank, features]
+        if parts is None or len(size) != 3 or parts["tensor"] not in ("A", "M", "keys"):
+            continue
+        in_block = config.feed_forward is not None and is_in_block(place_of(parts["module"])[1])
+        ranks.append(size[2] if in_block else min(size[1:]))
     if config.reparameterize is not None:  # its vectors are made when it is read
         ranks.append(min(cast(int, config.prefix_length), max(RANKS)))
     return max(ranks)

@@ -75,9 +75,9 @@ def _given_in_all(rows: Rows) -> dict[str, Any]:
 
     Rows of messages alone have them; in others it is a column that means nothing.
     """
-    first = rows[0].get("chat_template_kwargs") or {}
     if row_format(rows) != "messages":
         return {}
+    first = rows[0].get("chat_template_kwargs") or {}
     return dict(first) if all((row.get("chat_template_kwargs") or {}) == first for row in rows) else {}
 
 
