@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -353,14 +353,9 @@ def rank_of(folder: Path) -> int:
     Raises:
         PrefixMemoryError: it is damaged, or cannot be served.
     """
-    config, file, ranks = read_config(folder), folder / FILE, [1]
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            sizes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118  # no mapping
-    except (OSError, SafetensorError) as error:
-        raise PrefixMemoryError(
-            f"{file} is missing or damaged ({error}). Copy it again from where the adapter was saved."
-        ) from error
+    config, ranks = read_config(folder), [1]  # which looks at the file, too
+    with safe_open(folder / FILE, framework="pt") as tensors:
+        sizes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118  # no mapping
     for name, size in sizes.items():
         parts = _NAME.fullmatch(name)
         # A [groups, features, rank], M [groups, features, value_dim], keys [groups, rank, features]
