@@ -128,14 +128,20 @@ def test_ctrl_c_in_a_call_does_not_reach_the_next_one():
     assert torch.equal(run(model, ["default"], tiny.tokens(1, 5)), expected)
 
 
-def test_ctrl_c_without_a_peft_model_does_not_reach_the_next_call():
-    """Only the next pass can end what was broken off: a part of the model, called alone, would count as part of it."""
+def waiting() -> tuple[nn.Module, list[Tensor]]:
+    """A model without PeftModel whose memory waits for 7, 8, and two texts in which that stands in other places."""
     config = PrefixMemoryConfig(rank=None, normalize="none", output_limit=None, active_from="invocation",
                                 invocation_tokens=[7, 8])  # fmt: skip
     model = inject_adapter_in_model(config, tiny.build()).eval()
     tiny.randomize(model)
-    first, other = (tiny.tokens(1, 12, seed) for seed in (1, 5))
-    first[0, 4:6] = other[0, 9:11] = torch.tensor([7, 8])
+    texts = [tiny.tokens(1, 12, seed) for seed in (1, 5)]
+    texts[0][0, 4:6] = texts[1][0, 9:11] = torch.tensor([7, 8])
+    return model, texts
+
+
+def test_ctrl_c_without_a_peft_model_does_not_reach_the_next_call():
+    """Only the next pass can end what was broken off: a part of the model, called alone, would count as part of it."""
+    model, (first, other) = waiting()
     expected = model.model(input_ids=other).last_hidden_state
     held = []
 
@@ -157,17 +163,17 @@ def test_ctrl_c_without_a_peft_model_does_not_reach_the_next_call():
 
 def test_a_model_called_within_itself_goes_on_behind_it():
     """What is still running was not broken off."""
-    model, ids = two_adapters(), tiny.tokens(1, 7)
-    expected, inner = run(model, ["default"], ids), []
+    model, (ids, other) = waiting()
+    expected, alone, inner = model(input_ids=ids).logits, model(input_ids=other).logits, []
 
     def ask(*_: object) -> None:
         if not inner:
-            inner.append(None)
-            inner[0] = model(input_ids=tiny.tokens(1, 4)).logits
+            inner.append(alone)
+            inner[0] = model(input_ids=other).logits
 
-    model.get_base_model().model.layers[0].self_attn.o_proj.register_forward_hook(ask)
-    assert torch.equal(run(model, ["default"], ids), expected) and inner[0] is not None
-    assert calls.thread.model_pass is None
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(ask)
+    assert torch.equal(model(input_ids=ids).logits, expected) and torch.equal(inner[0], alone)
+    assert inner[0] is not alone and calls.thread.model_pass is None
 
 
 def test_a_call_within_a_call_of_the_same_layer_is_one_of_its_own():
