@@ -49,10 +49,10 @@ def measure(chosen: Namespace) -> dict[str, Any]:
             "logits_to_keep": labels.shape[1],
         }
         calibrate(memory, **batch)
-        front = SilentFront(memory)
+        front, placed = SilentFront(memory), {**batch, "active": torch.tensor([tokens - SPOKEN], device=ids.device)}
         losses: dict[str, Callable[[], Any]] = {
             ONE: lambda batch=batch: memory(**batch, use_cache=False).loss,
-            PARTS: lambda batch=batch, front=front: memory(**front.read(batch)).loss,
+            PARTS: lambda front=front, placed=placed: memory(**front.read(placed)).loss,
             LORA: lambda batch=batch: lora(**batch, use_cache=False).loss,
         }
         _check(memory, losses)

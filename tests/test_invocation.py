@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, invocation_tokens
@@ -15,7 +16,7 @@ from prefixmemory.models.loading import load_tokenizer, smollm2
 from prefixmemory.rows.distractors import Distractors
 from prefixmemory.rows.encoding import begins, encode_prompt, tokenize
 from prefixmemory.rows.invocation import check_invoked, settle
-from prefixmemory.rows.rendering import render
+from prefixmemory.rows.rendering import Example, render
 from prefixmemory.scoring.generation import answers
 from prefixmemory.scoring.likelihood import likelihoods
 from prefixmemory.training.job import TrainingJob
@@ -287,16 +288,47 @@ def test_tokens_of_ones_own_may_stand_in_the_template_more_than_once():
     assert job_of(rows, active_from="invocation", invocation_tokens=header).invoked_again_messages == []
 
 
-def test_answers_that_bring_the_invocation_are_told_of():
-    """In training the place is looked for in the whole row, in use in the prompt."""
+@pytest.mark.parametrize(
+    ("prompt", "objective", "count"), [("2+2? Answer:", "sft", 0), ("2+2?", "sft", 1), ("2+2? Answer:", "dpo", 1)]
+)
+def test_answers_that_move_where_the_memory_speaks_are_told_of(prompt, objective, count):
+    """TRL gives the model whole rows, in which the last occurrence counts; in use the prompt's counts."""
     tokens = tiny.tokenizer()("Answer:", add_special_tokens=False)["input_ids"]
-    rows = [
-        {"prompt": "2+2? Answer:", "completion": "Two and two. Answer: 4"},
-        {"prompt": "2+3? Answer:", "completion": "5"},
-    ]
-    job = job_of(rows, active_from="invocation", invocation_tokens=tokens)
-    assert job.invoked_again == (0, 1)
-    assert job.invoked_again_messages[0].startswith("Answers that bring 'Answer:': 1. In training")
+    brings = {"sft": {"completion": "Two. Answer: 4"}, "dpo": {"chosen": "Two. Answer: 4", "rejected": "5"}}
+    other = {"sft": {"completion": "5"}, "dpo": {"chosen": "5", "rejected": "6"}}
+    rows = [{"prompt": prompt, **brings[objective]}, {"prompt": "2+3? Answer:", **other[objective]}]
+    job = job_of(rows, objective, active_from="invocation", invocation_tokens=tokens)
+    assert job.invoked_again == (0, count) and len(job.invoked_again_messages) == bool(count)
+    if count:
+        assert job.invoked_again_messages[0].startswith("Answers that bring 'Answer:': 1. In training")
+    row = job.tokens[0]
+    places = [begins(ids, tokens) for ids in (row.prompt, row.prompt + row.completion)]
+    assert job.speaks_from(row) == places[count]
+
+
+@pytest.mark.parametrize("kind", ["memory", "activated LoRA"])
+@pytest.mark.parametrize("context", ["", "Once upon a time there was an Answer: \n\n"])
+def test_likelihoods_are_of_answers_written_behind_the_prompts_invocation(kind, context):
+    """An answer that brings the tokens is as likely as while it is written token by token."""
+    tokenizer = tiny.tokenizer()
+    tokens = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
+    if kind == "memory":
+        model = tiny.with_memory(tiny.build(), active_from="invocation", invocation_tokens=tokens)
+    else:
+        config = LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=tokens, init_lora_weights=False)
+        model = get_peft_model(tiny.build(), config)
+    examples = [Example("2+2? Answer:", " Two. Answer: 4"), Example("What is 2+3? Answer:", " 5")]
+    found = likelihoods(model.eval(), tokenizer, examples, context=context)
+    for one, example in zip(found, examples, strict=True):
+        (row,) = tokenize([Example(context + example.prompt, example.completion)], tokenizer, 400)
+        ids, place = torch.tensor([row.prompt + row.completion]), begins(row.prompt, tokens)
+        said = {"active": [place]} if kind == "memory" else {"alora_offsets": [ids.shape[1] - place]}
+        with torch.inference_mode():
+            right, other = (model(input_ids=ids, **how).logits[0].log_softmax(-1) for how in (said, {}))
+        places = torch.arange(len(row.prompt), ids.shape[1])
+        assert one.nats == pytest.approx(right[places - 1, ids[0, places]].sum().item(), abs=1e-3)
+        if "Answer:" in example.completion:  # what the row alone says differs
+            assert abs(one.nats - other[places - 1, ids[0, places]].sum().item()) > 1e-2
 
 
 def test_what_looks_at_an_adapter_asks_it_everywhere_and_contexts_are_read_in_silence():

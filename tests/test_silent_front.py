@@ -114,7 +114,19 @@ def _same(whole, parts) -> None:
         assert (parts[1][name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
 
 
-def test_where_the_caller_says_where_memories_speak_and_in_packed_rows_it_is_left_alone():
+def test_an_answer_that_brings_the_invocation_does_not_move_the_place():
+    """As in use, where the memory speaks from the prompt's on."""
+    model, ids = learning(), text(60, length=70)[0].tolist()
+    ids[66:69] = INVOCATION["invocation_tokens"]
+    batch = collator(model, tiny.tokenizer())([Tokens(ids[:65], ids[65:]).feature])
+    found = gradients(model, batch)
+    _same(gradients(model, {**batch, "active": torch.tensor([60])}), found)
+    assert gradients(model, {**batch, "active": torch.tensor([66])})[0] != found[0]
+    del batch["active"]
+    assert gradients(model, batch)[0] != found[0]  # what is read from the row alone
+
+
+def test_where_the_caller_says_where_memories_speak_it_is_left_alone():
     model = learning()
     batch = batch_for(model)
     front = SilentFront(model)
@@ -122,9 +134,6 @@ def test_where_the_caller_says_where_memories_speak_and_in_packed_rows_it_is_lef
     assert front.read(given) is given
     with activation(given["active"]):
         assert front.read(batch) is batch
-    positions = torch.cat([torch.arange(30), torch.arange(41)]).expand(3, -1)
-    packed = {**batch, "position_ids": positions, "attention_mask": torch.ones_like(positions)}
-    assert front.read(packed) is packed
     assert front.read(batch) is not batch
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefixmemory.rows.encoding import IGNORED
+from prefixmemory.rows.encoding import IGNORED, speaks_from
+from prefixmemory.rows.invocation import ALORA, invocation_of
 
 
 class LeftPaddingCollator:
@@ -18,15 +21,24 @@ class LeftPaddingCollator:
     With ``crop_logits`` the batch asks the model for the logits of these columns (``logits_to_keep``), which saves
     most of the cost of the vocabulary projection when prompts are long. With ``right`` it pads on the right instead:
     for methods whose virtual tokens would stand before the padding, far from the text.
+
+    With ``invocation`` it says from which token on the adapter speaks, as in use: an answer that brings these tokens
+    again does not move the place. A memory is told so by ``active``, PEFT's activated LoRA by ``alora_offsets``.
     """
 
-    def __init__(self, pad_token_id: int, crop_logits: bool, right: bool = False) -> None:
+    def __init__(
+        self, pad_token_id: int, crop_logits: bool, right: bool = False, invocation: Sequence[int] | None = None,
+        is_lora: bool = False,
+    ) -> None:  # fmt: skip
         self.pad_token_id = pad_token_id
         self.crop_logits = crop_logits
         self.right = right
+        self.invocation = invocation
+        self.is_lora = is_lora
 
     def __call__(self, features: list[dict[str, list[int]]]) -> dict[str, Any]:
-        """Batch with ``input_ids``, ``attention_mask``, ``position_ids`` ``[B, T]`` and ``labels`` ``[B, K]``."""
+        """Batch with ``input_ids``, ``attention_mask``, ``position_ids`` ``[B, T]`` and ``labels`` ``[B, K]``; with an
+        invocation that all rows have, ``active`` ``[B]`` (or ``alora_offsets``, counted from the end)."""
         length = max(len(f["input_ids"]) for f in features)
 
         def padded(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -47,7 +59,20 @@ class LeftPaddingCollator:
             keep = min(keep, length)
             batch["labels"] = batch["labels"][:, -keep:]
             batch["logits_to_keep"] = keep
+        before = [_before_end(f, self.invocation) for f in features] if self.invocation else [None]
+        if None not in before:  # else the model looks for it, and says what is missing
+            if self.is_lora:
+                batch["alora_offsets"] = before
+            else:
+                batch["active"] = length - torch.tensor(before)
         return batch
+
+
+def _before_end(feature: dict[str, list[int]], invocation: Sequence[int]) -> int | None:
+    """How many tokens before its end an adapter begins to speak in a row; ``None``: nowhere."""
+    ids, prompt = feature["input_ids"], len(list(takewhile(lambda label: label == IGNORED, feature["labels"])))
+    place = speaks_from(ids[:prompt], ids[prompt:], invocation)
+    return None if place is None else len(ids) - place
 
 
 def collator(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> LeftPaddingCollator:
@@ -56,7 +81,11 @@ def collator(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerB
     prepends = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     crop_logits = not prepends and "logits_to_keep" in inspect.signature(base.forward).parameters
-    return LeftPaddingCollator(padding_id(tokenizer), crop_logits, right=prepends)
+    active = [model.peft_config[name] for name in model.active_adapters] if isinstance(model, PeftModel) else []
+    invocations = {tuple(invocation_of(config) or ()) for config in active}
+    invocation = invocations.pop() if len(invocations) == 1 else ()
+    is_lora = bool(invocation) and hasattr(active[0], ALORA)
+    return LeftPaddingCollator(padding_id(tokenizer), crop_logits, prepends, invocation or None, is_lora)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

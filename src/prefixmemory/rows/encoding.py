@@ -50,6 +50,16 @@ def begins(ids: Sequence[int], invocation: Sequence[int]) -> int | None:
     return next((i for i in range(len(ids) - n, -1, -1) if list(ids[i : i + n]) == wanted), None)
 
 
+def speaks_from(prompt: Sequence[int], completion: Sequence[int], invocation: Sequence[int]) -> int | None:
+    """Where an adapter that waits for ``invocation`` begins to speak while the completion is written: with the last
+    occurrence in the prompt; where it has none, with the first that the completion ends."""
+    place = begins(prompt, invocation)
+    if place is not None:
+        return place
+    n, ids, wanted = len(invocation), [*prompt, *completion], list(invocation)
+    return next((i for i in range(max(0, len(prompt) - n + 1), len(ids) - n + 1) if ids[i : i + n] == wanted), None)
+
+
 def behind(front: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """``text`` behind ``front``, without the beginning-of-sequence token that a chat template wrote before it where the
     tokenizer puts one before the whole."""

@@ -105,6 +105,8 @@ def likelihoods(
                 batch["past_key_values"] = repeated(cache, len(chosen))
                 batch["position_ids"] = batch["position_ids"] + cached
                 batch["attention_mask"] = pad(batch["attention_mask"], (cached, 0), value=1)
+                if "active" in batch:
+                    batch["active"] = batch["active"] + cached
             with contiguous_logits_input(model):
                 logits = reader(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
             losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")

@@ -6,14 +6,13 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from operator import ne
 from typing import Any
 
 from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from prefixmemory.errors import PrefixMemoryError
-from prefixmemory.rows.encoding import Tokens, begins, encode_prompt, tokenize
+from prefixmemory.rows.encoding import Tokens, begins, encode_prompt, speaks_from, tokenize
 from prefixmemory.rows.invocation import check_invoked, invocation_of, invocation_tokens, occurrences, questions, settle
 from prefixmemory.rows.rendering import Example, render
 from prefixmemory.rows.rows import Row, Rows, answers_a_row, check_objective, kind_of, with_one_answer
@@ -132,8 +131,8 @@ class TrainingJob:
 
     @cached_property
     def invoked_again(self) -> tuple[int, int]:
-        """In how many training rows the question brings the tokens that introduce questions, and how many answers bring
-        those of the invocation."""
+        """In how many training rows the question brings the tokens that introduce questions, and how many answers move
+        where the adapter speaks, since they bring those of the invocation."""
         invocation = self.invocation
         if invocation is None:
             return 0, 0
@@ -145,9 +144,14 @@ class TrainingJob:
                 if tokens.cut:  # what it lost may be the template's own
                     whole = encode_prompt(render([row], self.tokenizer)[0].prompt, self.tokenizer)
                 again += occurrences(whole, invocation) > questions(row)
-        in_prompt = [begins(one.prompt, invocation) for one in self.tokens]
-        in_row = [begins(one.prompt + one.completion, invocation) for one in self.tokens]
-        return again, sum(map(ne, in_prompt, in_row))
+        return again, sum(begins(one.prompt, invocation) != self.speaks_from(one) for one in self.tokens)
+
+    def speaks_from(self, row: Tokens) -> int | None:
+        """The number of the token of ``row`` from which on the adapter speaks in training; ``None``: nowhere."""
+        invocation = self.invocation or []
+        if self.settings.objective == "sft":
+            return speaks_from(row.prompt, row.completion, invocation)
+        return begins(row.prompt + row.completion, invocation)  # TRL gives the model the row without its place
 
     @cached_property
     def _speaks_from_question(self) -> bool:
@@ -169,9 +173,12 @@ class TrainingJob:
                 "and the base model alone reads what is in front."
             )
         if answered:
+            why = "their prompts do not"
+            if self.settings.objective != "sft":
+                why = "in use it speaks from the prompt's, if that has them"
             found.append(
-                f"Answers that bring {written}: {answered:,}. In training the adapter speaks from there on, in use "
-                "from the prompt's. Leave such rows out, or use other tokens of invocation."
+                f"Answers that bring {written}: {answered:,}. In training the adapter speaks from there on; {why}. "
+                "Leave such rows out, or use other tokens of invocation."
             )
         return found
 

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefixmemory.attention.sites import CHILD
 from prefixmemory.models.loading import explain, full_name, load_tokenizer, location
-from prefixmemory.rows.encoding import begins
 from prefixmemory.training.job import TrainingJob, job_of, rows_of
 from prefixmemory.training.methods import attach
 from prefixmemory.training.recipe import Recipe
@@ -138,7 +137,7 @@ def _marked(job: TrainingJob) -> str:
     if job.invocation is None:
         return ""
     ids = job.tokens[0].prompt + job.tokens[0].completion
-    first = begins(ids, job.invocation)
+    first = job.speaks_from(job.tokens[0])
     silent, active = (str(job.tokenizer.decode(part)).replace("\n", "⏎") for part in (ids[:first], ids[first:]))
     return f"{'…' if len(silent) > SHOWN else ''}{silent[-SHOWN:]}⟦{active}⟧"
 

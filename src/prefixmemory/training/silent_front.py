@@ -13,13 +13,12 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from prefixmemory.rows.encoding import IGNORED
-from prefixmemory.tuner.active_tokens import speaking, text_numbers
 from prefixmemory.tuner.calls import thread
 from prefixmemory.tuner.layers import memory_layers
 
@@ -58,7 +57,7 @@ class SilentFront:
 
         Args:
             batch: of the collator: ``input_ids``, ``attention_mask``, ``position_ids`` ``[B, T]``, ``labels``
-                ``[B, K]`` of the last columns.
+                ``[B, K]`` of the last columns, ``active`` ``[B]``.
 
         Returns:
             For the same model: the last T − C columns of ids, positions and labels, the whole attention mask, and the C
@@ -88,26 +87,14 @@ class SilentFront:
         """How many columns of ``batch`` are silent in all rows; 0: too few."""
         if any(layer.first_batch is not None for layer in self.layers):
             return 0  # which takes the means of features
-        if "active" in batch or thread.given is not None or _is_packed(batch):
+        places, is_off = batch.get("active"), all(layer.plan(None) is None for layer in self.layers)
+        if places is None or places.ndim != 1 or thread.given is not None or is_off:
             return 0
-        ids: Tensor = batch["input_ids"]
-        length, labels = ids.shape[1], batch["labels"]
-        plans = [plan for layer in self.layers if (plan := layer.plan(None)) is not None]
-        steps = [step for plan in plans for step in (*plan.inside, *plan.outside)]
-        invocations = {step.invocation for step in steps}
-        if not steps or None in invocations:
-            return 0
-        texts = text_numbers(ids, batch)
-        places = [speaking(ids, cast(Any, one), texts)[1].min() for one in invocations]
+        length, labels = batch["input_ids"].shape[1], batch["labels"]
         counted = (labels != IGNORED).any(dim=0).int().argmax()  # the first column of labels that any row has
-        columns = min(int(torch.stack([*places, counted + (length - labels.shape[1] - 1)]).min()), length - 1)
+        predicts = counted + (length - labels.shape[1] - 1)
+        columns = min(int(torch.minimum(places.min(), predicts)), length - 1)
         return columns if columns >= max(COLUMNS, SHARE * length) else 0
-
-
-def _is_packed(batch: Mapping[str, Any]) -> bool:
-    """Whether a row holds several texts: positions begin again, and not behind padding."""
-    begins_again, read = batch["position_ids"].diff(dim=1) <= 0, batch["attention_mask"].bool()
-    return bool((begins_again & read[:, 1:] & read[:, :-1]).any())
 
 
 def _is_plain(cache: Any) -> bool:
