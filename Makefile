@@ -59,7 +59,7 @@ browser: ## install Debian's Chromium, in which the tests open the pages (withou
 		sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
 		$$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -qq --no-install-recommends chromium >/dev/null; }
 
-models: $(VENV)/.dev ## measure every model family anew and write docs/models.md (about 10 minutes)
+models: $(VENV)/.dev ## measure every model family anew and write docs/models.md (about 15 minutes)
 	$(BIN)/python -m experiments.models $(ARGS)
 
 lint: $(VENV)/.dev

@@ -48,7 +48,7 @@ def test_the_page_from_top_to_bottom(place):
         assert answer.out.split() == names
     summary = json.loads(Path(names[0]).read_text())
     assert not summary["missing"] and not summary["failed"]
-    assert {cell["method"] for cell in summary["cells"]} == {"base", "lora-attention", "prefixmemory"}
+    assert {cell["method"] for cell in summary["cells"]} == {"base", "rslora", "prefixmemory-blocks"}
     assert len(list(read_records(Path("tickets-comparison/records.jsonl")))) == 1 + 2 * (3 + 3)
     assert all("Six messages a team" in Path(name).read_text() for name in names[1:])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 import tiny
 from command_line import call, call_line, code_blocks, jsonl, weights
+from prefixmemory.rows.data import Data
 from prefixmemory.training.recipe import load_recipe
+from prefixmemory.training.settings import TrainingSettings
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "recipes.md"
 TEXT = GUIDE.read_text(encoding="utf-8")
@@ -40,7 +43,12 @@ def block(language: str, start: str) -> str:
 
 def test_no_block_is_left_out():
     kinds = [(language, body.split()[0]) for language, body in BLOCKS]
-    assert kinds == [("yaml", "model:"), ("", "error:"), ("", "prefixmemory")]  # each has a test below
+    assert kinds == [
+        ("yaml", "model:"),
+        ("", "error:"),
+        ("", "prefixmemory"),
+        ("", "prefixmemory"),
+    ]  # each has a test below
 
 
 # The recipe
@@ -111,8 +119,33 @@ def test_set_reaches_a_field_that_has_no_flag(recipe):
     assert json.loads(Path("tickets-memory", "run.json").read_text())["settings"]["warmup"] == 0.05
 
 
+@pytest.mark.parametrize("section", [Data, TrainingSettings])
+def test_all_fields_are_in_the_tables_with_their_defaults(section):
+    head = {Data: "| `data` |", TrainingSettings: "| `training` |"}[section]
+    rows = TEXT.partition(head)[2].partition("\n\n")[0].splitlines()[2:]
+    said = {}
+    for row in rows:
+        names, defaults = (cell.strip() for cell in row.strip("|").split(" | ")[:2])
+        names, defaults = names.replace("`", "").split(", "), defaults.replace("`", "").split(", ")
+        said |= dict(zip(names, defaults * (len(names) if len(defaults) == 1 else 1), strict=True))
+    known = {field.name: field.default for field in dataclasses.fields(section)}
+    assert said.keys() == known.keys()
+    words = {"-": dataclasses.MISSING, "none": None, "no": False, "auto": None}
+    for name, value in said.items():
+        same = [words.get(value, value), value]  # "none" is a choice of one field
+        assert known[name] in same or float(value) == known[name], name
+
+
+def test_what_was_trained_is_scored_and_asked(recipe):
+    call("train", recipe).success  # noqa: B018
+    evaluate, generate = block("", "prefixmemory evaluate").splitlines()
+    assert "rows 6" in call_line(evaluate).success
+    assert json.loads(Path("tickets-memory", "run.json").read_text())["metrics"]
+    assert call_line(generate).success
+
+
 def test_lora_is_put_beside_it(recipe):
-    train, evaluate = block("", "prefixmemory ").replace("\\\n", "").splitlines()
+    train, evaluate = block("", "prefixmemory train").replace("\\\n", "").splitlines()
     call_line(train).success  # noqa: B018
     made = weights(Path("tickets-lora"))
     assert {min(tensor.shape) for tensor in made.values()} == {8} and all(".lora_" in name for name in made)

@@ -43,7 +43,7 @@ class Suite:
         written_answers: test rows of each task with free answers (``loss``, ``preference``) that every final
             run answers for a judge, in AlpacaEval's format, below ``outputs``; 0: none.
         training: settings of all runs, over the defaults (but for a warm-up of 0.1); tasks and methods may have their
-            own over these, as the default memory has.
+            own over these.
         dtype: of the base model.
         attention: as transformers' ``attn_implementation``, in training; ``None``: the model's default.
         launcher: command that starts each training run, such as ``[accelerate, launch, --num_processes, "2"]``.

@@ -133,8 +133,8 @@ def activation(active: Tensor | Sequence[int]) -> Iterator[None]:
 
     Args:
         active: bool ``[rows, tokens]``, or the number of each row's first active token, ``[rows]``. Tokens are counted
-            from the beginning of the sequence, padding and what a cache holds included; behind a mask's end they are
-            active.
+            from 0 on from the beginning of the sequence, padding and what a cache holds included; behind a mask's end
+            they are active.
     """
     before, thread.given = thread.given, Given(active)
     try:
