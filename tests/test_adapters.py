@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import prefixmemory
@@ -510,6 +512,56 @@ def test_transformers_own_integration_saves_and_loads(fields, tmp_path):
     for loaded in (fresh, PeftModel.from_pretrained(tiny.build(), tmp_path)):
         same_parameters(loaded, model)
         close_logits(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("spoil", ["lacks", "has unknown", "NaN", "shape"])
+def test_transformers_own_integration_refuses_what_is_not_the_adapter(spoil, tmp_path):
+    tiny.with_memory(tiny.build()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    if spoil == "lacks":
+        del tensors[name]
+    elif spoil == "has unknown":
+        tensors[name.replace("layers.0", "layers.7")] = tensors[name].clone()
+    elif spoil == "shape":
+        tensors[name] = tensors[name][:, :4].clone()
+    else:
+        tensors[name].fill_(torch.nan)
+    save_file(tensors, file)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "weights_sha256": None}))
+    model, expected = tiny.build(), logits(tiny.build())
+    with pytest.raises(
+        RuntimeError if spoil == "shape" else PrefixMemoryError, match=None if spoil == "shape" else spoil
+    ):
+        model.load_adapter(tmp_path)
+    if spoil != "shape":  # transformers refuses that in the midst of it
+        assert not memory_layers(model) and torch.equal(logits(model), expected)
+        tiny.with_memory(tiny.build()).save_pretrained(tmp_path)
+        model.load_adapter(tmp_path)
+        assert not torch.equal(logits(model), expected)
+        assert not model.peft_config["default"].awaits_weights
+
+
+def test_behind_the_active_adapter_all_layers_have_the_same():
+    """PEFT lets each layer choose by itself."""
+    model = get_peft_model(tiny.build(), config(), "a")
+    for number, name in enumerate("bc"):
+        model.add_adapter(name, config(layers_to_transform=[number]))
+    for name in "abc":
+        tiny.randomize(model, name)
+    model.set_adapter("b")
+    expected = logits(model)
+    model.set_adapter("a")
+    with pytest.warns(UserWarning, match="was active which is now deleted"):
+        model.delete_adapter("a")
+    assert model.active_adapters == ["b"]
+    assert torch.equal(logits(model), expected)
+    model.base_model.set_adapter(["b", "c"])
+    both = logits(model)
+    model.delete_adapter("b")
+    assert model.active_adapters == ["c"] and not torch.equal(logits(model), both)
 
 
 def test_transformers_own_integration_saves_over_an_older_save(tmp_path):

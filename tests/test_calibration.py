@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
+import test_vision_language as vision_language
 import tiny
 from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, calibrate
 from prefixmemory.tuner.layers import memory_layers
@@ -143,6 +144,26 @@ def test_encoder_and_decoder_have_theirs():
     model = get_peft_model(T5ForConditionalGeneration(config), PrefixMemoryConfig(task_type="SEQ_2_SEQ_LM")).train()
     model(input_ids=tiny.tokens(), labels=tiny.tokens(2, 5)).loss.backward()
     assert all(layer.memory("default").mean.any() for layer in memory_layers(model))
+
+
+def test_what_no_batch_reaches_costs_one_pass_not_one_a_step():
+    """A model that sees, trained on text; the memories of its eyes take their means with the first image."""
+    base = vision_language.build()
+    model = get_peft_model(base, PrefixMemoryConfig(task_type="CAUSAL_LM", target_modules=["self_attn"])).train()
+    calls: list[int] = []
+    base.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda module, args: calls.append(1))
+    text = tiny.tokens(2, 7)
+    passes = []
+    for _ in range(3):
+        calls.clear()
+        model(input_ids=text, labels=text).loss.backward()
+        passes.append(len(calls))
+    assert passes[0] > 1 and passes[1:] == [1, 1]
+    assert sorted({bool(mean.any()) for mean in tiny.means(model).values()}) == [False, True]
+    batch = vision_language.batch()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(mean.any() for mean in tiny.means(model).values())
+    assert all(layer.first_batch is None for layer in memory_layers(model))
 
 
 def test_a_second_adapter_takes_its_own_when_it_is_trained():

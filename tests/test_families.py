@@ -235,6 +235,57 @@ def test_the_content_query_does_not_know_where_it_stands(name):
     assert torch.allclose(near, far, atol=1e-5)
 
 
+#: Families whose queries pass a norm, where heads and tokens could be taken for each other.
+NORMED = [name for name in CASES if name in ("zaya", "qwen3", "gemma3", "stablelm", "phi", "cohere_qk", "olmoe")]
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_as_many_tokens_as_heads_are_no_heads(name):
+    """A causal model says the same of a text's beginning, whatever follows; the longer text cannot be misread."""
+    torch.manual_seed(0)
+    model = get_peft_model(build(CASES[name]), PrefixMemoryConfig(output_limit=None)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.5)
+    heads = {site.heads for site in find_sites(model.get_base_model()).values()}
+    ids = torch.randint(3, 90, (2, max(heads) + 3), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        for count in heads:
+            assert torch.allclose(model(input_ids=ids[:, :count]).logits, whole[:, :count], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "llama"])
+def test_the_factor_of_the_scores_is_that_of_the_models_own_attention(name):
+    model = build(CASES[name])
+    model.set_attn_implementation("eager")
+    site = next(iter(find_sites(model).values()))
+    keys: list[Tensor] = []
+    site.core.k_proj.register_forward_hook(lambda module, args, output: keys.append(output))
+    ids = torch.arange(3, 13).expand(2, -1)
+    same = {"position_ids": torch.zeros_like(ids)}  # nothing is rotated
+    with torch.no_grad():
+        query, _ = content_query(site, lambda: model(input_ids=ids, **same))
+        weights = model(input_ids=ids, output_attentions=True, **same).attentions[0]
+    queries = query.reshape(2, 10, site.heads, site.head_dim).transpose(1, 2)
+    key = keys[0].reshape(2, 10, site.kv_heads, site.head_dim).transpose(1, 2)
+    scores = queries @ key.repeat_interleave(site.heads // site.kv_heads, dim=1).transpose(2, 3)
+    hidden = torch.ones(10, 10, dtype=torch.bool).triu(1)
+
+    def attention(scaling: float) -> Tensor:
+        return (scores * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
+
+    assert torch.allclose(attention(site.scaling), weights, atol=1e-5)
+    assert not torch.allclose(attention(2 * site.scaling), weights, atol=1e-2)
+
+
+def test_a_factor_that_a_config_gives_is_read():
+    model = build(CASES["mpt"])
+    model.transformer.blocks[0].attn.softmax_scale = 0.3
+    assert next(iter(find_sites(model).values())).scaling == 0.3
+
+
 def positions_from(start: int) -> Tensor:
     return torch.arange(start, start + 10).expand(2, -1)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
@@ -14,6 +15,7 @@ from transformers import LlavaForConditionalGeneration
 import tiny
 from close import close_logits
 from prefixmemory import PrefixMemoryConfig
+from prefixmemory.attention.discovery import find_sites, left_out
 from test_attention import LLAVA
 
 VARIANTS: dict[str, dict[str, Any]] = {"default": tiny.DEFAULT, "inside": {"placement": "inside", "prefix_length": 3}}
@@ -44,6 +46,26 @@ def logits(model: Any, **changed: Any) -> Tensor:
 
 def other_image() -> Tensor:
     return batch(seed=2)["pixel_values"]
+
+
+@pytest.mark.parametrize(
+    ("name", "has_memories", "others"),
+    [
+        ("IdeficsForVisionText2Text", "model.layers.", "model.vision_model."),
+        ("KyutaiSpeechToTextForConditionalGeneration", "model.layers.", "codec_model."),
+        ("CsmForConditionalGeneration", "backbone_model.", "codec_model."),
+        ("EvollaForProteinText2Text", "model.layers.", "model.protein_encoder."),
+    ],
+)
+def test_memories_stand_in_the_text_part_alone(name, has_memories, others):
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        model = kind._from_config(kind.config_class())
+    sites = find_sites(model)
+    left = left_out(model, sites)
+    assert left and len(left) < len(sites)
+    assert all(site.startswith(has_memories) for site in sites if site not in left)
+    assert any(site.startswith(others) for site in left)
 
 
 @each

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefixmemory.attention import families
-from prefixmemory.attention.families import QueryProjection
+from prefixmemory.attention.families import QueryNorm, QueryProjection
 from prefixmemory.attention.sites import AttentionSite, descendant
 from prefixmemory.errors import PrefixMemoryError
 
@@ -53,11 +53,11 @@ def _projection(module: nn.Module) -> QueryProjection | None:
     return next((row for row in rows if (child := descendant(module, row.path)) is not None and _widths(child)), None)
 
 
-def _norm(module: nn.Module) -> str | None:
+def _norm(module: nn.Module) -> QueryNorm | None:
     kind = type(module).__name__
     for norm in families.QUERY_NORMS:
         if norm.child in module._modules and re.match(norm.classes, kind) and not re.match(norm.but, kind):
-            return norm.child if module._modules[norm.child] is not None else None
+            return norm if module._modules[norm.child] is not None else None
     return None
 
 
@@ -135,9 +135,10 @@ def _measure(
     return AttentionSite(
         module=module,
         core=core,
-        query_source=projection if norm is None else core.get_submodule(norm),
-        query_path=prefix + (norm or row.path),
+        query_source=projection if norm is None else core.get_submodule(norm.child),
+        query_path=prefix + (row.path if norm is None else norm.child),
         normed=norm is not None,
+        tokens_first=norm is not None and norm.tokens_first,
         blocks=blocks,
         bias=row.bias,
         clip=getattr(core, "clip_qkv", None) or getattr(getattr(core, "config", None), "clip_qkv", None),
@@ -183,22 +184,27 @@ def find_sites(model: nn.Module) -> dict[str, AttentionSite]:
 
 def left_out(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
     """The sites that get no memory unless they are named, with the reason: those that no gradient reaches, and in a
-    model with a text part and others (vision, audio), those outside of the text part. To that belong the submodels
+    model with a text part and others (vision, audio), those outside of the text part. To that belong the parts
     whose config is of the class of the model's text config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     try:
-        text = config.get_text_config()  # type: ignore[union-attr]
+        text = config.get_text_config()
     except (AttributeError, ValueError):  # no transformers config, or several text parts
         text = None
-    composite = text is not None and (text is not config or hasattr(config, "vision_config"))
+    composite = text is not None and (
+        text is not config or any(hasattr(config, part) for part in families.CONFIGS_OF_OTHER_PARTS)
+    )
     in_text = {"": True}
     reasons = {"": ""}
     for name, module in model.named_modules():
         if name:
             reasons[name] = families.NO_GRADIENT.get(type(module).__name__) or reasons[name.rpartition(".")[0]]
             in_text[name] = in_text[name.rpartition(".")[0]]
-        if isinstance(module, PreTrainedModel) and composite:
-            in_text[name] = isinstance(module.config, type(text))
+        own = getattr(module, "config", None)
+        if composite and isinstance(module, PreTrainedModel):
+            in_text[name] = isinstance(own, type(text))
+        elif composite and isinstance(own, PreTrainedConfig):  # or the config of the whole, wherever it stands
+            in_text[name] &= isinstance(own, (type(text), type(config)))
     found = {name: reasons[name] for name in sites if reasons[name]}
     others = [name for name in sites if not in_text[name]]
     if len(others) < len(set(sites)):

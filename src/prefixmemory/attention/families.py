@@ -38,11 +38,13 @@ class QueryProjection:
 
 @dataclass(frozen=True)
 class QueryNorm:
-    """A child that normalises the query between projection and rotation; ``but`` names classes where it does not."""
+    """A child that normalises the query between projection and rotation; ``but`` names classes where it does not, and
+    ``tokens_first`` says that it sees ``[.., T, H, D]`` in storage of its own, not a view of the projection's rows."""
 
     child: str
     classes: str = ""
     but: str = "(?!)"  # matches nothing
+    tokens_first: bool = False
 
 
 _QKV: Literal["keys and values"] = "keys and values"
@@ -87,7 +89,8 @@ QUERY_NORMS = (
     QueryNorm("q_layernorm"),
     QueryNorm("q_b_norm", "DeepseekV4"),
     QueryNorm("q_l2_clip", "Inkling2"),
-    QueryNorm("qk_norm", "Zaya|MuseSpark|MuseGlimmer"),  # called for the query first; Llama 4's is behind the rotation
+    QueryNorm("qk_norm", "Zaya", tokens_first=True),  # a convolution stands in front
+    QueryNorm("qk_norm", "MuseSpark|MuseGlimmer"),  # called for the query first; Llama 4's is behind the rotation
 )
 #: Names of the output projection, from the module that holds it; the first that is there counts.
 OUTPUT_PROJECTIONS = (
@@ -106,6 +109,10 @@ HEAD_DIMS = (
     *("qk_channels_per_head",),
 )
 VALUE_DIMS = ("v_head_dim", "v_channels_per_head")
+#: What the factor on q·k is called; where there is none, it is the head dimension to the power of -1/2.
+SCALINGS = ("scaling", "softmax_scale")
+#: Attention whose scores are q·k as they are.
+UNSCALED = re.compile("GPTNeoSelf|LongT5")
 CROSS_ATTENTION_NAMES = (
     *("encoder_attn", "crossattention", "cross_attn", "cross_attention", "EncDecAttention"),
     "encoder_decoder_attention",
@@ -126,6 +133,8 @@ REFUSED = {
     "SqueezeBert": "its features stand before its tokens",
     "MLCD": "its output projection reads tokens and rows the other way round",
 }
+#: Fields of a config that make the model one with parts beside its text part.
+CONFIGS_OF_OTHER_PARTS = ("vision_config", "audio_config", "codec_config", "protein_encoder_config")
 #: Parts of models that no gradient reaches, by their class.
 NO_GRADIENT = {"BltPatcher": "it only decides where patches end, so that no gradient reaches it"}
 #: Attention that repeats all its key heads, in order, for each expert of a token.

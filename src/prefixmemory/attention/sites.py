@@ -12,15 +12,18 @@ base model is replaced: hooks read and add, and are removed again by ``unload``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from prefixmemory.attention import families
 from prefixmemory.errors import PrefixMemoryError
 
 #: Name of the child under which a memory layer hangs in an attention module.
@@ -36,6 +39,7 @@ class AttentionSite:
         core: the module that computes the attention; ``module`` itself, or its child (BERT's ``self``).
         query_source, query_path: the descendant of ``module`` whose output holds the query, and its dotted name.
         normed: whether that is a q-norm rather than the projection.
+        tokens_first: whether the q-norm sees tokens in front of heads, whatever lies where.
         blocks: the projection returns this many equal parts, each beginning with the queries of its heads.
         bias: name of a parameter of ``core`` that is added to the query, or empty.
         clip: largest absolute value of the query, or ``None``.
@@ -50,6 +54,7 @@ class AttentionSite:
     query_source: nn.Module
     query_path: str
     normed: bool
+    tokens_first: bool
     blocks: int
     bias: str
     clip: float | None
@@ -68,8 +73,22 @@ class AttentionSite:
     @property
     def scaling(self) -> float:
         """Factor on q·k in this module's scores."""
-        scaling = getattr(self.core, "scaling", None)
-        return float(scaling) if isinstance(scaling, float | int) else self.head_dim**-0.5
+        if families.UNSCALED.match(type(self.core).__name__):
+            return 1.0
+        found = (getattr(self.core, name, None) for name in families.SCALINGS)
+        return next((float(factor) for factor in found if isinstance(factor, float | int)), self.head_dim**-0.5)
+
+    @property
+    def may_write_into_queries(self) -> bool:
+        """Whether the module's forward, or the rotation that it calls, is not transformers' own: Liger's kernels and
+        Unsloth's rotate queries where they lie, and PyTorch does not notice."""
+        kind = type(self.core)
+        rotation = getattr(sys.modules.get(kind.__module__), "apply_rotary_pos_emb", kind.forward)
+        replaced = "forward" in vars(self.core) and not hasattr(self.core, "_hf_hook")  # accelerate's calls the old one
+        return replaced or not all(
+            isinstance(part, FunctionType) and part.__module__.startswith("transformers.")
+            for part in (kind.forward, rotation)
+        )
 
     def query_from(self, output: Tensor | tuple[Any, ...], source_input: Tensor) -> Tensor:
         """The content query ``[batch.., tokens, heads, head_dim]`` in what ``query_source`` returned."""
@@ -90,7 +109,7 @@ class AttentionSite:
         if output.shape[-1] != self.head_dim or (self.heads == 1 and output.ndim < 4):
             return output.reshape(*output.shape[:-1], self.heads, self.head_dim)
         heads_second_to_last = output.shape[-2] == self.heads
-        if output.shape[-3] == self.heads and heads_second_to_last:
+        if output.shape[-3] == self.heads and heads_second_to_last and not self.tokens_first:
             # As many tokens as heads: the norm's input is a view of the projection's rows, so of the two axes
             # the one with the larger stride counts tokens.
             heads_second_to_last = source_input.stride(-3) > source_input.stride(-2)

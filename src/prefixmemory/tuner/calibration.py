@@ -40,6 +40,7 @@ class FirstBatch:
         self._layers = layers
         for layer in layers:
             layer.first_batch = self
+        self._tried: set[tuple[int, frozenset[str]]] = set()  # what batches had that passed a memory by, and where
         self._holders = list(holders(model))
         self._outermost = len(self._holders)  # of those that were called in evaluation mode; the others are within
         self._handles = [
@@ -50,15 +51,20 @@ class FirstBatch:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if not torch.is_grad_enabled() or (several and not module.training):  # one process may look at something alone
             return
-        if not module.training:
-            if torch.compiler.is_compiling():
-                return
+        place, batch = 0, None
+        if not torch.compiler.is_compiling():
             place = next(number for number, holder in enumerate(self._holders) if holder is module)
-            if place > self._outermost:
+            batch = place, frozenset(name for name, value in kwargs.items() if value is not None)
+            if batch in self._tried:
+                return
+        if not module.training:
+            if batch is None or place > self._outermost:
                 return
             self._outermost = place
         if any(self._waiting.intersection(layer.answering()) for layer in self._layers if not layer.disable_adapters):
             self._take(module, args, kwargs)
+            if batch is not None and module.training and not several and self._waiting:
+                self._tried.add(batch)  # text alone, in a model that also sees: no pass a step for what it passes by
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="call prefixmemory.calibrate(model, **batch) before the first compiled step, which takes the means"

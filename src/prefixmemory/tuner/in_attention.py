@@ -53,8 +53,12 @@ class InAttention(PrefixMemoryLayer):
     def _show_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
         call = current_call(self)
         # the first alone: some project further vectors later on (DeBERTa v2: relative positions)
-        if call is not None and call.plan is not None and call.projected is None:
-            call.projected = (output, args[0])
+        if call is None or call.plan is None or call.projected is not None:
+            return
+        query = output[0] if isinstance(output, tuple) else output
+        if "content" in call.plan.queries and (torch.compiler.is_compiling() or self.site.may_write_into_queries):
+            query = query.clone()  # which a compiler leaves out where nothing writes
+        call.projected = (query, args[0])
 
     def on_attention(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict[str, Any], implementation: str

@@ -127,7 +127,7 @@ class PrefixMemoryModel(BaseTuner):
             )
         encodes = bool(in_encoder(self.model, [current_key]))
         if encodes and peft_config.active_from != "start":
-            _discard(self.model, adapter_name)
+            discard(self.model, adapter_name)
             raise PrefixMemoryError(
                 f"active_from={peft_config.active_from!r} cannot be had in {current_key}: {ENCODER}. Leave it out of "
                 "target_modules, or use active_from='start'."
@@ -147,7 +147,7 @@ class PrefixMemoryModel(BaseTuner):
                 check_inside(current_key, site) if inside else check_interface(current_key, site, "query='rotary'")
                 install_tap()
         except PrefixMemoryError:
-            _discard(self.model, adapter_name)
+            discard(self.model, adapter_name)
             raise
         if layer is None:
             layer = InFeedForward(site) if isinstance(site, FeedForwardSite) else InAttention(site, share)
@@ -213,6 +213,14 @@ class PrefixMemoryModel(BaseTuner):
         for layer in memory_layers(self.model):
             layer.set_adapter(adapter_name, inference_mode)
         self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT, whose layers each choose what is active behind an active one: the whole model has one answer."""
+        left = [name for name in self.active_adapters if name != adapter_name]
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config:
+            self.set_adapter(left or [*self.peft_config][:1])
 
     # Running
 
@@ -371,7 +379,7 @@ class PrefixMemoryModel(BaseTuner):
                 summed = cast(Any, layer.memory(adapter_name))
                 summed.set_to_sum([layer.memory(name) for name in adapters], factors)
         except Exception:
-            _discard(self.model, adapter_name)
+            discard(self.model, adapter_name)
             raise
 
     def _layers_of(self, adapter_name: str) -> list[PrefixMemoryLayer]:
@@ -450,7 +458,7 @@ class PrefixMemoryModel(BaseTuner):
             checkpoint.check_state_dict(found, expected, also_known=others)
         except PrefixMemoryError:
             if config.awaits_weights:  # an adapter that was there before stays
-                _discard(model, adapter_name)
+                discard(model, adapter_name)
             raise
         config.awaits_weights = False
         loaded = {own[bare(key)][0] if bare(key) in own else key: tensor for key, tensor in state_dict.items()}
@@ -463,7 +471,7 @@ class PrefixMemoryModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
 
-def _discard(model: nn.Module, adapter_name: str) -> None:
+def discard(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter, and layers left without any, out of a model."""
     for layer in memory_layers(model):
         if adapter_name in layer.prefix_memory_bank:

@@ -12,7 +12,7 @@ from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.tuner.cache_rows import teach_caches
 from prefixmemory.tuner.model import PrefixMemoryModel
 from prefixmemory.tuner.peft_helpers import teach
-from prefixmemory.tuner.replacing import check_on_load, teach_hotswap
+from prefixmemory.tuner.replacing import check_on_load, check_on_load_by_transformers, teach_hotswap
 
 
 def accept_adapter_names() -> None:
@@ -30,6 +30,7 @@ def register() -> None:
         return
     accept_adapter_names()
     check_on_load()
+    check_on_load_by_transformers()
     teach_hotswap()
     teach()
     teach_caches()

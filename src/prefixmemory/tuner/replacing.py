@@ -7,20 +7,23 @@ included: a compiled model follows them without being compiled again.
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import peft.utils.hotswap
+import torch
 from peft import PeftConfig, PeftModel
 from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from prefixmemory.errors import PrefixMemoryError, did_you_mean
-from prefixmemory.memories.checkpoint import same_base_model
+from prefixmemory.memories.checkpoint import check_state_dict, same_base_model
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.tuner import weighted_adapter
 from prefixmemory.tuner.layers import memory_layers
-from prefixmemory.tuner.model import PrefixMemoryModel
+from prefixmemory.tuner.model import PrefixMemoryModel, discard
+from prefixmemory.tuner.tensor_names import tensors_of
 
 #: What would change the answers of the same weights.
 FIELDS = (
@@ -65,6 +68,37 @@ def check_on_load() -> None:
         return original(self, model_id, adapter_name, *args, **kwargs)
 
     PeftModel.load_adapter = load_adapter
+
+
+def check_on_load_by_transformers() -> None:
+    """Let ``load_adapter`` of transformers' models refuse what PEFT's refuses: by itself it reports, if anything."""
+    original = PeftAdapterMixin.load_adapter
+
+    @wraps(original)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        present = set(getattr(self, "peft_config", ()))
+        info = original(self, *args, **kwargs)
+        for name in self.peft_config.keys() - present:
+            config = self.peft_config[name]
+            if isinstance(config, PrefixMemoryConfig):
+                _check_loaded(self, name, info)
+                config.awaits_weights = False
+        return info
+
+    cast(Any, PeftAdapterMixin).load_adapter = load_adapter
+
+
+def _check_loaded(model: nn.Module, adapter_name: str, info: Any) -> None:
+    """Refuse an adapter by what transformers says of its loading, and take it out of the model again."""
+    expected = dict(tensors_of(model, adapter_name).values())
+    lost = info.missing_keys | {key for key, *_ in info.mismatched_keys}
+    found = {key: tensor for key, tensor in expected.items() if key not in lost}
+    try:
+        check_state_dict(found | dict.fromkeys(info.unexpected_keys, torch.empty(0)), expected, also_known=())
+    except PrefixMemoryError:
+        discard(model, adapter_name)
+        cast(Any, model)._hf_peft_config_loaded = bool(getattr(model, "peft_config", None))
+        raise
 
 
 def teach_hotswap() -> None:
