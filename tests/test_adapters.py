@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    LoraConfig,
     PeftModel,
     PeftType,
     get_peft_model,
@@ -542,6 +543,82 @@ def test_transformers_own_integration_refuses_what_is_not_the_adapter(spoil, tmp
         model.load_adapter(tmp_path)
         assert not torch.equal(logits(model), expected)
         assert not model.peft_config["default"].awaits_weights
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("around", ["LoRA", "torch.compile"])
+def test_what_is_saved_does_not_depend_on_what_stands_around_the_base_model(around, tmp_path):
+    model = tiny.with_memory(tiny.build(), **tiny.DEFAULT, feed_forward=4)
+    model.save_pretrained(tmp_path / "plain")
+    if around == "LoRA":
+        inject_adapter_in_model(LoraConfig(target_modules=["up_proj", "down_proj"]), model.get_base_model(), "other")
+    else:
+        model.base_model.model = torch.compile(model.get_base_model(), backend="eager")
+    model.save_pretrained(tmp_path / "around")
+    plain, wrapped = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "around"))
+    assert plain.keys() == wrapped.keys()
+    assert all(torch.equal(tensor, wrapped[name]) for name, tensor in plain.items())
+    PeftModel.from_pretrained(tiny.build(), tmp_path / "around")
+
+
+def test_weights_are_not_loaded_over_an_adapter_of_a_config_that_was_read_from_another_file(tmp_path):
+    tiny.with_memory(tiny.build()).save_pretrained(tmp_path / "a")
+    other = tiny.with_memory(tiny.build(), feature_map="relu", scale=0.2)
+    tiny.randomize(other, seed=7)
+    other.save_pretrained(tmp_path / "b")
+    model = get_peft_model(tiny.build(), PrefixMemoryConfig.from_pretrained(str(tmp_path / "a")))
+    with pytest.raises(PrefixMemoryError, match="feature_map is 'relu' there and 'elu' here"):
+        model.load_adapter(tmp_path / "b", "default")
+    model.load_adapter(tmp_path / "a", "default")
+    close_logits(logits(model), logits(PeftModel.from_pretrained(tiny.build(), tmp_path / "a")))
+
+
+def test_sums_are_named_as_in_pefts_scripts():
+    model = tiny.with_memory(tiny.build())
+    model.add_weighted_adapter(["default"], [1.0], "copy", combination_type="linear")
+    with pytest.raises(PrefixMemoryError, match=r"combination_type='svd' is not known\."):
+        model.add_weighted_adapter(["default"], [1.0], "approximated", combination_type="svd")
+
+
+def test_gradients_of_each_row_by_torch_func():
+    """Functions with gradients of their own are left out there."""
+    model, ids = tiny.with_memory(tiny.build(attention="eager"), **tiny.DEFAULT), tiny.tokens(2, 9)
+    learns = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        given = {"input_ids": row[None], "labels": row[None], "use_cache": False}
+        return torch.func.functional_call(model, parameters, (), given).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(learns, ids)
+    for number in range(2):
+        model.zero_grad()
+        model(input_ids=ids[number : number + 1], labels=ids[number : number + 1]).loss.backward()
+        for name, gradients in found.items():
+            torch.testing.assert_close(gradients[number], model.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
+            assert gradients[number].any()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_base_model_hears_where_its_memory_speaks(checkpointing):
+    """Or says that it does not: what a compiled frame is told is gone when it ends."""
+    torch.compiler.reset()
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[:, 4:] = True
+    model, batch = tiny.with_memory(tiny.build()), {"input_ids": tiny.tokens(2, 9), "use_cache": False}
+    everywhere, right = model(**batch).logits, model(**batch, active=mask).logits
+    if checkpointing:
+        model.train().get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.base_model.model = torch.compile(model.get_base_model(), backend="eager")
+    if checkpointing:
+        with pytest.raises(PrefixMemoryError, match="leave out one of them"):
+            model(**batch, active=mask)
+    else:
+        close_logits(model(**batch, active=mask).logits, right)
+        assert (right - everywhere).abs().max() > 1e-3
+        with prefixmemory.activation(mask):
+            close_logits(model.base_model.model(**batch).logits, right)
+    torch.compiler.reset()
 
 
 def test_behind_the_active_adapter_all_layers_have_the_same():

@@ -23,6 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rotary": {"query": "rotary"},
     "inside": {"placement": "inside", "prefix_length": 3},
 }
+#: A memory that is silent up to these tokens.
+WAITS: dict[str, Any] = {"rank": 8, "active_from": "invocation", "invocation_tokens": [100, 101]}
 PROMPT = tiny.tokens(2, 9)
 NEW = 8
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
@@ -102,6 +104,42 @@ def test_an_assistant_changes_no_token(variant):
     assert passes
     assert torch.equal(made, decode(model, ids))
     assert base_decodes_otherwise(model, made, ids)
+
+
+@pytest.mark.parametrize("decoding", ["lookup", "assistant", "no cache"])
+def test_guesses_that_bring_the_invocation_do_not_move_where_a_memory_speaks(decoding, monkeypatch):
+    """Prompt lookup guesses what the prompt says: behind an answer, the next question and its invocation."""
+    shots = [10, 11, 100, 101, 20, 12, 13, 100, 101, 21, 14, 15, 100, 101]
+    monkeypatch.setitem(VARIANTS, "waits", WAITS)
+    model, ids = model_of(variant="waits"), torch.tensor([shots])
+    plain = decode(model, ids)
+    assistant = tiny.build(seed=4)
+    with torch.no_grad():
+        for parameter in assistant.parameters():  # it guesses the invocation again and again
+            parameter.zero_()
+    options: dict[str, dict[str, Any]] = {
+        "lookup": {"prompt_lookup_num_tokens": 10},
+        "assistant": {"assistant_model": assistant},
+        "no cache": {"use_cache": False},
+    }
+    assert torch.equal(decode(model, ids, **options[decoding]), plain)
+    assert torch.equal(decode(model, ids, active=[12]), plain)
+    assert base_decodes_otherwise(model, plain, ids)
+
+
+@pytest.mark.filterwarnings("ignore:The invocation tokens")  # the prompt has none
+def test_an_invocation_that_the_model_writes_itself_counts_where_the_prompt_has_none(monkeypatch):
+    monkeypatch.setitem(VARIANTS, "waits", WAITS)
+    model = model_of(variant="waits")
+    written = []
+    with model.disable_adapter():
+        written = decode(model, PROMPT[:1])[0, PROMPT.shape[1] :].tolist()
+    monkeypatch.setitem(VARIANTS, "waits", {**WAITS, "invocation_tokens": written[1:2]})
+    model = model_of(variant="waits")
+    plain = decode(model, PROMPT[:1])
+    assert plain[0, PROMPT.shape[1] :].tolist()[:2] == written[:2] and base_decodes_otherwise(model, plain, PROMPT[:1])
+    assert torch.equal(decode(model, PROMPT[:1], use_cache=False), plain)
+    assert torch.equal(decode(model, PROMPT[:1], prompt_lookup_num_tokens=4), plain)
 
 
 def passes_of(model: PeftModel) -> list[int]:

@@ -49,7 +49,8 @@ def add(
     if limit is None:
         return torch.add(onto, answer.to(onto.dtype), alpha=scale)
     learns = torch.is_grad_enabled() and (outputs.requires_grad or answer.requires_grad)
-    if learns and not torch.compiler.is_compiling():  # a compiler fuses what it derives itself
+    # a compiler fuses what it derives itself, and torch.func takes no function with a gradient of its own
+    if learns and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         return cast(Tensor, _AddLimited.apply(outputs, answer, onto, limit, scale))  # type: ignore[no-untyped-call]
     own, _, both = _squares(outputs, answer, limit)
     return _plus(onto, answer, (own / both).sqrt(), scale)

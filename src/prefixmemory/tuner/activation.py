@@ -151,14 +151,18 @@ class _Prompt:
         self.cache: Any = None
 
     def is_read(self, ids: Tensor | None, shape: tuple[int, int], past: Any, cache: Any) -> bool:
-        """Whether a pass reads a part of it. Others may go on meanwhile: of the negative prompt of classifier-free
-        guidance, of what a stopping criterion asks; and what was given may be what follows a cache alone."""
-        if not isinstance(past, int) or past + shape[1] > self.ids.shape[1] or self.cache not in (None, cache):
+        """Whether a pass reads a part of it, and perhaps tokens behind it: guesses of assisted decoding, or what was
+        generated without a cache. Others may go on meanwhile: of the negative prompt of classifier-free guidance, of
+        what a stopping criterion asks; and what was given may be what follows a cache alone."""
+        end = self.ids.shape[1]
+        if not isinstance(past, int) or past >= end or self.cache not in (None, cache):
+            return False
+        if past + shape[1] > end and (ids is None or torch.compiler.is_compiling()):
             return False
         part = self.ids[:, past : past + shape[1]]
         if ids is not None and not torch.compiler.is_compiling():
             times, rest = divmod(len(ids), len(part))
-            if rest or not torch.equal(part.to(ids.device).repeat_interleave(times, dim=0), ids):
+            if rest or not torch.equal(part.to(ids.device).repeat_interleave(times, dim=0), ids[:, : part.shape[1]]):
                 return False
         self.cache = cache
         return True
@@ -235,6 +239,11 @@ class Listener:
         this = thread.model_pass = ModelPass(self, depth, outer)
         active, rows = kwargs.pop("active", None), row_adapters(*self.layers)
         given = thread.given if active is None else Given(active)
+        if active is not None and thread.given is None and torch.compiler.is_compiling():
+            raise PrefixMemoryError(
+                "A compiled model forgets active= before its layers are called. Say it around the call, with "
+                "prefixmemory.activation(...), or call a PeftModel around the compiled model."
+            )
         steps = self._waiting(rows)
         if given is None and not steps:
             return
@@ -302,7 +311,7 @@ class Listener:
             and prompt.listener is self
             and prompt.is_read(ids, shape, past, cache)
         ):
-            mask, this.places[invocation] = of_prompt(prompt.ids, shape, past, invocation)
+            mask, this.places[invocation] = of_prompt(prompt.ids, ids, shape, past, invocation)
         elif ids is not None and isinstance(past, int) and past == 0:
             texts = text_numbers(ids, batch)
             mask, first = speaking(ids, invocation, texts)
@@ -310,7 +319,8 @@ class Listener:
                 this.missing[invocation] = silent_rows(mask, texts, attended(ids, batch))
             this.places[invocation] = places(first, last_tokens(ids, invocation), ids.shape[1])
         else:
-            mask, this.places[invocation] = going_on(ids, shape, device, past, invocation, before)
+            writes = prompt is not None and prompt.listener is self
+            mask, this.places[invocation] = going_on(ids, shape, device, past, invocation, before, writes)
         return ActiveTokens.of(mask)
 
     def _missing(self, trains: bool, found: Tensor, steps: list[Any], rows: RowAdapters | None) -> None:

@@ -172,9 +172,20 @@ def speaking(ids: Tensor, invocation: Invocation, texts: Tensor | None = None) -
     return (numbers >= last) & (last >= 0), torch.where(first >= 0, first, NEVER)
 
 
+def first_occurrence(ids: Tensor, invocation: Invocation) -> Tensor:
+    """Where the first occurrence of ``invocation`` begins in each row, ``[rows]``, ``NEVER`` if nowhere: from there on
+    the memory speaks of a model that writes these tokens one by one."""
+    rows, tokens = ids.shape
+    numbers = torch.arange(tokens, device=ids.device).expand(rows, -1)
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    for offset, token in enumerate(invocation):
+        begins &= (ids.roll(-offset, dims=1) == token) & (numbers < tokens - offset)
+    return torch.where(begins, numbers, NEVER).amin(dim=1)
+
+
 def going_on(
     ids: Tensor | None, shape: tuple[int, int], device: torch.device, past: Any, invocation: Invocation,
-    before: Places | None,
+    before: Places | None, writes: bool = False,
 ) -> tuple[Tensor, Places]:  # fmt: skip
     """The same of a pass of ``shape`` behind ``past`` tokens that lie in a cache.
 
@@ -185,6 +196,7 @@ def going_on(
         past: number of tokens in front of it.
         invocation: the tokens looked for.
         before: the places up to it; ``None``: a cache that no memory has spoken to.
+        writes: whether its tokens are the model's own, or guesses at them, so that the first occurrence counts.
 
     Returns:
         bool ``[rows, tokens]``, and the places to go on from.
@@ -199,21 +211,27 @@ def going_on(
     if ids is not None:
         front = None if before is None else before.in_front(past, rows)
         seen = ids if front is None else torch.cat([front, ids], dim=1)
-        _, new = speaking(seen, invocation)
+        new = first_occurrence(seen, invocation) if writes else speaking(seen, invocation)[1]
         new = torch.where(new == NEVER, NEVER, (new + (end - seen.shape[1])).clamp(min=0))
         first = torch.where(first != NEVER, first, new)
         tail = last_tokens(seen, invocation)
     return past + torch.arange(tokens, device=device) >= first[:, None], places(first, tail, end)
 
 
-def of_prompt(prompt: Tensor, shape: tuple[int, int], past: Any, invocation: Invocation) -> tuple[Tensor, Places]:
+def of_prompt(
+    prompt: Tensor, ids: Tensor | None, shape: tuple[int, int], past: Any, invocation: Invocation
+) -> tuple[Tensor, Places]:
     """The same of a pass that reads a part of a ``prompt`` that is known as a whole, ``[rows, tokens]``; each of its
-    rows may have become several."""
+    rows may have become several. Where it has no invocation, what ``ids`` has behind it may bring it."""
     rows, tokens = shape
     end = past + tokens
     _, first = speaking(prompt, invocation)
     first = Places(first, NEVER, None, end).for_rows(rows)
-    tail = last_tokens(prompt[:, :end], invocation).repeat_interleave(rows // len(prompt), dim=0)
+    text = prompt.repeat_interleave(rows // len(prompt), dim=0)
+    if ids is not None and end > prompt.shape[1]:
+        text = torch.cat([text[:, :past].to(ids.device), ids], dim=1)
+        first = torch.where(first != NEVER, first, first_occurrence(text, invocation))
+    tail = last_tokens(text[:, :end], invocation)
     return past + torch.arange(tokens, device=prompt.device) >= first[:, None], places(first, tail, end)
 
 

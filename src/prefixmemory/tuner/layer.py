@@ -26,7 +26,7 @@ from prefixmemory.memories.registry import MemorySite, ask, is_inside, lacks_mea
 from prefixmemory.tuner.activation import ModelPass, current_pass
 from prefixmemory.tuner.active_tokens import ActiveTokens
 from prefixmemory.tuner.by_row import add_by_row
-from prefixmemory.tuner.calls import RowAdapters, row_adapters
+from prefixmemory.tuner.calls import RowAdapters, row_adapters, thread
 from prefixmemory.tuner.plan import Plan, Step
 from prefixmemory.tuner.tensor_parallel import HeadShare
 
@@ -172,10 +172,12 @@ class PrefixMemoryLayer(nn.Module, BaseTunerLayer):
             )
         rows = row_adapters(self)
         plan = self.plan(rows)
-        if plan is not None and plan.waiting and current_pass() is None:
+        waits = plan is not None and (plan.waiting or (thread.given is not None and not self.in_encoder))
+        if waits and current_pass() is None:
             raise PrefixMemoryError(
                 f"{type(self.site.module).__name__} was called outside of a forward pass of its model, so that its "
-                "memory does not know where it speaks. Call the model, or use active_from='start'."
+                "memory does not know where it speaks. Call the model, or use active_from='start'. With "
+                "torch.compile and gradient checkpointing together layers are called so: leave out one of them."
             )
         return plan, rows
 

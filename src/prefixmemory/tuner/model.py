@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, cast
@@ -18,7 +18,7 @@ from prefixmemory.attention.discovery import find_site, find_sites, in_encoder, 
 from prefixmemory.attention.feed_forward import FeedForwardSite, feed_forward_site, find_feed_forward
 from prefixmemory.attention.interface import check_inside, check_interface, install_tap
 from prefixmemory.attention.sites import CHILD, AttentionSite
-from prefixmemory.errors import PrefixMemoryError, did_you_mean
+from prefixmemory.errors import PrefixMemoryError, check_choice, did_you_mean
 from prefixmemory.memories import checkpoint
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.registry import AUTO, MemorySite, check_start, is_inside, queries_of
@@ -40,7 +40,7 @@ from prefixmemory.tuner.targets import (
     note_found,
     shortest_names,
 )
-from prefixmemory.tuner.tensor_names import bare, embeddings_of, stored_name, tensors_of
+from prefixmemory.tuner.tensor_names import bare, embeddings_of, stored_name, tensors_of, unwrapped
 from prefixmemory.tuner.tensor_parallel import HeadShare, head_share, same_start
 
 logger = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ class PrefixMemoryModel(BaseTuner):
         """PEFT opens this around forward and generate; here ``adapter_names=`` picks an adapter for each row."""
         names: Sequence[str] | None = kwargs.get("adapter_names")
         if names is None:
-            with model_call(None):
+            with self._said(kwargs), model_call(None):
                 yield
             return
         if self.model.training:
@@ -251,8 +251,14 @@ class PrefixMemoryModel(BaseTuner):
                 module.register_forward_pre_hook(_pass_adapter_names, with_kwargs=True)
         rows = RowAdapters(names, layers)
         self._check_rows(rows, args, kwargs)  # PeftModel itself calls the base model past our forward
-        with model_call(rows):
+        with self._said(kwargs), model_call(rows):
             yield
+
+    def _said(self, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """``active`` of a call, said before the base model begins: where that is compiled, each of its frames forgets
+        what it was told when it ends."""
+        active = kwargs.get("active")
+        return nullcontext() if active is None else activation(active)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass; with ``adapter_names``, their number must be that of the rows."""
@@ -335,7 +341,9 @@ class PrefixMemoryModel(BaseTuner):
 
     # Combining
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
         """Add the adapter with the memory Σ wₙ·scaleₙ·Mₙ. Weights may be negative.
 
         Without an ``output_limit`` its output is exactly the weighted sum of theirs, since the read is linear in M.
@@ -343,13 +351,15 @@ class PrefixMemoryModel(BaseTuner):
         sum of the limited outputs (``set_adapter([...])`` gives that). A scale that all share stays a scale, after
         the limit; scales that differ are multiplied into the memories, before it.
 
-        Low-rank memories keep their factors: their ranks add up.
+        Low-rank memories keep their factors: their ranks add up. So nothing is approximated, and PEFT's other
+        ``combination_type``s, which do, are refused.
 
         Raises:
-            PrefixMemoryError: an adapter is not loaded, the name is taken, or the adapters read different features or
-                have different limits (then they have no common sum; activate them together with
-                ``set_adapter([...])`` instead).
+            PrefixMemoryError: another ``combination_type``, an adapter is not loaded, the name is taken, or the
+                adapters read different features or have different limits (then they have no common sum; activate them
+                together with ``set_adapter([...])`` instead).
         """
+        check_choice("combination_type", combination_type, ("linear",))
         for name in adapters:
             if name not in self.peft_config:
                 raise PrefixMemoryError(
@@ -405,7 +415,8 @@ class PrefixMemoryModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return stored_name(key, adapter_name) or key
+        stored = stored_name(key, adapter_name)
+        return key if stored is None else unwrapped(stored)
 
     @classmethod
     def _get_adapter_state_dict(

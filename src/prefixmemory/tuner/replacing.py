@@ -38,7 +38,8 @@ def check_same_config(present: PrefixMemoryConfig, new: PrefixMemoryConfig, adap
     Raises:
         PrefixMemoryError: names the first difference.
     """
-    if present.awaits_weights:  # PeftModel.from_pretrained, which was given this config, or has just read it
+    # PeftModel.from_pretrained, which was given this config, or has just read it
+    if present.awaits_weights and present.weights_sha256 == new.weights_sha256:
         return
     instead = f"Load it under another name, or delete_adapter({adapter_name!r}) first."
     cannot = f"The new adapter cannot be loaded over the adapter {adapter_name!r}"

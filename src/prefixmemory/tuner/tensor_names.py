@@ -40,6 +40,12 @@ def bare(key: str) -> str:
     return ".".join(part for part in key.replace("base_model.model.", "").split(".") if part not in WRAPPERS)
 
 
+def unwrapped(key: str) -> str:
+    """A tensor's name as it is without ``torch.compile`` around the base model, and without LoRA around a projection:
+    what is saved does not depend on them."""
+    return ".".join(part for part in key.split(".") if part not in ("_orig_mod", "base_layer"))
+
+
 def embeddings_of(model: nn.Module) -> list[nn.Module]:
     """The input and output embeddings of a model, as far as it has them."""
     getters = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
