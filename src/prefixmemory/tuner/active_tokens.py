@@ -156,16 +156,10 @@ def speaking(ids: Tensor, invocation: Invocation, texts: Tensor | None = None) -
     Returns:
         bool ``[rows, tokens]``, and where the last text of each row begins to speak, ``[rows]``, ``NEVER`` if nowhere.
     """
-    rows, tokens = ids.shape
-    numbers = torch.arange(tokens, device=ids.device).expand(rows, -1)
-    begins = torch.ones_like(ids, dtype=torch.bool)
-    for offset, token in enumerate(invocation):
-        begins &= (ids.roll(-offset, dims=1) == token) & (numbers < tokens - offset)
-        if texts is not None:  # an occurrence lies within one text
-            begins &= texts.roll(-offset, dims=1) == texts
+    begins, numbers = _occurrences(ids, invocation, texts)
     found = torch.where(begins, numbers, -1)
     if texts is None:
-        last = found.amax(dim=1, keepdim=True).expand(-1, tokens)
+        last = found.amax(dim=1, keepdim=True).expand(-1, ids.shape[1])
     else:
         last = torch.full_like(found, -1).scatter_reduce(1, texts, found, "amax").gather(1, texts)
     first = last[:, -1]
@@ -175,12 +169,20 @@ def speaking(ids: Tensor, invocation: Invocation, texts: Tensor | None = None) -
 def first_occurrence(ids: Tensor, invocation: Invocation) -> Tensor:
     """Where the first occurrence of ``invocation`` begins in each row, ``[rows]``, ``NEVER`` if nowhere: from there on
     the memory speaks of a model that writes these tokens one by one."""
+    begins, numbers = _occurrences(ids, invocation)
+    return torch.where(begins, numbers, NEVER).amin(dim=1)
+
+
+def _occurrences(ids: Tensor, invocation: Invocation, texts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Which tokens begin an occurrence, within one text, bool ``[rows, tokens]``; and the number of each token."""
     rows, tokens = ids.shape
     numbers = torch.arange(tokens, device=ids.device).expand(rows, -1)
     begins = torch.ones_like(ids, dtype=torch.bool)
     for offset, token in enumerate(invocation):
         begins &= (ids.roll(-offset, dims=1) == token) & (numbers < tokens - offset)
-    return torch.where(begins, numbers, NEVER).amin(dim=1)
+        if texts is not None:
+            begins &= texts.roll(-offset, dims=1) == texts
+    return begins, numbers
 
 
 def going_on(
@@ -225,11 +227,12 @@ def of_prompt(
     rows may have become several. Where it has no invocation, what ``ids`` has behind it may bring it."""
     rows, tokens = shape
     end = past + tokens
+    prompt = prompt if ids is None else prompt.to(ids.device)
     _, first = speaking(prompt, invocation)
     first = Places(first, NEVER, None, end).for_rows(rows)
     text = prompt.repeat_interleave(rows // len(prompt), dim=0)
     if ids is not None and end > prompt.shape[1]:
-        text = torch.cat([text[:, :past].to(ids.device), ids], dim=1)
+        text = torch.cat([text[:, :past], ids], dim=1)
         first = torch.where(first != NEVER, first, first_occurrence(text, invocation))
     tail = last_tokens(text[:, :end], invocation)
     return past + torch.arange(tokens, device=prompt.device) >= first[:, None], places(first, tail, end)

@@ -12,7 +12,6 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from prefixmemory.attention.discovery import find_site, find_sites, in_encoder, left_out, skipped_attention
 from prefixmemory.attention.feed_forward import FeedForwardSite, feed_forward_site, find_feed_forward
@@ -27,6 +26,7 @@ from prefixmemory.tuner import weighted_adapter
 from prefixmemory.tuner.activation import PACKED, activation, generating
 from prefixmemory.tuner.calibration import FirstBatch
 from prefixmemory.tuner.calls import RowAdapters, model_call, row_adapters, thread
+from prefixmemory.tuner.discarding import discard
 from prefixmemory.tuner.in_attention import InAttention
 from prefixmemory.tuner.in_feed_forward import InFeedForward
 from prefixmemory.tuner.layer import BASE_MODEL, WHY_NOT_MERGED, PrefixMemoryLayer
@@ -480,28 +480,6 @@ class PrefixMemoryModel(BaseTuner):
         """As in PEFT, which calls this last when it loads an adapter."""
         put_back(self.model)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-
-
-def discard(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter, and layers left without any, out of a model."""
-    for layer in memory_layers(model):
-        if adapter_name in layer.prefix_memory_bank:
-            PrefixMemoryLayer.delete_adapter(layer, adapter_name)
-        if not layer.prefix_memory_bank:
-            layer.detach()
-    for module_name, module in list(model.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            others = [name for name in module.active_adapters if name != adapter_name]
-            module.delete_adapter(adapter_name, new_active_adapters=others)
-            if not module._adapters:
-                parent, _, child = module_name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.original_module)
-    configs = getattr(model, "peft_config", {})
-    configs.pop(adapter_name, None)
-    if not configs:
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel) and "peft_config" in vars(module):
-                del module.peft_config  # else PEFT warns of it when the model is adapted again
 
 
 def _pass_adapter_names(

@@ -21,8 +21,9 @@ from prefixmemory.memories.checkpoint import check_state_dict, same_base_model
 from prefixmemory.memories.config import PrefixMemoryConfig
 from prefixmemory.memories.peft_type import PREFIX_MEMORY
 from prefixmemory.tuner import weighted_adapter
+from prefixmemory.tuner.discarding import discard
 from prefixmemory.tuner.layers import memory_layers
-from prefixmemory.tuner.model import PrefixMemoryModel, discard
+from prefixmemory.tuner.model import PrefixMemoryModel
 from prefixmemory.tuner.tensor_names import tensors_of
 
 #: What would change the answers of the same weights.
