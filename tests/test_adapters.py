@@ -515,6 +515,7 @@ def test_transformers_own_integration_saves_and_loads(fields, tmp_path):
         close_logits(logits(loaded), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize("spoil", ["lacks", "has unknown", "NaN", "shape"])
 def test_transformers_own_integration_refuses_what_is_not_the_adapter(spoil, tmp_path):
     tiny.with_memory(tiny.build()).save_pretrained(tmp_path)
@@ -537,12 +538,16 @@ def test_transformers_own_integration_refuses_what_is_not_the_adapter(spoil, tmp
         RuntimeError if spoil == "shape" else PrefixMemoryError, match=None if spoil == "shape" else spoil
     ):
         model.load_adapter(tmp_path)
-    if spoil != "shape":  # transformers refuses that in the midst of it
-        assert not memory_layers(model) and torch.equal(logits(model), expected)
-        tiny.with_memory(tiny.build()).save_pretrained(tmp_path)
-        model.load_adapter(tmp_path)
-        assert not torch.equal(logits(model), expected)
-        assert not model.peft_config["default"].awaits_weights
+    assert not memory_layers(model) and torch.equal(logits(model), expected)
+    whole = tiny.with_memory(tiny.build())
+    whole.save_pretrained(tmp_path / "whole")
+    model.load_adapter(tmp_path / "whole")
+    close_logits(logits(model), logits(whole))
+    assert not model.peft_config["default"].awaits_weights
+    before = logits(model)
+    with pytest.raises((RuntimeError, PrefixMemoryError)):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")

@@ -166,6 +166,16 @@ def test_what_no_batch_reaches_costs_one_pass_not_one_a_step():
     assert all(layer.first_batch is None for layer in memory_layers(model))
 
 
+def test_every_one_of_several_adapters_takes_its_own_however_the_model_is_called():
+    model, ids = fresh(), tiny.tokens(2, 9)
+    for name in "bcd":
+        model.add_adapter(name, model.peft_config["default"])
+    for name in ("default", *"bcd"):
+        model.set_adapter(name)
+        model.get_base_model().model(ids).last_hidden_state.sum().backward()
+        assert all(layer.memory(name).mean.any() for layer in memory_layers(model)), name
+
+
 def test_a_second_adapter_takes_its_own_when_it_is_trained():
     model = fresh()
     step(model, tiny.tokens(2, 9))

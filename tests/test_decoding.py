@@ -8,13 +8,15 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, StaticCache, pipeline
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, pipeline
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import tiny
 from close import close_logits
 from prefixmemory import PrefixMemoryConfig
 from prefixmemory.kernels.read import read
 from prefixmemory.tuner import plan
+from prefixmemory.tuner.activation import unfinished_text
 
 #: ``mistral`` and ``gemma3`` have sliding windows of 6 tokens, the prompts are longer.
 FAMILIES = ("llama_gqa", "mistral", "gemma3", "qwen3")
@@ -125,6 +127,46 @@ def test_guesses_that_bring_the_invocation_do_not_move_where_a_memory_speaks(dec
     assert torch.equal(decode(model, ids, **options[decoding]), plain)
     assert torch.equal(decode(model, ids, active=[12]), plain)
     assert base_decodes_otherwise(model, plain, ids)
+
+
+def test_behind_a_cache_that_a_memory_has_read_the_prompts_last_invocation_counts(monkeypatch):
+    monkeypatch.setitem(VARIANTS, "waits", WAITS)
+    model, ids = model_of(variant="waits"), torch.tensor([[10, 11, 12, 13, 100, 101, 20, 21, 22, 100, 101, 30, 31]])
+    cache = DynamicCache()
+    with torch.no_grad(), unfinished_text():
+        model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
+
+    def said(**options: Any) -> Tensor:
+        return torch.stack(decode(model, ids, output_logits=True, return_dict_in_generate=True, **options).logits)
+
+    close_logits(said(past_key_values=cache), said())
+    assert (said(active=[4]) - said()).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:The invocation tokens")
+def test_an_invocation_of_which_a_guess_had_the_beginning_is_found(monkeypatch):
+    """A wrong guess is taken out of the cache, and the model's own token completes the invocation."""
+    monkeypatch.setitem(VARIANTS, "waits", WAITS)
+    model, ids = model_of(variant="waits"), PROMPT[:1, :4]
+
+    class Writes(LogitsProcessor):
+        """The model writes the invocation first."""
+
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            if ids.shape[1] in (4, 5):
+                scores = torch.full_like(scores, -1e9)
+                scores[:, 96 + ids.shape[1]] = 0
+            return scores
+
+    def guesses(self: Any, ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        guess = [100, 99, 98] if ids.shape[1] == 4 else [97]
+        return torch.cat([ids, torch.tensor([guess])], dim=1), None
+
+    monkeypatch.setattr(PromptLookupCandidateGenerator, "get_candidates", guesses)
+    writes = {"logits_processor": LogitsProcessorList([Writes()])}
+    plain = decode(model, ids, **writes)
+    assert plain[0, 4:6].tolist() == [100, 101] and base_decodes_otherwise(model, plain, ids, **writes)
+    assert torch.equal(decode(model, ids, prompt_lookup_num_tokens=3, **writes), plain)
 
 
 @pytest.mark.filterwarnings("ignore:The invocation tokens")  # the prompt has none

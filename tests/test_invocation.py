@@ -331,6 +331,24 @@ def test_likelihoods_are_of_answers_written_behind_the_prompts_invocation(kind, 
             assert abs(one.nats - other[places - 1, ids[0, places]].sum().item()) > 1e-2
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_row_without_the_invocation_does_not_change_what_is_said_of_others(strict):
+    tokenizer = tiny.tokenizer()
+    tokens = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
+    where = {"active_from": "invocation", "invocation_tokens": tokens, "strict_invocation": strict}
+    model = tiny.with_memory(tiny.build(), **where).eval()
+    brings, lacks = Example("2+2? Answer:", " Two. Answer: 4"), Example("What is 2+3?", " 5")
+    alone = likelihoods(model, tokenizer, [brings])[0].nats
+    if strict:
+        with pytest.raises(PrefixMemoryError, match="strict_invocation is set"):
+            likelihoods(model, tokenizer, [brings, lacks])
+        return
+    together = likelihoods(model, tokenizer, [brings, lacks])
+    assert together[0].nats == pytest.approx(alone, abs=1e-4)
+    with model.disable_adapter():
+        assert together[1].nats == pytest.approx(likelihoods(model, tokenizer, [lacks])[0].nats, abs=1e-4)
+
+
 def test_what_looks_at_an_adapter_asks_it_everywhere_and_contexts_are_read_in_silence():
     """Texts that are no prompts have no invocation; a warning would be an error here."""
     tokenizer = tiny.tokenizer()

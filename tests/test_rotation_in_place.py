@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.models.llama import modeling_llama
+from transformers.models.llama4 import modeling_llama4
 from transformers.models.qwen3 import modeling_qwen3
 
+import family_models
 import tiny
+from prefixmemory.attention.discovery import find_sites
 from prefixmemory.attention.sites import AttentionSite
 from prefixmemory.tuner.layers import memory_layers
 
@@ -38,6 +41,14 @@ def test_the_memory_reads_the_query_as_it_was(family, monkeypatch):
         assert (model(input_ids=ids).logits - expected).abs().max() > 1e-2  # it would be seen
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=ids).logits, base)
+
+
+def test_rotations_of_other_names_are_known(monkeypatch):
+    """Llama 4 calls ``apply_rotary_emb``."""
+    (site, *_) = find_sites(family_models.build(family_models.CASES["llama4"])).values()
+    assert not site.may_write_into_queries
+    monkeypatch.setattr(modeling_llama4, "apply_rotary_emb", rotate_in_place)
+    assert site.may_write_into_queries
 
 
 def test_transformers_own_rotation_is_known_to_leave_it():

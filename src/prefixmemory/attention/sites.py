@@ -12,11 +12,13 @@ base model is replaced: hooks read and add, and are removed again by ``unload``.
 
 from __future__ import annotations
 
-import sys
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -82,13 +84,13 @@ class AttentionSite:
     def may_write_into_queries(self) -> bool:
         """Whether the module's forward, or the rotation that it calls, is not transformers' own: Liger's kernels and
         Unsloth's rotate queries where they lie, and PyTorch does not notice."""
-        kind = type(self.core)
-        rotation = getattr(sys.modules.get(kind.__module__), "apply_rotary_pos_emb", kind.forward)
+        forward = type(self.core).forward
         replaced = "forward" in vars(self.core) and not hasattr(self.core, "_hf_hook")  # accelerate's calls the old one
-        return replaced or not all(
-            isinstance(part, FunctionType) and part.__module__.startswith("transformers.")
-            for part in (kind.forward, rotation)
-        )
+        if replaced or not _is_of_transformers(forward):
+            return True
+        inner = inspect.unwrap(forward)
+        found = [inner.__globals__[name] for name in _rotations(inner.__code__) if name in inner.__globals__]
+        return not all([_is_of_transformers(rotation) for rotation in found])
 
     def query_from(self, output: Tensor | tuple[Any, ...], source_input: Tensor) -> Tensor:
         """The content query ``[batch.., tokens, heads, head_dim]`` in what ``query_source`` returned."""
@@ -172,6 +174,16 @@ class AttentionSite:
             self.output_projection.register_forward_pre_hook(on_output),
             self.module.register_forward_hook(on_end, always_call=True),
         )
+
+
+def _is_of_transformers(function: Any) -> bool:
+    return isinstance(function, FunctionType) and function.__module__.startswith("transformers.")
+
+
+@cache
+def _rotations(code: CodeType) -> list[str]:
+    """What a function calls that may rotate a query, by name."""
+    return [name for name in code.co_names if re.search("rotary|rotate|rope", name)]
 
 
 def descendant(module: nn.Module, path: str) -> nn.Module | None:

@@ -23,22 +23,24 @@ class LeftPaddingCollator:
     for methods whose virtual tokens would stand before the padding, far from the text.
 
     With ``invocation`` it says from which token on the adapter speaks, as in use: an answer that brings these tokens
-    again does not move the place. A memory is told so by ``active``, PEFT's activated LoRA by ``alora_offsets``.
+    again does not move the place. A memory is told so by ``active``, PEFT's activated LoRA by ``alora_offsets``; in a
+    row without these tokens it is silent, which ``strict`` leaves to the model to refuse.
     """
 
     def __init__(
         self, pad_token_id: int, crop_logits: bool, right: bool = False, invocation: Sequence[int] | None = None,
-        is_lora: bool = False,
+        is_lora: bool = False, strict: bool = False,
     ) -> None:  # fmt: skip
         self.pad_token_id = pad_token_id
         self.crop_logits = crop_logits
         self.right = right
         self.invocation = invocation
         self.is_lora = is_lora
+        self.strict = strict
 
     def __call__(self, features: list[dict[str, list[int]]]) -> dict[str, Any]:
         """Batch with ``input_ids``, ``attention_mask``, ``position_ids`` ``[B, T]`` and ``labels`` ``[B, K]``; with an
-        invocation that all rows have, ``active`` ``[B]`` (or ``alora_offsets``, counted from the end)."""
+        invocation that a row has, ``active`` ``[B]`` (or ``alora_offsets``, counted from the end)."""
         length = max(len(f["input_ids"]) for f in features)
 
         def padded(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -59,20 +61,20 @@ class LeftPaddingCollator:
             keep = min(keep, length)
             batch["labels"] = batch["labels"][:, -keep:]
             batch["logits_to_keep"] = keep
-        before = [_before_end(f, self.invocation) for f in features] if self.invocation else [None]
-        if None not in before:  # else the model looks for it, and says what is missing
+        before = [_before_end(f, self.invocation) for f in features] if self.invocation else []
+        if any(before) and (self.is_lora or 0 not in before or not self.strict):  # else the model says what is missing
             if self.is_lora:
-                batch["alora_offsets"] = before
+                batch["alora_offsets"] = [offset or None for offset in before]
             else:
                 batch["active"] = length - torch.tensor(before)
         return batch
 
 
-def _before_end(feature: dict[str, list[int]], invocation: Sequence[int]) -> int | None:
-    """How many tokens before its end an adapter begins to speak in a row; ``None``: nowhere."""
+def _before_end(feature: dict[str, list[int]], invocation: Sequence[int]) -> int:
+    """How many tokens before its end an adapter begins to speak in a row; 0: nowhere."""
     ids, prompt = feature["input_ids"], len(list(takewhile(lambda label: label == IGNORED, feature["labels"])))
     place = speaks_from(ids[:prompt], ids[prompt:], invocation)
-    return None if place is None else len(ids) - place
+    return 0 if place is None else len(ids) - place
 
 
 def collator(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> LeftPaddingCollator:
@@ -85,7 +87,8 @@ def collator(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerB
     invocations = {tuple(invocation_of(config) or ()) for config in active}
     invocation = invocations.pop() if len(invocations) == 1 else ()
     is_lora = bool(invocation) and hasattr(active[0], ALORA)
-    return LeftPaddingCollator(padding_id(tokenizer), crop_logits, prepends, invocation or None, is_lora)
+    strict = any(getattr(config, "strict_invocation", False) for config in active)
+    return LeftPaddingCollator(padding_id(tokenizer), crop_logits, prepends, invocation or None, is_lora, strict)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

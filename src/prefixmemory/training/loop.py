@@ -28,6 +28,7 @@ from prefixmemory.errors import PrefixMemoryError
 from prefixmemory.models.logits import contiguous_logits_input
 from prefixmemory.rows.collator import collator
 from prefixmemory.rows.encoding import Tokens, tokenize
+from prefixmemory.rows.invocation import check_invoked
 from prefixmemory.rows.rendering import Example
 from prefixmemory.training.checkpoints import is_sharded, last_complete_checkpoint
 from prefixmemory.training.divergence import StopDiverged
@@ -252,6 +253,9 @@ def train(
     use_cache = getattr(model.config, "use_cache", None)
     try:
         rows = tokenize(examples, tokenizer, settings.max_length)
+        if (invocation := collator(model, tokenizer).invocation) is not None:
+            places = [one.where or f"Row {number}" for number, one in enumerate(examples, 1)]
+            check_invoked(rows, invocation, places)
         trainer = completion_trainer(model, tokenizer, lambda epoch: rows, [], arguments)
         return fit(trainer, settings, resume, callbacks)
     finally:

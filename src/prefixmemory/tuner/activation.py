@@ -304,14 +304,9 @@ class Listener:
                 f"The memory speaks from the tokens {list(invocation)} on, which cannot be looked for in embeddings. "
                 "Say from where with active=, a mask [rows, tokens] or the number of each row's first active token."
             )
-        prompt = thread.prompt
-        if (
-            before is None
-            and prompt is not None
-            and prompt.listener is self
-            and prompt.is_read(ids, shape, past, cache)
-        ):
-            mask, this.places[invocation] = of_prompt(prompt.ids, ids, shape, past, invocation)
+        prompt = thread.prompt if thread.prompt is not None and thread.prompt.listener is self else None
+        if prompt is not None and prompt.is_read(ids, shape, past, cache):
+            mask, this.places[invocation] = of_prompt(prompt.ids, ids, shape, past, invocation, before)
         elif ids is not None and isinstance(past, int) and past == 0:
             texts = text_numbers(ids, batch)
             mask, first = speaking(ids, invocation, texts)
@@ -319,7 +314,7 @@ class Listener:
                 this.missing[invocation] = silent_rows(mask, texts, attended(ids, batch))
             this.places[invocation] = places(first, last_tokens(ids, invocation), ids.shape[1])
         else:
-            writes = prompt is not None and prompt.listener is self
+            writes = prompt is not None and isinstance(past, int) and past >= prompt.ids.shape[1]
             mask, this.places[invocation] = going_on(ids, shape, device, past, invocation, before, writes)
         return ActiveTokens.of(mask)
 

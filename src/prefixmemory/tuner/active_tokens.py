@@ -96,14 +96,24 @@ class Places:
         """Those of rows that were reordered, chosen or repeated, as ``move`` does with a tensor that has them."""
         return places(move(self.first), None if self.tail is None else move(self.tail), self.read)
 
-    def in_front(self, past: Any, rows: int) -> Tensor | None:
-        """The last tokens before the ``past``-th, as far as they are known; a cache may have been cropped."""
+    def kept(self, past: Any, rows: int, invocation: Invocation) -> Tensor:
+        """``first`` behind the ``past``-th token: of what a cache that was cropped has lost, nothing has begun."""
+        first = self.for_rows(rows)
+        if isinstance(past, int) and self.read == past:
+            return first
+        needs = 1 if self.tail is None else len(invocation)
+        return torch.where(first <= past - needs, first, NEVER)
+
+    def in_front(self, past: Any, rows: int, invocation: Invocation) -> Tensor | None:
+        """The last tokens before the ``past``-th in which an occurrence may have begun, as far as they are known; a
+        cache may have been cropped."""
         if self.tail is None or not isinstance(self.read, int) or not isinstance(past, int):
             return None
         lost = self.read - past
         if not 0 <= lost < self.tail.shape[1]:
             return None
-        return self.tail[:, : self.tail.shape[1] - lost].repeat_interleave(rows // len(self.tail), dim=0)
+        tail = last_tokens(self.tail[:, : self.tail.shape[1] - lost], invocation)
+        return tail.repeat_interleave(rows // len(tail), dim=0)
 
 
 def places(first: Tensor, tail: Tensor | None, read: Any) -> Places:
@@ -207,40 +217,44 @@ def going_on(
     end = past + tokens
     first, tail = torch.full((rows,), NEVER, device=device), None
     if before is not None:
-        first = before.for_rows(rows)
-        if not (isinstance(past, int) and before.read == past):  # cropped: what began behind has not begun
-            first = torch.where(first < past, first, NEVER)
+        first = before.kept(past, rows, invocation)
     if ids is not None:
-        front = None if before is None else before.in_front(past, rows)
+        front = None if before is None else before.in_front(past, rows, invocation)
         seen = ids if front is None else torch.cat([front, ids], dim=1)
         new = first_occurrence(seen, invocation) if writes else speaking(seen, invocation)[1]
         new = torch.where(new == NEVER, NEVER, (new + (end - seen.shape[1])).clamp(min=0))
         first = torch.where(first != NEVER, first, new)
-        tail = last_tokens(seen, invocation)
+        tail = last_tokens(seen, invocation, guessed=tokens if writes else 0)
     return past + torch.arange(tokens, device=device) >= first[:, None], places(first, tail, end)
 
 
 def of_prompt(
-    prompt: Tensor, ids: Tensor | None, shape: tuple[int, int], past: Any, invocation: Invocation
-) -> tuple[Tensor, Places]:
+    prompt: Tensor, ids: Tensor | None, shape: tuple[int, int], past: Any, invocation: Invocation,
+    before: Places | None = None,
+) -> tuple[Tensor, Places]:  # fmt: skip
     """The same of a pass that reads a part of a ``prompt`` that is known as a whole, ``[rows, tokens]``; each of its
-    rows may have become several. Where it has no invocation, what ``ids`` has behind it may bring it."""
+    rows may have become several. Where it has no invocation, what ``ids`` has behind it may bring it; what spoke
+    ``before`` goes on."""
     rows, tokens = shape
     end = past + tokens
     prompt = prompt if ids is None else prompt.to(ids.device)
     _, first = speaking(prompt, invocation)
     first = Places(first, NEVER, None, end).for_rows(rows)
-    text = prompt.repeat_interleave(rows // len(prompt), dim=0)
+    text, guessed = prompt.repeat_interleave(rows // len(prompt), dim=0), 0
     if ids is not None and end > prompt.shape[1]:
-        text = torch.cat([text[:, :past], ids], dim=1)
+        text, guessed = torch.cat([text[:, :past], ids], dim=1), end - prompt.shape[1]
         first = torch.where(first != NEVER, first, first_occurrence(text, invocation))
-    tail = last_tokens(text[:, :end], invocation)
+    if before is not None:
+        kept = before.kept(past, rows, invocation).to(first.device)
+        first = torch.where(kept != NEVER, kept, first)
+    tail = last_tokens(text[:, :end], invocation, guessed)
     return past + torch.arange(tokens, device=prompt.device) >= first[:, None], places(first, tail, end)
 
 
-def last_tokens(ids: Tensor, invocation: Invocation) -> Tensor:
-    """Those in which an occurrence may have begun that the next pass completes, ``[rows, n]``."""
-    return ids[:, max(0, ids.shape[1] - len(invocation) + 1) :]
+def last_tokens(ids: Tensor, invocation: Invocation, guessed: int = 0) -> Tensor:
+    """Those in which an occurrence may have begun that the next pass completes, ``[rows, n]``, also where the last
+    ``guessed`` of them are taken back."""
+    return ids[:, max(0, ids.shape[1] - guessed - len(invocation) + 1) :]
 
 
 def text_numbers(ids: Tensor, batch: Mapping[str, Any]) -> Tensor | None:

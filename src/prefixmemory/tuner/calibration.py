@@ -40,7 +40,7 @@ class FirstBatch:
         self._layers = layers
         for layer in layers:
             layer.first_batch = self
-        self._tried: set[tuple[int, frozenset[str]]] = set()  # what batches had that passed a memory by, and where
+        self._tried: set[Any] = set()  # what batches had that passed a memory of these adapters by
         self._holders = list(holders(model))
         self._outermost = len(self._holders)  # of those that were called in evaluation mode; the others are within
         self._handles = [
@@ -54,17 +54,23 @@ class FirstBatch:
         place, batch = 0, None
         if not torch.compiler.is_compiling():
             place = next(number for number, holder in enumerate(self._holders) if holder is module)
-            batch = place, frozenset(name for name, value in kwargs.items() if value is not None)
+            by_name = frozenset(name for name, value in kwargs.items() if value is not None)
+            batch = place, tuple(value is not None for value in args), by_name, frozenset(self._asked())
             if batch in self._tried:
                 return
         if not module.training:
             if batch is None or place > self._outermost:
                 return
             self._outermost = place
-        if any(self._waiting.intersection(layer.answering()) for layer in self._layers if not layer.disable_adapters):
+        if self._asked():
             self._take(module, args, kwargs)
-            if batch is not None and module.training and not several and self._waiting:
+            if batch is not None and module.training and not several and self._asked():
                 self._tried.add(batch)  # text alone, in a model that also sees: no pass a step for what it passes by
+
+    def _asked(self) -> set[str]:
+        """The adapters that wait and answer."""
+        layers = [layer for layer in self._layers if not layer.disable_adapters]
+        return {name for layer in layers for name in layer.answering() if name in self._waiting}
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="call prefixmemory.calibrate(model, **batch) before the first compiled step, which takes the means"

@@ -24,7 +24,7 @@ from prefixmemory.tuner import weighted_adapter
 from prefixmemory.tuner.discarding import discard
 from prefixmemory.tuner.layers import memory_layers
 from prefixmemory.tuner.model import PrefixMemoryModel
-from prefixmemory.tuner.tensor_names import tensors_of
+from prefixmemory.tuner.tensor_names import stored_name, tensors_of
 
 #: What would change the answers of the same weights.
 FIELDS = (
@@ -79,28 +79,36 @@ def check_on_load_by_transformers() -> None:
     @wraps(original)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         present = set(getattr(self, "peft_config", ()))
-        info = original(self, *args, **kwargs)
-        for name in self.peft_config.keys() - present:
-            config = self.peft_config[name]
-            if isinstance(config, PrefixMemoryConfig):
+        active = [(layer, cast(Any, layer).active_adapters[:]) for layer in memory_layers(self)]
+
+        def new() -> list[str]:
+            configs = getattr(self, "peft_config", {})
+            return [n for n in configs if n not in present and isinstance(configs[n], PrefixMemoryConfig)]
+
+        try:
+            info = original(self, *args, **kwargs)
+            for name in new():
                 _check_loaded(self, name, info)
-                config.awaits_weights = False
+                self.peft_config[name].awaits_weights = False
+        except BaseException:  # its half-made adapter goes, and what was active is so again
+            for layer, names in active:
+                layer.set_adapter(names)
+            for name in new():
+                discard(self, name)
+            self._hf_peft_config_loaded = bool(getattr(self, "peft_config", None))
+            raise
         return info
 
     cast(Any, PeftAdapterMixin).load_adapter = load_adapter
 
 
 def _check_loaded(model: nn.Module, adapter_name: str, info: Any) -> None:
-    """Refuse an adapter by what transformers says of its loading, and take it out of the model again."""
-    expected = dict(tensors_of(model, adapter_name).values())
+    """Refuse an adapter by what transformers says of its loading."""
+    own = tensors_of(model, adapter_name)
     lost = info.missing_keys | {key for key, *_ in info.mismatched_keys}
-    found = {key: tensor for key, tensor in expected.items() if key not in lost}
-    try:
-        check_state_dict(found | dict.fromkeys(info.unexpected_keys, torch.empty(0)), expected, also_known=())
-    except PrefixMemoryError:
-        discard(model, adapter_name)
-        cast(Any, model)._hf_peft_config_loaded = bool(getattr(model, "peft_config", None))
-        raise
+    found = {stored: tensor for stored, (key, tensor) in own.items() if key not in lost}
+    found |= {stored_name(key, adapter_name) or key: torch.empty(0) for key in info.unexpected_keys}
+    check_state_dict(found, {stored: tensor for stored, (_, tensor) in own.items()}, also_known=())
 
 
 def teach_hotswap() -> None:
