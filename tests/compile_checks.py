@@ -18,7 +18,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from prefixmemory import PrefixMemoryConfig, calibrate
+from prefixmemory import PrefixMemoryConfig, PrefixMemoryError, activation, calibrate
 from tiny import DEFAULT, build, memory_parameters, randomize, tokens, with_memory
 
 TOLERANCE = 1e-4
@@ -191,6 +191,33 @@ def check_switch(**fields: int) -> None:
     print("ok: switching is no graph more, a scale that is no longer 1 is one, whichever it is")
 
 
+def check_said(checkpointing: bool) -> None:
+    """A compiled base model hears where its memory speaks, or says that it does not: what a compiled frame is told is
+    gone when it ends."""
+    torch._dynamo.reset()
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[:, 4:] = True
+    model, batch = with_memory(build()), {"input_ids": tokens(2, 9), "use_cache": False}
+    everywhere, right = model(**batch).logits, model(**batch, active=mask).logits
+    if checkpointing:
+        model.train().get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.base_model.model = torch.compile(model.get_base_model(), backend="eager")
+    if checkpointing:
+        try:
+            model(**batch, active=mask)
+        except PrefixMemoryError as error:
+            assert "leave out one of them" in str(error), error
+        else:
+            raise AssertionError("layers that know of no pass were not refused")
+    else:
+        torch.testing.assert_close(model(**batch, active=mask).logits, right, atol=TOLERANCE, rtol=0)
+        assert (right - everywhere).abs().max() > 1e-3
+        with activation(mask):
+            found = model.base_model.model(**batch).logits
+        torch.testing.assert_close(found, right, atol=TOLERANCE, rtol=0)
+    print(f"ok: active= is heard by a compiled base model, or refused with checkpointing={checkpointing}")
+
+
 def main(query: str, backend: str) -> None:
     torch.set_num_threads(1)
     check_first_calls()
@@ -202,6 +229,8 @@ def main(query: str, backend: str) -> None:
         for second in (False, True):
             check_training(second)
         check_activation()
+        check_said(checkpointing=False)
+        check_said(checkpointing=True)
         check_hotswap()
         check_switch()
         check_switch(feed_forward=4)

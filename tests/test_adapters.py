@@ -603,29 +603,6 @@ def test_gradients_of_each_row_by_torch_func():
             assert gradients[number].any()
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_compiled_base_model_hears_where_its_memory_speaks(checkpointing):
-    """Or says that it does not: what a compiled frame is told is gone when it ends."""
-    torch.compiler.reset()
-    mask = torch.zeros(2, 9, dtype=torch.bool)
-    mask[:, 4:] = True
-    model, batch = tiny.with_memory(tiny.build()), {"input_ids": tiny.tokens(2, 9), "use_cache": False}
-    everywhere, right = model(**batch).logits, model(**batch, active=mask).logits
-    if checkpointing:
-        model.train().get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    model.base_model.model = torch.compile(model.get_base_model(), backend="eager")
-    if checkpointing:
-        with pytest.raises(PrefixMemoryError, match="leave out one of them"):
-            model(**batch, active=mask)
-    else:
-        close_logits(model(**batch, active=mask).logits, right)
-        assert (right - everywhere).abs().max() > 1e-3
-        with prefixmemory.activation(mask):
-            close_logits(model.base_model.model(**batch).logits, right)
-    torch.compiler.reset()
-
-
 def test_behind_the_active_adapter_all_layers_have_the_same():
     """PEFT lets each layer choose by itself."""
     model = get_peft_model(tiny.build(), config(), "a")
