@@ -548,6 +548,9 @@ def test_transformers_own_integration_refuses_what_is_not_the_adapter(spoil, tmp
     with pytest.raises((RuntimeError, PrefixMemoryError)):
         model.load_adapter(tmp_path, "second")
     assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
+    assert not any(
+        parameter.requires_grad for parameter in memory_layers(model)[0].parameters()
+    )  # it was loaded to be used
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")

@@ -80,6 +80,7 @@ def check_on_load_by_transformers() -> None:
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         present = set(getattr(self, "peft_config", ()))
         active = [(layer, cast(Any, layer).active_adapters[:]) for layer in memory_layers(self)]
+        learned = any(parameter.requires_grad for layer, _ in active for parameter in layer.parameters())
 
         def new() -> list[str]:
             configs = getattr(self, "peft_config", {})
@@ -92,7 +93,8 @@ def check_on_load_by_transformers() -> None:
                 self.peft_config[name].awaits_weights = False
         except BaseException:  # its half-made adapter goes, and what was active is so again
             for layer, names in active:
-                layer.set_adapter(names)
+                if layer.active_adapters != names:
+                    layer.set_adapter(names, inference_mode=not learned)
             for name in new():
                 discard(self, name)
             self._hf_peft_config_loaded = bool(getattr(self, "peft_config", None))
